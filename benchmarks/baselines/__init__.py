@@ -1,0 +1,1 @@
+"""Other implementations to measure against. They share no code with `bottlenecked`."""

@@ -1,0 +1,368 @@
+/* btx.h - the C API of bottlenecked: in-place rewriting of a KV cache by a Cache Processor.
+ *
+ * The method is that of "Bottlenecked Transformers" (arXiv 2505.16950). At the end of a reasoning step the
+ * Processor rewrites the KV entries of that step (consolidation) and of the top_k earlier positions the step
+ * attended to most (reconsolidation). Everything else in the cache keeps its bits.
+ *
+ *     caller                      core                               backend (CPU, CUDA, ...)
+ *     btx_tensor views     ->     checks, plan of the boundary  ->   lse, mass, top-k, gather, products,
+ *     btx_step list               staging, then the write            attention, gated write
+ *
+ * Conventions
+ *   - Zero is success. Every function that can fail returns a btx_status and fills the caller's btx_error.
+ *   - The library never exits, aborts, prints, or keeps global state; it borrows memory and never frees it.
+ *   - Layout is stride, never a mode: all strides are in elements.
+ *   - Positions count cache positions of one sequence, from 0. Rows are KV-tokens, keys then values,
+ *     C = 2 * num_kv_heads * head_dim wide.
+ *   - Names in brackets, e.g. [num_layers, rows, C], are shapes, outermost first.
+ */
+#ifndef BTX_H
+#define BTX_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define BTX_VERSION "0.1.0"
+#define BTX_ABI_VERSION 1u
+#define BTX_MAX_DIMS 4
+#define BTX_MAX_RECENT_WINDOW 256
+#define BTX_MAX_TOP_K 65536
+
+/* ---- status ------------------------------------------------------------------------------------- */
+
+typedef enum btx_status {
+    BTX_OK = 0,
+    BTX_INVALID_ARGUMENT, /* the caller's mistake; nothing was written */
+    BTX_UNSUPPORTED,      /* valid, but not implemented here; nothing was written */
+    BTX_OUT_OF_MEMORY,    /* nothing was written */
+    BTX_DEVICE_ERROR,     /* the device failed before the write began; nothing was written */
+    BTX_REBUILD_NEEDED    /* the write began and failed: discard the sequences of this boundary */
+} btx_status;
+
+/* One sentence: what is wrong, with the value, and the remedy. Empty after success. */
+typedef struct btx_error {
+    char message[512];
+} btx_error;
+
+/* Fills error (which may be NULL) in printf's manner and returns status. */
+btx_status btx_fail(btx_error *error, btx_status status, const char *format, ...)
+#if defined(__GNUC__)
+    __attribute__((format(printf, 3, 4)))
+#endif
+    ;
+
+/* ---- tensor view -------------------------------------------------------------------------------- */
+
+typedef enum btx_dtype { BTX_F32 = 0, BTX_F16, BTX_BF16, BTX_I32, BTX_I64 } btx_dtype;
+typedef enum btx_device_type { BTX_CPU = 0, BTX_CUDA } btx_device_type;
+
+typedef struct btx_device {
+    btx_device_type type;
+    int32_t index; /* 0 for the CPU */
+} btx_device;
+
+/* A borrowed view. data belongs to the caller and outlives the call (or the object it is bound to). */
+typedef struct btx_tensor {
+    void *data;
+    btx_dtype dtype;
+    btx_device device;
+    int32_t num_dims;
+    int32_t read_only; /* nonzero: a call that would write it is refused */
+    int64_t shape[BTX_MAX_DIMS];
+    int64_t stride[BTX_MAX_DIMS]; /* in elements */
+} btx_tensor;
+
+/* Bytes per element, and "float32", "float16", "bfloat16", "int32", "int64". */
+size_t btx_dtype_size(btx_dtype dtype);
+const char *btx_dtype_name(btx_dtype dtype);
+
+/* A row-major view of [shape[0], ..., shape[num_dims - 1]] on the CPU. */
+btx_tensor btx_tensor_contiguous(void *data, btx_dtype dtype, int32_t num_dims, const int64_t *shape);
+
+/* True (1) when two different indices can reach the same element: a zero or overlapping stride. */
+int btx_tensor_overlaps(const btx_tensor *tensor);
+
+/* ---- KV cache, query cache ---------------------------------------------------------------------- */
+
+/* The stack's cache: one key and one value view per layer, each
+ * [num_blocks, block_size, num_kv_heads, head_dim], all of one dtype (f32, f16, bf16), shape and device.
+ * A contiguous cache has one block per sequence. Position p of a sequence lies in block
+ * block_table[sequence, p / block_size], row p % block_size. */
+typedef struct btx_kv_cache {
+    int32_t num_layers;
+    const btx_tensor *keys;   /* [num_layers] views, after RoPE, as cached */
+    const btx_tensor *values; /* [num_layers] views */
+} btx_kv_cache;
+
+/* The queries of the last positions, after RoPE, as captured while the stack's attention ran: one view per
+ * layer, [num_pages, page_size, num_query_heads, head_dim], in the KV cache's dtype. Each sequence has a ring
+ * of pages: position p lies in page query_table[sequence, (p / page_size) % pages_per_sequence],
+ * row p % page_size. The ring must hold the recent window. */
+typedef struct btx_query_cache {
+    int32_t num_layers;
+    const btx_tensor *queries; /* [num_layers] views */
+} btx_query_cache;
+
+/* Checks a cache against the backbone's shape; for_writing also refuses read-only and self-overlapping views.
+ * INVALID_ARGUMENT names the layer and the value. */
+btx_status btx_kv_cache_check(const btx_kv_cache *cache, int32_t num_layers, int32_t num_kv_heads,
+                              int32_t head_dim, int for_writing, btx_error *error);
+
+/* ---- Processor ---------------------------------------------------------------------------------- */
+
+typedef enum btx_key_space {
+    BTX_KEYS_ROTATED = 0, /* the Processor sees keys as cached */
+    BTX_KEYS_UNROTATED    /* RoPE is undone before and redone after (half-split pairing) */
+} btx_key_space;
+
+/* Shape of backbone and Processor (arXiv 2505.16950, section 3). */
+typedef struct btx_config {
+    int32_t num_layers;
+    int32_t num_kv_heads;
+    int32_t num_query_heads; /* a multiple of num_kv_heads */
+    int32_t head_dim;
+    int32_t processor_dim;   /* a multiple of processor_heads */
+    int32_t processor_heads;
+    int32_t processor_mlp_dim;
+    int32_t top_k;         /* 0 (consolidation only) ... BTX_MAX_TOP_K */
+    int32_t recent_window; /* R, 1 ... BTX_MAX_RECENT_WINDOW */
+    float norm_eps;
+    btx_key_space key_space;
+    const float *rope_inv_freq; /* [head_dim / 2] for BTX_KEYS_UNROTATED (copied at creation), else NULL */
+    btx_dtype weight_dtype;     /* BTX_F32; BTX_BF16: operands of every product rounded to bf16, f32 sums */
+} btx_config;
+
+/* The tensors of one layer, in checkpoint order ([out, in] row-major in PyTorch's manner). */
+typedef enum btx_weight {
+    BTX_INPUT_NORM_WEIGHT = 0, /* C */
+    BTX_IN_PROJ_WEIGHT,        /* D x C */
+    BTX_IN_PROJ_BIAS,          /* D */
+    BTX_ATTN_NORM_WEIGHT,      /* D */
+    BTX_Q_PROJ_WEIGHT,         /* D x D */
+    BTX_Q_PROJ_BIAS,           /* D */
+    BTX_K_PROJ_WEIGHT,
+    BTX_K_PROJ_BIAS,
+    BTX_V_PROJ_WEIGHT,
+    BTX_V_PROJ_BIAS,
+    BTX_O_PROJ_WEIGHT,
+    BTX_O_PROJ_BIAS,
+    BTX_MLP_NORM_WEIGHT,  /* D */
+    BTX_GATE_PROJ_WEIGHT, /* F x D */
+    BTX_UP_PROJ_WEIGHT,   /* F x D */
+    BTX_DOWN_PROJ_WEIGHT, /* D x F */
+    BTX_OUT_PROJ_WEIGHT,  /* C x D */
+    BTX_OUT_PROJ_BIAS,    /* C */
+    BTX_GATE,             /* scalar: the gate's logit */
+    BTX_NUM_WEIGHTS
+} btx_weight;
+
+/* "in_proj.weight" and so on: the checkpoint's name is "layers.{l}." followed by it. */
+const char *btx_weight_name(btx_weight weight);
+/* Writes the shape and returns the number of dimensions (0, 1 or 2). */
+int32_t btx_weight_shape(const btx_config *config, btx_weight weight, int64_t shape[2]);
+
+typedef struct btx_backend btx_backend;     /* the operations of one device, see below */
+typedef struct btx_processor btx_processor; /* immutable weights; may be shared between threads */
+typedef struct btx_workspace btx_workspace; /* scratch and threads; one caller at a time */
+
+btx_status btx_config_check(const btx_config *config, btx_error *error);
+
+/* Checks and packs the weights: weights[layer * BTX_NUM_WEIGHTS + weight], f32, f16 or bf16 on the CPU, any
+ * strides. NaN and infinity are refused by name. The tensors may be freed afterwards. */
+btx_status btx_processor_create(const btx_backend *backend, const btx_config *config, const btx_tensor *weights,
+                                btx_processor **processor, btx_error *error);
+void btx_processor_destroy(btx_processor *processor); /* NULL is fine */
+const btx_config *btx_processor_config(const btx_processor *processor);
+const btx_backend *btx_processor_backend(const btx_processor *processor);
+size_t btx_processor_bytes(const btx_processor *processor); /* memory held by packed weights */
+
+/* num_threads >= 1: how many threads a call with this workspace may use, the caller's own included. They are
+ * started at the first use and sleep between calls; a forked child starts its own. */
+btx_status btx_workspace_create(const btx_backend *backend, int32_t num_threads, btx_workspace **workspace,
+                                btx_error *error);
+void btx_workspace_destroy(btx_workspace *workspace); /* NULL is fine */
+int32_t btx_workspace_num_threads(const btx_workspace *workspace);
+size_t btx_workspace_bytes(const btx_workspace *workspace); /* grown to the largest call so far */
+
+/* ---- boundary ----------------------------------------------------------------------------------- */
+
+/* One completed step of one sequence. The rewritten window is the step's last min(R, length) positions;
+ * everything from sequence_begin to the window is prior. */
+typedef struct btx_step {
+    int64_t sequence;       /* row of the block table and of the query table */
+    int64_t sequence_begin; /* first position that holds a token: left padding before it is never read */
+    int64_t step_begin;
+    int64_t step_end; /* one past the last position whose KV and query are cached */
+} btx_step;
+
+/* The steps that ended with this engine step: one call rewrites them all. */
+typedef struct btx_boundary {
+    const btx_kv_cache *kv_cache;
+    const btx_query_cache *query_cache;
+    const btx_step *steps; /* [num_steps], each sequence at most once */
+    int64_t num_steps;
+    btx_tensor block_table; /* i32 [num_sequences, max_blocks], CPU */
+    btx_tensor query_table; /* i32 [num_sequences, pages_per_sequence], CPU */
+    float softmax_scale;    /* of the backbone's attention; 0 means 1 / sqrt(head_dim) */
+} btx_boundary;
+
+typedef enum btx_stage {
+    BTX_STAGE_MASS = 0, /* log-sum-exp and attention mass */
+    BTX_STAGE_TOP_K,
+    BTX_STAGE_GATHER,
+    BTX_STAGE_PROCESSOR,
+    BTX_STAGE_WRITE,
+    BTX_NUM_STAGES
+} btx_stage;
+
+const char *btx_stage_name(btx_stage stage);
+
+/* What a rewrite did. A view whose data is NULL is not wanted. */
+typedef struct btx_report {
+    btx_tensor recalled;   /* i64 [num_layers, num_steps, top_k]: positions ascending, then -1 */
+    btx_tensor delta_norm; /* f32 [num_layers, num_steps]: Euclidean norm of the gated edit, all rows */
+    btx_tensor row_norm;   /* f32 [num_layers, num_steps]: norm of the selected rows before the edit */
+    double stage_seconds[BTX_NUM_STAGES]; /* summed over threads */
+} btx_report;
+
+/* Selects, processes and rewrites (arXiv 2505.16950, section 3.2). Everything is staged before the first byte
+ * is written, so any status but OK and REBUILD_NEEDED leaves the cache untouched. report may be NULL. */
+btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace, const btx_boundary *boundary,
+                       btx_report *report, btx_error *error);
+
+/* Selection alone: exact attention mass of every prior position, f32 out [num_layers, num_steps, max_prior],
+ * zero behind each step's prior (section 3.2, equation for alpha). recent_window bounds the window as in a
+ * rewrite. */
+btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspace, const btx_boundary *boundary,
+                              int32_t recent_window, btx_tensor *out, btx_error *error);
+
+/* The top_k largest of mass f32 [rows, n], of which the first lengths[row] (i64 [rows]) count: i64 out
+ * [rows, top_k], ascending, then -1. Ties go to the smaller position. */
+btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, const btx_tensor *lengths,
+                            btx_tensor *out, btx_error *error);
+
+/* ---- backend ------------------------------------------------------------------------------------ */
+
+/* One boundary after all checks, as backends see it. Arrays over rows are concatenated over the steps. */
+typedef struct btx_plan_step {
+    int64_t sequence;
+    int64_t sequence_begin;
+    int64_t window_begin;
+    int64_t step_end;
+    int64_t num_prior;     /* window_begin - sequence_begin */
+    int64_t num_window;    /* step_end - window_begin */
+    int64_t num_recalled;  /* min(top_k, num_prior) */
+    int64_t prior_offset;  /* of this step in a layer's [total_prior] */
+    int64_t window_offset; /* in a layer's [total_window] */
+    int64_t row_offset;    /* in a layer's [total_rows]: recalled rows, then window rows */
+} btx_plan_step;
+
+typedef struct btx_plan {
+    const btx_plan_step *steps;
+    int64_t num_steps;
+    int64_t total_prior, total_window, total_rows;
+    const btx_tensor *keys, *values, *queries; /* [num_layers] each */
+    const int32_t *block_table;                /* [num_sequences, block_table_stride] */
+    int64_t block_table_stride;
+    const int32_t *query_table;
+    int64_t query_table_stride;
+    int64_t pages_per_sequence;
+    int64_t block_size, page_size;
+    int32_t num_layers, num_kv_heads, num_query_heads, head_dim;
+    float softmax_scale;
+    const float *rope_inv_freq; /* NULL when keys are used as cached */
+} btx_plan;
+
+/* A packed matrix product y = x W^T + bias for every layer. */
+typedef struct btx_linear {
+    const void *packed; /* [num_layers] blocks of layer_bytes, in the backend's own layout */
+    size_t layer_bytes;
+    const float *bias; /* [num_layers, out_dim] or NULL */
+    int64_t in_dim, out_dim;
+    btx_dtype dtype;
+} btx_linear;
+
+/* A run of layers worked on by one lane. CPU backends take one layer at a time on each thread; a device
+ * backend takes all layers in one pass. Activation pointers start at layer_begin. */
+typedef struct btx_pass {
+    const btx_plan *plan;
+    int32_t layer_begin, layer_end;
+    void *scratch; /* scratch_size bytes for the operation's own use */
+} btx_pass;
+
+typedef btx_status (*btx_pass_function)(void *context, int32_t layer_begin, int32_t layer_end, int32_t lane,
+                                        btx_error *error);
+
+struct btx_backend {
+    uint32_t abi_version; /* BTX_ABI_VERSION */
+    uint32_t struct_size; /* sizeof(btx_backend) */
+    const char *name;     /* "cpu" */
+    const char *variant;  /* "scalar", "avx2", "avx512", "avx512_bf16" */
+    btx_device_type device_type;
+    int32_t layers_per_pass; /* 1 on the CPU; 0: all layers in one pass */
+    int (*available)(void);  /* can this machine run it? */
+
+    /* Memory the backend works on. release(NULL) is fine. */
+    btx_status (*allocate)(size_t bytes, void **memory, btx_error *error);
+    void (*release)(void *memory);
+
+    /* An executor runs fn over [0, num_layers) in passes, lane < num_threads; returns the first failure. */
+    btx_status (*executor_create)(int32_t num_threads, void **executor, btx_error *error);
+    void (*executor_destroy)(void *executor);
+    btx_status (*executor_run)(void *executor, int32_t num_layers, btx_pass_function fn, void *context,
+                               btx_error *error);
+
+    /* Weights f32 [out_dim, in_dim] to the packed layout of one layer. */
+    size_t (*packed_bytes)(int64_t out_dim, int64_t in_dim, btx_dtype dtype);
+    void (*pack)(const float *weight, int64_t out_dim, int64_t in_dim, btx_dtype dtype, void *packed);
+
+    /* Scratch every operation below may use, per lane, for this plan and these widest in/out dimensions. */
+    size_t (*scratch_bytes)(const btx_plan *plan, int64_t max_in_dim, int64_t max_out_dim);
+
+    /* lse [layers, total_window, num_query_heads]: natural log-sum-exp of each window query's causal scores. */
+    btx_status (*attention_lse)(const btx_pass *pass, float *lse, btx_error *error);
+    /* mass [layers, total_prior]: 1 / (num_window * num_query_heads) * sum of exp(score - lse). */
+    btx_status (*attention_mass)(const btx_pass *pass, const float *lse, float *mass, btx_error *error);
+    /* positions [layers, total_rows]: of each step's mass the num_recalled largest, ascending, ties to the
+     * smaller position, NaN as zero; then its window. mass [layers, total_prior] is not read where
+     * num_recalled is 0. */
+    btx_status (*top_k)(const btx_pass *pass, const float *mass, int32_t *positions, btx_error *error);
+    /* rows [layers, total_rows, C] = cached keys | values at positions [layers, total_rows], RoPE undone
+     * when the plan says so. */
+    btx_status (*gather_kv)(const btx_pass *pass, const int32_t *positions, float *rows, btx_error *error);
+    /* out [layers, rows, dim] = x / sqrt(mean(x^2) + eps) * weight [num_layers, dim]. out may be x. */
+    btx_status (*rms_norm)(const btx_pass *pass, const float *x, int64_t rows, int64_t dim, const float *weight,
+                           float eps, float *out, btx_error *error);
+    /* out [layers, rows, out_dim] = x W^T + bias, plus what out held when accumulate is nonzero. */
+    btx_status (*linear)(const btx_pass *pass, const btx_linear *weights, const float *x, int64_t rows,
+                         int accumulate, float *out, btx_error *error);
+    /* out [layers, total_rows, dim] = softmax(q k^T / sqrt(dim / heads)) v per step and head, no mask, from
+     * qkv [layers, total_rows, 3 * dim]. */
+    btx_status (*attention)(const btx_pass *pass, const float *qkv, int64_t dim, int32_t heads, float *out,
+                            btx_error *error);
+    /* out [layers, rows, dim] = silu(gate) * up, from gate_up [layers, rows, 2 * dim]. */
+    btx_status (*swiglu)(const btx_pass *pass, const float *gate_up, int64_t rows, int64_t dim, float *out,
+                         btx_error *error);
+    /* delta [layers, total_rows, C] *= gate (sigmoid already applied), RoPE redone on its key half when the
+     * plan says so; norms f32 [layers, num_steps] each, of the gated delta and of rows. */
+    btx_status (*gate_delta)(const btx_pass *pass, const int32_t *positions, const float *rows, const float *gate,
+                             float *delta, float *delta_norm, float *row_norm, btx_error *error);
+    /* cache += delta, in f32, one rounding into the cache's dtype; a zero edit keeps the element's bits. */
+    btx_status (*write_kv)(const btx_pass *pass, const int32_t *positions, const float *delta, btx_error *error);
+};
+
+/* The backends compiled in, best first; the table is constant. */
+const btx_backend *const *btx_backends(int32_t *count);
+
+/* "cpu" (the best this machine runs) or "cpu:avx2". UNSUPPORTED names what is missing and what there is. */
+btx_status btx_backend_find(const char *name, const btx_backend **backend, btx_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* BTX_H */

@@ -1,0 +1,39 @@
+/* internal.h - what the core's files share and its users do not see. */
+#ifndef BTX_INTERNAL_H
+#define BTX_INTERNAL_H
+
+#include "btx.h"
+
+/* Bytes rounded up so that every buffer carved from one allocation starts on a cache line. */
+#define BTX_ALIGNMENT ((size_t)64)
+
+/* The plan of a boundary and the tables it owns. */
+typedef struct btx_boundary_plan {
+    btx_plan plan;
+    btx_plan_step *steps; /* Owned. */
+} btx_boundary_plan;
+
+/* Checks the whole boundary and lays out its rows. On failure *out owns nothing. */
+btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_device_type device_type,
+                                    int32_t num_layers, int32_t num_kv_heads, int32_t num_query_heads,
+                                    int32_t head_dim, int32_t top_k, int32_t recent_window, int for_writing,
+                                    btx_boundary_plan *out, btx_error *error);
+void btx_boundary_plan_destroy(btx_boundary_plan *plan);
+
+/* Checks one tensor argument: rank, dtype, shape (-1: any), CPU, writable. name is used in the message. */
+btx_status btx_tensor_check(const btx_tensor *tensor, const char *name, btx_dtype dtype, int32_t num_dims,
+                            const int64_t *shape, int for_writing, btx_error *error);
+
+/* ABI and device of a backend that a caller hands in. */
+btx_status btx_backend_check(const btx_backend *backend, btx_error *error);
+
+/* A region of the workspace being laid out: *total grows by count * size, aligned; 0 on overflow. */
+int btx_reserve(size_t *total, size_t *offset, int64_t count, size_t size);
+
+/* Scratch of at least bytes, kept until the workspace is destroyed or grows. */
+btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, char **memory, btx_error *error);
+btx_status btx_workspace_run(btx_workspace *workspace, int32_t num_layers, btx_pass_function fn, void *context,
+                             btx_error *error);
+const btx_backend *btx_workspace_backend(const btx_workspace *workspace);
+
+#endif /* BTX_INTERNAL_H */

@@ -1,0 +1,815 @@
+/* processor.c - the Cache Processor: packed weights, and one boundary as a sequence of backend calls.
+ *
+ *     for every layer                                             stage
+ *       attention_lse, attention_mass                             mass
+ *       top_k                        -> positions                 top_k
+ *       gather_kv                    -> rows [total_rows, C]      gather
+ *       rms_norm, in_proj            -> u [total_rows, D]         processor
+ *       rms_norm, qkv, attention, o_proj    (u += ...)
+ *       rms_norm, gate_up, swiglu, down_proj (u += ...)
+ *       out_proj, gate_delta         -> delta [total_rows, C]
+ *     then, when every layer is staged and finite
+ *       write_kv                                                  write
+ *
+ * This file names no backend. arXiv 2505.16950, section 3; the arithmetic is stated in docs/processor.md. */
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "internal.h"
+
+/* The products of one layer. Those of one input are merged: q, k, v; gate, up. */
+enum { IN_PROJ, QKV_PROJ, O_PROJ, GATE_UP_PROJ, DOWN_PROJ, OUT_PROJ, NUM_LINEARS };
+
+struct btx_processor {
+    const btx_backend *backend;
+    btx_config config;
+    btx_linear linear[NUM_LINEARS];
+    /* The backend's memory, owned: packed products, biases, norms, gates and inverse frequencies. */
+    void *memory;
+    size_t bytes;
+    float *input_norm; /* [num_layers, C] */
+    float *attn_norm;  /* [num_layers, D] */
+    float *mlp_norm;   /* [num_layers, D] */
+    float *gate;       /* [num_layers], sigmoid applied */
+};
+
+static const char *const weight_names[BTX_NUM_WEIGHTS] = {
+    "input_norm.weight", "in_proj.weight", "in_proj.bias",    "attn_norm.weight", "q_proj.weight",
+    "q_proj.bias",       "k_proj.weight",  "k_proj.bias",     "v_proj.weight",    "v_proj.bias",
+    "o_proj.weight",     "o_proj.bias",    "mlp_norm.weight", "gate_proj.weight", "up_proj.weight",
+    "down_proj.weight",  "out_proj.weight", "out_proj.bias",  "gate",
+};
+
+static const char *const stage_names[BTX_NUM_STAGES] = {"mass", "top_k", "gather", "processor", "write"};
+
+const char *btx_weight_name(btx_weight weight)
+{
+    return weight_names[weight];
+}
+
+const char *btx_stage_name(btx_stage stage)
+{
+    return stage_names[stage];
+}
+
+static int64_t kv_width(const btx_config *config)
+{
+    return 2 * (int64_t)config->num_kv_heads * config->head_dim;
+}
+
+int32_t btx_weight_shape(const btx_config *config, btx_weight weight, int64_t shape[2])
+{
+    int64_t C = kv_width(config), D = config->processor_dim, F = config->processor_mlp_dim;
+    int64_t out = D, in = 0; /* in == 0: a vector */
+    switch (weight) {
+    case BTX_GATE:
+    case BTX_NUM_WEIGHTS:
+        return 0;
+    case BTX_INPUT_NORM_WEIGHT:
+    case BTX_OUT_PROJ_BIAS:
+        out = C;
+        break;
+    case BTX_IN_PROJ_WEIGHT:
+        in = C;
+        break;
+    case BTX_Q_PROJ_WEIGHT:
+    case BTX_K_PROJ_WEIGHT:
+    case BTX_V_PROJ_WEIGHT:
+    case BTX_O_PROJ_WEIGHT:
+        in = D;
+        break;
+    case BTX_GATE_PROJ_WEIGHT:
+    case BTX_UP_PROJ_WEIGHT:
+        out = F, in = D;
+        break;
+    case BTX_DOWN_PROJ_WEIGHT:
+        in = F;
+        break;
+    case BTX_OUT_PROJ_WEIGHT:
+        out = C, in = D;
+        break;
+    case BTX_IN_PROJ_BIAS:
+    case BTX_ATTN_NORM_WEIGHT:
+    case BTX_Q_PROJ_BIAS:
+    case BTX_K_PROJ_BIAS:
+    case BTX_V_PROJ_BIAS:
+    case BTX_O_PROJ_BIAS:
+    case BTX_MLP_NORM_WEIGHT:
+        break;
+    }
+    shape[0] = out;
+    if (in == 0)
+        return 1;
+    shape[1] = in;
+    return 2;
+}
+
+static btx_status check_range(const char *name, int64_t value, int64_t low, int64_t high, btx_error *error)
+{
+    if (value < low || value > high)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is %" PRId64 "; it must be %" PRId64 " to %" PRId64, name,
+                        value, low, high);
+    return BTX_OK;
+}
+
+btx_status btx_config_check(const btx_config *config, btx_error *error)
+{
+    const struct {
+        const char *name;
+        int64_t value, low, high;
+    } ranges[] = {
+        {"num_layers", config->num_layers, 1, 4096},
+        {"num_kv_heads", config->num_kv_heads, 1, 4096},
+        {"num_query_heads", config->num_query_heads, 1, 65536},
+        {"head_dim", config->head_dim, 1, 4096},
+        {"processor_dim", config->processor_dim, 1, 65536},
+        {"processor_heads", config->processor_heads, 1, 65536},
+        {"processor_mlp_dim", config->processor_mlp_dim, 1, 1 << 20},
+        {"top_k", config->top_k, 0, BTX_MAX_TOP_K},
+        {"recent_window", config->recent_window, 1, BTX_MAX_RECENT_WINDOW},
+    };
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
+        btx_status status = check_range(ranges[i].name, ranges[i].value, ranges[i].low, ranges[i].high, error);
+        if (status != BTX_OK)
+            return status;
+    }
+    if (config->num_query_heads % config->num_kv_heads != 0)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "num_query_heads %d is not a multiple of num_kv_heads %d",
+                        (int)config->num_query_heads, (int)config->num_kv_heads);
+    if (config->processor_dim % config->processor_heads != 0)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "processor_dim %d is not a multiple of processor_heads %d",
+                        (int)config->processor_dim, (int)config->processor_heads);
+    if (!(config->norm_eps > 0.0f) || !isfinite(config->norm_eps))
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "norm_eps is %g; it must be positive and finite",
+                        (double)config->norm_eps);
+    if (config->weight_dtype != BTX_F32 && config->weight_dtype != BTX_BF16)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "weight_dtype is %s; it must be float32 or bfloat16",
+                        btx_dtype_name(config->weight_dtype));
+    if (config->key_space == BTX_KEYS_ROTATED)
+        return BTX_OK;
+    if (config->key_space != BTX_KEYS_UNROTATED)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "key_space is %d; it must be rotated or unrotated",
+                        (int)config->key_space);
+    if (config->head_dim % 2 != 0 || config->rope_inv_freq == NULL)
+        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                        "unrotated keys need an even head_dim (it is %d) and rope_inv_freq", (int)config->head_dim);
+    for (int32_t i = 0; i < config->head_dim / 2; i++) {
+        if (!isfinite(config->rope_inv_freq[i]))
+            return btx_fail(error, BTX_INVALID_ARGUMENT, "rope_inv_freq[%d] is not finite", (int)i);
+    }
+    return BTX_OK;
+}
+
+static float read_float(const btx_tensor *tensor, int64_t element)
+{
+    uint32_t bits;
+    float value;
+    if (tensor->dtype == BTX_F32)
+        return ((const float *)tensor->data)[element];
+    uint16_t half = ((const uint16_t *)tensor->data)[element];
+    if (tensor->dtype == BTX_BF16) {
+        bits = (uint32_t)half << 16;
+        memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+    /* binary16: a subnormal is its mantissa times 2^-24, everything else only changes its bias. */
+    uint32_t sign = (uint32_t)(half & 0x8000u) << 16, exponent = (half >> 10) & 31u, mantissa = half & 0x3ffu;
+    if (exponent == 0) {
+        value = (float)mantissa * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112u) << 23) | mantissa << 13;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* One checkpoint tensor as f32, row-major, checked. */
+static btx_status read_weight(const btx_config *config, const btx_tensor *weights, int32_t layer,
+                              btx_weight weight, float *out, btx_error *error)
+{
+    const btx_tensor *tensor = &weights[(int64_t)layer * BTX_NUM_WEIGHTS + weight];
+    int64_t shape[2] = {1, 1};
+    int32_t num_dims = btx_weight_shape(config, weight, shape);
+    if (tensor->dtype != BTX_F32 && tensor->dtype != BTX_F16 && tensor->dtype != BTX_BF16)
+        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                        "tensor layers.%d.%s is %s; it must be float32, float16 or bfloat16", (int)layer,
+                        weight_names[weight], btx_dtype_name(tensor->dtype));
+    if (tensor->device.type != BTX_CPU || tensor->data == NULL)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "tensor layers.%d.%s is missing or not on the CPU",
+                        (int)layer, weight_names[weight]);
+    int matches = tensor->num_dims == num_dims;
+    for (int32_t d = 0; matches && d < num_dims; d++)
+        matches = tensor->shape[d] == shape[d];
+    if (!matches)
+        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                        "tensor layers.%d.%s has the wrong shape; the configuration asks for %d dimensions, "
+                        "[%" PRId64 ", %" PRId64 "] where present",
+                        (int)layer, weight_names[weight], (int)num_dims, shape[0], shape[1]);
+    int64_t row_stride = num_dims == 2 ? tensor->stride[0] : 0;
+    int64_t column_stride = num_dims == 2 ? tensor->stride[1] : num_dims == 1 ? tensor->stride[0] : 0;
+    int64_t rows = num_dims == 2 ? shape[0] : 1, columns = num_dims == 2 ? shape[1] : shape[0];
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < columns; c++) {
+            float value = read_float(tensor, r * row_stride + c * column_stride);
+            if (!isfinite(value))
+                return btx_fail(error, BTX_INVALID_ARGUMENT,
+                                "tensor layers.%d.%s holds %g at [%" PRId64 ", %" PRId64 "]; weights must be finite",
+                                (int)layer, weight_names[weight], (double)value, r, c);
+            *out++ = value;
+        }
+    }
+    return BTX_OK;
+}
+
+/* Which checkpoint tensors make up a product, stacked along its output. */
+static const struct {
+    int32_t num_parts;
+    btx_weight weight[3];
+    btx_weight bias[3]; /* BTX_NUM_WEIGHTS: none */
+} products[NUM_LINEARS] = {
+    [IN_PROJ] = {1, {BTX_IN_PROJ_WEIGHT}, {BTX_IN_PROJ_BIAS}},
+    [QKV_PROJ] = {3,
+                  {BTX_Q_PROJ_WEIGHT, BTX_K_PROJ_WEIGHT, BTX_V_PROJ_WEIGHT},
+                  {BTX_Q_PROJ_BIAS, BTX_K_PROJ_BIAS, BTX_V_PROJ_BIAS}},
+    [O_PROJ] = {1, {BTX_O_PROJ_WEIGHT}, {BTX_O_PROJ_BIAS}},
+    [GATE_UP_PROJ] = {2, {BTX_GATE_PROJ_WEIGHT, BTX_UP_PROJ_WEIGHT}, {BTX_NUM_WEIGHTS, BTX_NUM_WEIGHTS}},
+    [DOWN_PROJ] = {1, {BTX_DOWN_PROJ_WEIGHT}, {BTX_NUM_WEIGHTS}},
+    [OUT_PROJ] = {1, {BTX_OUT_PROJ_WEIGHT}, {BTX_OUT_PROJ_BIAS}},
+};
+
+/* Sizes of everything the processor keeps; fills in_dim, out_dim, layer_bytes and the offsets. */
+static btx_status lay_out_weights(btx_processor *processor, size_t packed_offset[NUM_LINEARS],
+                                  size_t bias_offset[NUM_LINEARS], size_t vector_offset[5], btx_error *error)
+{
+    const btx_config *config = &processor->config;
+    size_t total = 0;
+    int fits = 1;
+    for (int32_t p = 0; p < NUM_LINEARS; p++) {
+        btx_linear *linear = &processor->linear[p];
+        int64_t shape[2] = {0, 0};
+        btx_weight_shape(config, products[p].weight[0], shape);
+        linear->out_dim = products[p].num_parts * shape[0];
+        linear->in_dim = shape[1];
+        linear->dtype = config->weight_dtype;
+        linear->layer_bytes = processor->backend->packed_bytes(linear->out_dim, linear->in_dim, linear->dtype);
+        linear->layer_bytes += (BTX_ALIGNMENT - linear->layer_bytes % BTX_ALIGNMENT) % BTX_ALIGNMENT;
+        fits = fits && btx_reserve(&total, &packed_offset[p], config->num_layers, linear->layer_bytes);
+        if (products[p].bias[0] != BTX_NUM_WEIGHTS)
+            fits = fits && btx_reserve(&total, &bias_offset[p], config->num_layers * linear->out_dim, sizeof(float));
+    }
+    const int64_t lengths[5] = {config->num_layers * kv_width(config),
+                                (int64_t)config->num_layers * config->processor_dim,
+                                (int64_t)config->num_layers * config->processor_dim, config->num_layers,
+                                config->rope_inv_freq != NULL ? config->head_dim / 2 : 0};
+    for (int32_t i = 0; i < 5; i++)
+        fits = fits && btx_reserve(&total, &vector_offset[i], lengths[i], sizeof(float));
+    if (!fits)
+        return btx_fail(error, BTX_OUT_OF_MEMORY, "the Processor's weights exceed the address space");
+    processor->bytes = total;
+    return BTX_OK;
+}
+
+static btx_status pack_layer(btx_processor *processor, const btx_tensor *weights, int32_t layer, float *unpacked,
+                             btx_error *error)
+{
+    const btx_config *config = &processor->config;
+    int64_t C = kv_width(config), D = config->processor_dim;
+    btx_status status = BTX_OK;
+    for (int32_t p = 0; p < NUM_LINEARS && status == BTX_OK; p++) {
+        const btx_linear *linear = &processor->linear[p];
+        int64_t part_rows = linear->out_dim / products[p].num_parts;
+        for (int32_t part = 0; part < products[p].num_parts && status == BTX_OK; part++) {
+            status = read_weight(config, weights, layer, products[p].weight[part],
+                                 unpacked + part * part_rows * linear->in_dim, error);
+            if (status == BTX_OK && products[p].bias[part] != BTX_NUM_WEIGHTS)
+                status = read_weight(config, weights, layer, products[p].bias[part],
+                                     (float *)linear->bias + layer * linear->out_dim + part * part_rows, error);
+        }
+        if (status == BTX_OK)
+            processor->backend->pack(unpacked, linear->out_dim, linear->in_dim, linear->dtype,
+                                     (char *)linear->packed + (size_t)layer * linear->layer_bytes);
+    }
+    if (status == BTX_OK)
+        status = read_weight(config, weights, layer, BTX_INPUT_NORM_WEIGHT, processor->input_norm + layer * C, error);
+    if (status == BTX_OK)
+        status = read_weight(config, weights, layer, BTX_ATTN_NORM_WEIGHT, processor->attn_norm + layer * D, error);
+    if (status == BTX_OK)
+        status = read_weight(config, weights, layer, BTX_MLP_NORM_WEIGHT, processor->mlp_norm + layer * D, error);
+    if (status == BTX_OK)
+        status = read_weight(config, weights, layer, BTX_GATE, processor->gate + layer, error);
+    if (status == BTX_OK)
+        processor->gate[layer] = 1.0f / (1.0f + expf(-processor->gate[layer]));
+    return status;
+}
+
+btx_status btx_processor_create(const btx_backend *backend, const btx_config *config, const btx_tensor *weights,
+                                btx_processor **processor, btx_error *error)
+{
+    btx_processor *created = NULL;
+    float *unpacked = NULL;
+    size_t packed_offset[NUM_LINEARS] = {0}, bias_offset[NUM_LINEARS] = {0}, vector_offset[5] = {0};
+    *processor = NULL;
+    btx_status status = btx_backend_check(backend, error);
+    if (status == BTX_OK)
+        status = btx_config_check(config, error);
+    if (status != BTX_OK)
+        return status;
+    created = calloc(1, sizeof *created);
+    if (created == NULL)
+        return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for a Processor");
+    created->backend = backend;
+    created->config = *config;
+    if (config->key_space == BTX_KEYS_ROTATED)
+        created->config.rope_inv_freq = NULL;
+    status = lay_out_weights(created, packed_offset, bias_offset, vector_offset, error);
+    if (status == BTX_OK)
+        status = backend->allocate(created->bytes, &created->memory, error);
+    if (status != BTX_OK)
+        goto cleanup;
+
+    char *memory = created->memory;
+    int64_t largest = 0;
+    for (int32_t p = 0; p < NUM_LINEARS; p++) {
+        btx_linear *linear = &created->linear[p];
+        linear->packed = memory + packed_offset[p];
+        linear->bias = products[p].bias[0] != BTX_NUM_WEIGHTS ? (float *)(memory + bias_offset[p]) : NULL;
+        if (linear->out_dim * linear->in_dim > largest)
+            largest = linear->out_dim * linear->in_dim;
+    }
+    created->input_norm = (float *)(memory + vector_offset[0]);
+    created->attn_norm = (float *)(memory + vector_offset[1]);
+    created->mlp_norm = (float *)(memory + vector_offset[2]);
+    created->gate = (float *)(memory + vector_offset[3]);
+    if (created->config.rope_inv_freq != NULL) {
+        float *inv_freq = (float *)(memory + vector_offset[4]);
+        memcpy(inv_freq, config->rope_inv_freq, sizeof(float) * (size_t)(config->head_dim / 2));
+        created->config.rope_inv_freq = inv_freq;
+    }
+    unpacked = malloc((size_t)largest * sizeof *unpacked);
+    if (unpacked == NULL) {
+        status = btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for packing %" PRId64 " weights", largest);
+        goto cleanup;
+    }
+    for (int32_t layer = 0; layer < config->num_layers && status == BTX_OK; layer++)
+        status = pack_layer(created, weights, layer, unpacked, error);
+
+cleanup:
+    free(unpacked);
+    if (status != BTX_OK) {
+        btx_processor_destroy(created);
+        created = NULL;
+    }
+    *processor = created;
+    return status;
+}
+
+void btx_processor_destroy(btx_processor *processor)
+{
+    if (processor == NULL)
+        return;
+    processor->backend->release(processor->memory);
+    free(processor);
+}
+
+const btx_config *btx_processor_config(const btx_processor *processor)
+{
+    return &processor->config;
+}
+
+const btx_backend *btx_processor_backend(const btx_processor *processor)
+{
+    return processor->backend;
+}
+
+size_t btx_processor_bytes(const btx_processor *processor)
+{
+    return processor->bytes;
+}
+
+/* ---- one boundary --------------------------------------------------------------------------------- */
+
+/* Buffers of one lane, for one pass of layers. */
+typedef struct lane_layout {
+    size_t lse, mass, rows, normed, u, wide, heads, scratch, bytes;
+} lane_layout;
+
+typedef struct boundary_run {
+    const btx_processor *processor; /* NULL: attention mass alone */
+    const btx_backend *backend;
+    const btx_plan *plan;
+    lane_layout layout;
+    char *lanes;          /* [num_threads] of layout.bytes */
+    int32_t *positions;   /* [num_layers, total_rows] */
+    float *delta;         /* [num_layers, total_rows, C] */
+    float *delta_norm;    /* [num_layers, num_steps] */
+    float *row_norm;      /* [num_layers, num_steps] */
+    double *seconds;      /* [num_threads, BTX_NUM_STAGES] */
+    const btx_tensor *mass_out;
+} boundary_run;
+
+static double now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+/* Adds the time since *since to a stage and starts the next. */
+static void charge(boundary_run *run, int32_t lane, btx_stage stage, double *since)
+{
+    double time = now();
+    run->seconds[(int64_t)lane * BTX_NUM_STAGES + stage] += time - *since;
+    *since = time;
+}
+
+static btx_pass make_pass(const boundary_run *run, int32_t layer_begin, int32_t layer_end, int32_t lane)
+{
+    return (btx_pass){
+        .plan = run->plan,
+        .layer_begin = layer_begin,
+        .layer_end = layer_end,
+        .scratch = run->lanes + (size_t)lane * run->layout.bytes + run->layout.scratch,
+    };
+}
+
+static btx_status measure_mass(boundary_run *run, const btx_pass *pass, float *lse, float *mass, btx_error *error)
+{
+    if (run->plan->total_prior == 0)
+        return BTX_OK;
+    btx_status status = run->backend->attention_lse(pass, lse, error);
+    if (status == BTX_OK)
+        status = run->backend->attention_mass(pass, lse, mass, error);
+    return status;
+}
+
+static btx_status process_rows(boundary_run *run, const btx_pass *pass, char *lane, const int32_t *positions,
+                               float *delta, float *delta_norm, float *row_norm, btx_error *error)
+{
+    const btx_processor *processor = run->processor;
+    const btx_backend *backend = run->backend;
+    const btx_config *config = &processor->config;
+    const btx_linear *linear = processor->linear;
+    int64_t rows = run->plan->total_rows, D = config->processor_dim, F = config->processor_mlp_dim;
+    int64_t C = kv_width(config);
+    float *x = (float *)(lane + run->layout.rows), *normed = (float *)(lane + run->layout.normed);
+    float *u = (float *)(lane + run->layout.u), *wide = (float *)(lane + run->layout.wide);
+    float *heads = (float *)(lane + run->layout.heads);
+    btx_status status;
+
+    status = backend->rms_norm(pass, x, rows, C, processor->input_norm, config->norm_eps, normed, error);
+    if (status == BTX_OK)
+        status = backend->linear(pass, &linear[IN_PROJ], normed, rows, 0, u, error);
+
+    if (status == BTX_OK)
+        status = backend->rms_norm(pass, u, rows, D, processor->attn_norm, config->norm_eps, normed, error);
+    if (status == BTX_OK)
+        status = backend->linear(pass, &linear[QKV_PROJ], normed, rows, 0, wide, error);
+    if (status == BTX_OK)
+        status = backend->attention(pass, wide, D, config->processor_heads, heads, error);
+    if (status == BTX_OK)
+        status = backend->linear(pass, &linear[O_PROJ], heads, rows, 1, u, error);
+
+    if (status == BTX_OK)
+        status = backend->rms_norm(pass, u, rows, D, processor->mlp_norm, config->norm_eps, normed, error);
+    if (status == BTX_OK)
+        status = backend->linear(pass, &linear[GATE_UP_PROJ], normed, rows, 0, wide, error);
+    if (status == BTX_OK)
+        status = backend->swiglu(pass, wide, rows, F, heads, error);
+    if (status == BTX_OK)
+        status = backend->linear(pass, &linear[DOWN_PROJ], heads, rows, 1, u, error);
+
+    if (status == BTX_OK)
+        status = backend->linear(pass, &linear[OUT_PROJ], u, rows, 0, delta, error);
+    if (status == BTX_OK)
+        status = backend->gate_delta(pass, positions, x, processor->gate, delta, delta_norm, row_norm, error);
+    return status;
+}
+
+/* Stages one pass: everything but the write. */
+static btx_status stage_pass(void *context, int32_t layer_begin, int32_t layer_end, int32_t lane_index,
+                             btx_error *error)
+{
+    boundary_run *run = context;
+    const btx_plan *plan = run->plan;
+    btx_pass pass = make_pass(run, layer_begin, layer_end, lane_index);
+    char *lane = run->lanes + (size_t)lane_index * run->layout.bytes;
+    float *mass = (float *)(lane + run->layout.mass);
+    int32_t *positions = run->positions + layer_begin * plan->total_rows;
+    double since = now();
+
+    btx_status status = BTX_OK;
+    if (run->processor->config.top_k > 0)
+        status = measure_mass(run, &pass, (float *)(lane + run->layout.lse), mass, error);
+    charge(run, lane_index, BTX_STAGE_MASS, &since);
+    if (status == BTX_OK)
+        status = run->backend->top_k(&pass, mass, positions, error);
+    charge(run, lane_index, BTX_STAGE_TOP_K, &since);
+    if (status == BTX_OK)
+        status = run->backend->gather_kv(&pass, positions, (float *)(lane + run->layout.rows), error);
+    charge(run, lane_index, BTX_STAGE_GATHER, &since);
+    if (status == BTX_OK)
+        status = process_rows(run, &pass, lane, positions,
+                              run->delta + layer_begin * plan->total_rows * kv_width(&run->processor->config),
+                              run->delta_norm + layer_begin * plan->num_steps,
+                              run->row_norm + layer_begin * plan->num_steps, error);
+    charge(run, lane_index, BTX_STAGE_PROCESSOR, &since);
+    return status;
+}
+
+static btx_status write_pass(void *context, int32_t layer_begin, int32_t layer_end, int32_t lane, btx_error *error)
+{
+    boundary_run *run = context;
+    btx_pass pass = make_pass(run, layer_begin, layer_end, lane);
+    int64_t first_row = layer_begin * run->plan->total_rows;
+    double since = now();
+    btx_status status = run->backend->write_kv(&pass, run->positions + first_row,
+                                               run->delta + first_row * kv_width(&run->processor->config), error);
+    charge(run, lane, BTX_STAGE_WRITE, &since);
+    return status;
+}
+
+/* Lays out lanes and staged results in the workspace. C == 0: attention mass alone. */
+static btx_status lay_out_run(boundary_run *run, btx_workspace *workspace, int64_t C, int64_t D, int64_t F,
+                              btx_error *error)
+{
+    const btx_plan *plan = run->plan;
+    lane_layout *lane = &run->layout;
+    int32_t num_threads = btx_workspace_num_threads(workspace);
+    int64_t layers = run->backend->layers_per_pass > 0 ? run->backend->layers_per_pass : plan->num_layers;
+    int64_t rows = layers * plan->total_rows;
+    int64_t wide = 3 * D > 2 * F ? 3 * D : 2 * F;
+    int64_t narrow = D > F ? D : F;
+    int fits = btx_reserve(&lane->bytes, &lane->lse, layers * plan->total_window * plan->num_query_heads, sizeof(float)) &&
+               btx_reserve(&lane->bytes, &lane->mass, layers * plan->total_prior, sizeof(float)) &&
+               btx_reserve(&lane->bytes, &lane->rows, rows * C, sizeof(float)) &&
+               btx_reserve(&lane->bytes, &lane->normed, rows * (C > D ? C : D), sizeof(float)) &&
+               btx_reserve(&lane->bytes, &lane->u, rows * D, sizeof(float)) &&
+               btx_reserve(&lane->bytes, &lane->wide, rows * wide, sizeof(float)) &&
+               btx_reserve(&lane->bytes, &lane->heads, rows * narrow, sizeof(float)) &&
+               btx_reserve(&lane->bytes, &lane->scratch, 1,
+                           run->backend->scratch_bytes(plan, C > narrow ? C : narrow, C > wide ? C : wide));
+    size_t total = 0, lanes = 0, positions = 0, delta = 0, delta_norm = 0, row_norm = 0, seconds = 0;
+    int64_t all_rows = plan->num_layers * plan->total_rows, all_steps = plan->num_layers * plan->num_steps;
+    fits = fits && btx_reserve(&total, &lanes, num_threads, lane->bytes) &&
+           btx_reserve(&total, &positions, all_rows, sizeof(int32_t)) &&
+           btx_reserve(&total, &delta, all_rows * C, sizeof(float)) &&
+           btx_reserve(&total, &delta_norm, all_steps, sizeof(float)) &&
+           btx_reserve(&total, &row_norm, all_steps, sizeof(float)) &&
+           btx_reserve(&total, &seconds, num_threads, BTX_NUM_STAGES * sizeof(double));
+    if (!fits)
+        return btx_fail(error, BTX_OUT_OF_MEMORY, "%" PRId64 " rows exceed the address space; split the call",
+                        plan->total_rows);
+    char *memory = NULL;
+    btx_status status = btx_workspace_reserve(workspace, total, &memory, error);
+    if (status != BTX_OK)
+        return status;
+    run->lanes = memory + lanes;
+    run->positions = (int32_t *)(memory + positions);
+    run->delta = (float *)(memory + delta);
+    run->delta_norm = (float *)(memory + delta_norm);
+    run->row_norm = (float *)(memory + row_norm);
+    run->seconds = (double *)(memory + seconds);
+    memset(run->seconds, 0, (size_t)num_threads * BTX_NUM_STAGES * sizeof(double));
+    return BTX_OK;
+}
+
+static btx_status check_report(const btx_report *report, const btx_plan *plan, int32_t top_k, btx_error *error)
+{
+    const int64_t recalled[3] = {plan->num_layers, plan->num_steps, top_k};
+    btx_status status = BTX_OK;
+    if (report->recalled.data != NULL)
+        status = btx_tensor_check(&report->recalled, "recalled", BTX_I64, 3, recalled, 1, error);
+    if (status == BTX_OK && report->delta_norm.data != NULL)
+        status = btx_tensor_check(&report->delta_norm, "delta_norm", BTX_F32, 2, recalled, 1, error);
+    if (status == BTX_OK && report->row_norm.data != NULL)
+        status = btx_tensor_check(&report->row_norm, "row_norm", BTX_F32, 2, recalled, 1, error);
+    return status;
+}
+
+static void copy_norms(const btx_tensor *out, const float *norms, const btx_plan *plan)
+{
+    for (int64_t layer = 0; out->data != NULL && layer < plan->num_layers; layer++) {
+        for (int64_t step = 0; step < plan->num_steps; step++)
+            ((float *)out->data)[layer * out->stride[0] + step * out->stride[1]] =
+                norms[layer * plan->num_steps + step];
+    }
+}
+
+static void fill_report(btx_report *report, const boundary_run *run, int32_t top_k, int32_t num_threads)
+{
+    const btx_plan *plan = run->plan;
+    const btx_tensor *out = &report->recalled;
+    for (int64_t layer = 0; out->data != NULL && layer < plan->num_layers; layer++) {
+        for (int64_t s = 0; s < plan->num_steps; s++) {
+            const btx_plan_step *step = &plan->steps[s];
+            const int32_t *positions = run->positions + layer * plan->total_rows + step->row_offset;
+            int64_t *row = (int64_t *)out->data + layer * out->stride[0] + s * out->stride[1];
+            for (int64_t i = 0; i < top_k; i++)
+                row[i * out->stride[2]] = i < step->num_recalled ? positions[i] : -1;
+        }
+    }
+    copy_norms(&report->delta_norm, run->delta_norm, plan);
+    copy_norms(&report->row_norm, run->row_norm, plan);
+    for (int32_t lane = 0; lane < num_threads; lane++) {
+        for (int32_t stage = 0; stage < BTX_NUM_STAGES; stage++)
+            report->stage_seconds[stage] += run->seconds[lane * BTX_NUM_STAGES + stage];
+    }
+}
+
+static btx_status check_finite(const boundary_run *run, btx_error *error)
+{
+    const btx_plan *plan = run->plan;
+    for (int64_t i = 0; i < plan->num_layers * plan->num_steps; i++) {
+        if (!isfinite(run->delta_norm[i]))
+            return btx_fail(error, BTX_INVALID_ARGUMENT,
+                            "the edit of sequence %" PRId64 " in layer %" PRId64
+                            " is not finite: its cache or the weights hold NaN, infinity or too large values; "
+                            "nothing was written",
+                            plan->steps[i % plan->num_steps].sequence, i / plan->num_steps);
+    }
+    return BTX_OK;
+}
+
+static btx_status check_pair(const btx_backend *backend, const btx_workspace *workspace, btx_error *error)
+{
+    if (workspace == NULL || btx_workspace_backend(workspace) != backend)
+        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                        "the workspace is of another backend than '%s:%s'; create it with this one", backend->name,
+                        backend->variant);
+    return BTX_OK;
+}
+
+btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace, const btx_boundary *boundary,
+                       btx_report *report, btx_error *error)
+{
+    const btx_config *config = &processor->config;
+    btx_boundary_plan planned = {0};
+    btx_status status = check_pair(processor->backend, workspace, error);
+    if (status == BTX_OK)
+        status = btx_boundary_plan_create(boundary, processor->backend->device_type, config->num_layers,
+                                          config->num_kv_heads, config->num_query_heads, config->head_dim,
+                                          config->top_k, config->recent_window, 1, &planned, error);
+    if (status != BTX_OK)
+        return status;
+    planned.plan.rope_inv_freq = config->rope_inv_freq;
+    boundary_run run = {.processor = processor, .backend = processor->backend, .plan = &planned.plan};
+    if (report != NULL) {
+        memset(report->stage_seconds, 0, sizeof report->stage_seconds);
+        status = check_report(report, &planned.plan, config->top_k, error);
+    }
+    if (status != BTX_OK || planned.plan.num_steps == 0)
+        goto cleanup;
+    status = lay_out_run(&run, workspace, kv_width(config), config->processor_dim, config->processor_mlp_dim, error);
+    if (status == BTX_OK)
+        status = btx_workspace_run(workspace, config->num_layers, stage_pass, &run, error);
+    if (status == BTX_OK)
+        status = check_finite(&run, error);
+    if (status != BTX_OK)
+        goto cleanup;
+
+    /* The only writes to the caller's cache. */
+    if (btx_workspace_run(workspace, config->num_layers, write_pass, &run, error) != BTX_OK) {
+        status = BTX_REBUILD_NEEDED;
+        goto cleanup;
+    }
+    if (report != NULL)
+        fill_report(report, &run, config->top_k, btx_workspace_num_threads(workspace));
+
+cleanup:
+    btx_boundary_plan_destroy(&planned);
+    return status;
+}
+
+static btx_status mass_pass(void *context, int32_t layer_begin, int32_t layer_end, int32_t lane_index,
+                            btx_error *error)
+{
+    boundary_run *run = context;
+    const btx_plan *plan = run->plan;
+    const btx_tensor *out = run->mass_out;
+    btx_pass pass = make_pass(run, layer_begin, layer_end, lane_index);
+    char *lane = run->lanes + (size_t)lane_index * run->layout.bytes;
+    const float *mass = (const float *)(lane + run->layout.mass);
+    btx_status status = measure_mass(run, &pass, (float *)(lane + run->layout.lse), (float *)(lane + run->layout.mass),
+                                     error);
+    if (status != BTX_OK)
+        return status;
+    for (int64_t layer = layer_begin; layer < layer_end; layer++, mass += plan->total_prior) {
+        for (int64_t s = 0; s < plan->num_steps; s++) {
+            const btx_plan_step *step = &plan->steps[s];
+            float *row = (float *)out->data + layer * out->stride[0] + s * out->stride[1];
+            for (int64_t i = 0; i < out->shape[2]; i++)
+                row[i * out->stride[2]] = i < step->num_prior ? mass[step->prior_offset + i] : 0.0f;
+        }
+    }
+    return BTX_OK;
+}
+
+btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspace, const btx_boundary *boundary,
+                              int32_t recent_window, btx_tensor *out, btx_error *error)
+{
+    btx_boundary_plan planned = {0};
+    btx_status status = btx_backend_check(backend, error);
+    if (status == BTX_OK)
+        status = check_pair(backend, workspace, error);
+    if (status == BTX_OK)
+        status = check_range("recent_window", recent_window, 1, BTX_MAX_RECENT_WINDOW, error);
+    if (status != BTX_OK)
+        return status;
+    if (boundary == NULL || boundary->kv_cache == NULL || boundary->query_cache == NULL ||
+        boundary->kv_cache->num_layers < 1 || boundary->query_cache->num_layers < 1 ||
+        boundary->kv_cache->keys[0].num_dims != 4 || boundary->query_cache->queries[0].num_dims != 4)
+        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                        "attention mass needs keys and queries of at least one layer, four dimensions each");
+    /* There is no Processor to say what shape the backbone has: the cache itself does. */
+    const int64_t *key_shape = boundary->kv_cache->keys[0].shape;
+    int64_t num_query_heads = boundary->query_cache->queries[0].shape[2];
+    if (key_shape[2] < 1 || key_shape[2] > 4096 || key_shape[3] < 1 || key_shape[3] > 4096 || num_query_heads < 1 ||
+        num_query_heads > 65536 || num_query_heads % key_shape[2] != 0)
+        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                        "%" PRId64 " query heads over %" PRId64 " KV heads of size %" PRId64
+                        " make no attention; query heads are a multiple of KV heads",
+                        num_query_heads, key_shape[2], key_shape[3]);
+    status = btx_boundary_plan_create(boundary, backend->device_type, boundary->kv_cache->num_layers,
+                                      (int32_t)key_shape[2], (int32_t)num_query_heads, (int32_t)key_shape[3], 0,
+                                      recent_window, 0, &planned, error);
+    if (status != BTX_OK)
+        return status;
+    int64_t max_prior = 0;
+    for (int64_t s = 0; s < planned.plan.num_steps; s++)
+        max_prior = planned.steps[s].num_prior > max_prior ? planned.steps[s].num_prior : max_prior;
+    const int64_t shape[3] = {planned.plan.num_layers, planned.plan.num_steps, max_prior};
+    status = btx_tensor_check(out, "out", BTX_F32, 3, shape, 1, error);
+    boundary_run run = {.backend = backend, .plan = &planned.plan, .mass_out = out};
+    if (status != BTX_OK || planned.plan.num_steps == 0)
+        goto cleanup;
+    status = lay_out_run(&run, workspace, 0, 0, 0, error);
+    if (status == BTX_OK)
+        status = btx_workspace_run(workspace, planned.plan.num_layers, mass_pass, &run, error);
+
+cleanup:
+    btx_boundary_plan_destroy(&planned);
+    return status;
+}
+
+btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, const btx_tensor *lengths,
+                            btx_tensor *out, btx_error *error)
+{
+    const int64_t any[2] = {-1, -1};
+    btx_plan_step step = {0};
+    btx_plan plan = {.steps = &step, .num_steps = 1, .num_layers = 1};
+    float *row_mass = NULL;
+    int32_t *positions = NULL;
+    void *scratch = NULL;
+    btx_status status = btx_backend_check(backend, error);
+    if (status == BTX_OK && backend->device_type != BTX_CPU)
+        status = btx_fail(error, BTX_UNSUPPORTED, "select_top_k runs on CPU backends");
+    if (status == BTX_OK)
+        status = btx_tensor_check(mass, "mass", BTX_F32, 2, any, 0, error);
+    if (status == BTX_OK)
+        status = btx_tensor_check(lengths, "lengths", BTX_I64, 1, mass->shape, 0, error);
+    const int64_t out_shape[2] = {mass->shape[0], -1};
+    if (status == BTX_OK)
+        status = btx_tensor_check(out, "out", BTX_I64, 2, out_shape, 1, error);
+    if (status != BTX_OK)
+        return status;
+    int64_t n = mass->shape[1], top_k = out->shape[1];
+    if (n > INT32_MAX)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "mass has %" PRId64 " columns; at most %d fit", n, INT32_MAX);
+    for (int64_t row = 0; row < mass->shape[0]; row++) {
+        int64_t length = ((const int64_t *)lengths->data)[row * lengths->stride[0]];
+        if (length < 0 || length > n)
+            return btx_fail(error, BTX_INVALID_ARGUMENT, "lengths[%" PRId64 "] is %" PRId64 "; it must be 0 to %" PRId64,
+                            row, length, n);
+    }
+    plan.total_prior = n;
+    step.num_prior = n;
+    row_mass = malloc((size_t)(n + 1) * sizeof *row_mass);
+    positions = malloc((size_t)(n + 1) * sizeof *positions);
+    scratch = malloc(backend->scratch_bytes(&plan, 0, 0) + 1);
+    if (row_mass == NULL || positions == NULL || scratch == NULL) {
+        status = btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for selecting among %" PRId64 " positions", n);
+        goto cleanup;
+    }
+    for (int64_t row = 0; row < mass->shape[0] && status == BTX_OK; row++) {
+        const float *from = (const float *)mass->data + row * mass->stride[0];
+        int64_t *to = (int64_t *)out->data + row * out->stride[0];
+        int64_t length = ((const int64_t *)lengths->data)[row * lengths->stride[0]];
+        for (int64_t i = 0; i < length; i++)
+            row_mass[i] = from[i * mass->stride[1]];
+        step.num_prior = plan.total_prior = length;
+        step.num_recalled = plan.total_rows = length < top_k ? length : top_k;
+        btx_pass pass = {.plan = &plan, .layer_begin = 0, .layer_end = 1, .scratch = scratch};
+        status = backend->top_k(&pass, row_mass, positions, error);
+        for (int64_t i = 0; i < top_k && status == BTX_OK; i++)
+            to[i * out->stride[1]] = i < step.num_recalled ? positions[i] : -1;
+    }
+
+cleanup:
+    free(row_mass);
+    free(positions);
+    free(scratch);
+    return status;
+}

@@ -1,0 +1,63 @@
+/* py_module.h - what the extension's files share. Only py_*.c see Python.h.
+ *
+ * bottleneck_ext._core is an abi3 module for CPython >= 3.11: multi-phase initialisation, heap types, all state in
+ * the module. Errors of the core become exceptions here and nowhere else. */
+#ifndef BTX_PY_MODULE_H
+#define BTX_PY_MODULE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "btx.h"
+
+typedef struct module_state {
+    /* Exceptions. Owned. */
+    PyObject *bottleneck_error;
+    PyObject *invalid_argument_error;
+    PyObject *unsupported_error;
+    PyObject *device_error;
+    PyObject *rebuild_needed_error;
+    /* Types. Owned. */
+    PyTypeObject *kv_cache_type;
+    PyTypeObject *query_cache_type;
+    PyTypeObject *processor_type;
+    PyTypeObject *workspace_type;
+    /* The keyword arguments {"max_version": (1, 0)}. Owned. */
+    PyObject *dlpack_keywords;
+    PyObject *empty_tuple;
+} module_state;
+
+extern struct PyModuleDef btx_module_def;
+
+module_state *module_state_of(PyObject *module);
+/* Of an instance of one of our types (subclasses included). */
+module_state *module_state_of_self(PyTypeObject *type);
+
+/* Sets the exception for a status and returns NULL. */
+PyObject *raise_status(module_state *state, btx_status status, const btx_error *error);
+
+/* "cpu", "cpu:avx2": sets UnsupportedError and returns NULL when it is not to be had. The environment variable
+ * BOTTLENECKED_CPU_ISA stands for the variant where "cpu" names none. */
+const btx_backend *find_backend(module_state *state, const char *name);
+
+/* py_dlpack.c: borrows a tensor. The returned capsule owns the export and must outlive the view. NULL with an
+ * exception set on failure; name and index (-1: none) say in the message which argument it was. */
+PyObject *borrow_tensor(module_state *state, PyObject *object, const char *name, Py_ssize_t index,
+                        btx_tensor *view);
+
+/* A list of tensors borrowed for the duration of a call. */
+typedef struct borrowed_list {
+    Py_ssize_t length;
+    PyObject **capsules; /* Owned, [length]; NULL behind the last borrowed one. */
+    btx_tensor *views;   /* Owned, [length]. */
+} borrowed_list;
+
+int borrowed_list_init(borrowed_list *list, Py_ssize_t length);
+void borrowed_list_clear(borrowed_list *list);
+
+/* py_types.c */
+extern PyType_Spec kv_cache_spec, query_cache_spec, processor_spec, workspace_spec;
+PyObject *module_attention_mass(PyObject *module, PyObject *args, PyObject *keywords);
+PyObject *module_select_top_k(PyObject *module, PyObject *args, PyObject *keywords);
+
+#endif /* BTX_PY_MODULE_H */

@@ -1,0 +1,876 @@
+/* py_types.c - KVCache, QueryCache, Workspace, Processor, attention_mass, select_top_k.
+ *
+ * A cache object keeps the Python tensors it was given, and the views they had then. Each call borrows the tensors
+ * anew and refuses those that moved or changed shape, so that memory freed or resized behind our back is never
+ * touched. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "py_module.h"
+
+/* ---- shared ------------------------------------------------------------------------------------- */
+
+static PyObject *tuple_of(PyObject *sequence, const char *name)
+{
+    PyObject *tuple = PySequence_Tuple(sequence);
+    if (tuple == NULL && PyErr_ExceptionMatches(PyExc_TypeError))
+        PyErr_Format(PyExc_TypeError, "%s must be a sequence of tensors, one per layer", name);
+    return tuple;
+}
+
+static int same_view(const btx_tensor *a, const btx_tensor *b)
+{
+    if (a->data != b->data || a->dtype != b->dtype || a->num_dims != b->num_dims ||
+        a->device.type != b->device.type || a->device.index != b->device.index)
+        return 0;
+    for (int32_t d = 0; d < a->num_dims; d++) {
+        if (a->shape[d] != b->shape[d] || (a->shape[d] > 1 && a->stride[d] != b->stride[d]))
+            return 0;
+    }
+    return 1;
+}
+
+static int check_unmoved(module_state *state, const borrowed_list *now, const btx_tensor *then,
+                         Py_ssize_t num_layers, const char *const *names)
+{
+    for (Py_ssize_t i = 0; i < now->length; i++) {
+        if (!same_view(&now->views[i], &then[i])) {
+            PyErr_Format(state->invalid_argument_error,
+                         "%s of layer %zd moved or changed shape since the cache was bound; bind it again",
+                         names[i / num_layers], i % num_layers);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static PyObject *view_dtype(const btx_tensor *view)
+{
+    return PyUnicode_FromString(btx_dtype_name(view->dtype));
+}
+
+/* Frees an instance of a heap type. */
+static void free_instance(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF(type);
+}
+
+static PyObject *new_instance(PyTypeObject *type)
+{
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    return allocate(type, 0);
+}
+
+/* ---- KVCache and QueryCache ----------------------------------------------------------------------- */
+
+typedef struct cache_object {
+    PyObject_HEAD
+    PyObject *tensors;        /* Owned: tuple of num_tensors tensors (keys, then values; or queries). */
+    PyObject *table;          /* Owned: the query table, or NULL. */
+    btx_tensor *views;        /* Owned: as they were when bound. */
+    Py_ssize_t num_layers;
+} cache_object;
+
+static const char *const kv_names[2] = {"keys", "values"};
+static const char *const query_names[1] = {"queries"};
+
+static int cache_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    cache_object *self = (cache_object *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->tensors);
+    Py_VISIT(self->table);
+    return 0;
+}
+
+static int cache_clear(PyObject *object)
+{
+    cache_object *self = (cache_object *)object;
+    Py_CLEAR(self->tensors);
+    Py_CLEAR(self->table);
+    return 0;
+}
+
+static void cache_dealloc(PyObject *object)
+{
+    cache_object *self = (cache_object *)object;
+    PyObject_GC_UnTrack(object);
+    cache_clear(object);
+    PyMem_Free(self->views);
+    free_instance(object);
+}
+
+/* Takes over tensors (a tuple of num_layers times the number of names) after looking at each once. */
+static PyObject *cache_new(PyTypeObject *type, PyObject *tensors, PyObject *table, Py_ssize_t num_layers,
+                           const char *const *names)
+{
+    module_state *state = module_state_of_self(type);
+    borrowed_list borrowed = {0};
+    cache_object *self = NULL;
+    Py_ssize_t size = PyTuple_Size(tensors);
+    if (num_layers == 0) {
+        PyErr_Format(state->invalid_argument_error, "%s: no layers; pass one tensor per layer", names[0]);
+        goto cleanup;
+    }
+    if (borrowed_list_init(&borrowed, size) < 0)
+        goto cleanup;
+    for (Py_ssize_t i = 0; i < size; i++) {
+        borrowed.capsules[i] = borrow_tensor(state, PyTuple_GetItem(tensors, i), names[i / num_layers], i % num_layers,
+                                             &borrowed.views[i]);
+        if (borrowed.capsules[i] == NULL)
+            goto cleanup;
+        if (borrowed.views[i].num_dims != 4) {
+            PyErr_Format(state->invalid_argument_error, "%s of layer %zd have %d dimensions; they must have 4",
+                         names[i / num_layers], i % num_layers, (int)borrowed.views[i].num_dims);
+            goto cleanup;
+        }
+    }
+    self = (cache_object *)new_instance(type);
+    if (self == NULL)
+        goto cleanup;
+    self->tensors = Py_NewRef(tensors);
+    self->table = Py_XNewRef(table);
+    self->num_layers = num_layers;
+    self->views = borrowed.views;
+    borrowed.views = NULL;
+
+cleanup:
+    borrowed_list_clear(&borrowed);
+    return (PyObject *)self;
+}
+
+/* The tensors again, for one call. */
+static int cache_borrow(module_state *state, cache_object *self, borrowed_list *list, const char *const *names)
+{
+    Py_ssize_t size = PyTuple_Size(self->tensors);
+    if (borrowed_list_init(list, size) < 0)
+        return -1;
+    for (Py_ssize_t i = 0; i < size; i++) {
+        list->capsules[i] = borrow_tensor(state, PyTuple_GetItem(self->tensors, i), names[i / self->num_layers],
+                                          i % self->num_layers, &list->views[i]);
+        if (list->capsules[i] == NULL)
+            return -1;
+    }
+    return check_unmoved(state, list, self->views, self->num_layers, names);
+}
+
+static PyObject *kv_cache_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"keys", "values", NULL};
+    PyObject *keys = NULL, *values = NULL, *key_tuple = NULL, *value_tuple = NULL, *both = NULL, *self = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO:KVCache", names, &keys, &values))
+        return NULL;
+    key_tuple = tuple_of(keys, "keys");
+    if (key_tuple == NULL)
+        goto cleanup;
+    value_tuple = tuple_of(values, "values");
+    if (value_tuple == NULL)
+        goto cleanup;
+    if (PyTuple_Size(key_tuple) != PyTuple_Size(value_tuple)) {
+        PyErr_Format(module_state_of_self(type)->invalid_argument_error,
+                     "keys have %zd layers, values have %zd; pass one of each per layer", PyTuple_Size(key_tuple),
+                     PyTuple_Size(value_tuple));
+        goto cleanup;
+    }
+    both = PySequence_Concat(key_tuple, value_tuple);
+    if (both != NULL)
+        self = cache_new(type, both, NULL, PyTuple_Size(key_tuple), kv_names);
+
+cleanup:
+    Py_XDECREF(key_tuple);
+    Py_XDECREF(value_tuple);
+    Py_XDECREF(both);
+    return self;
+}
+
+static PyObject *query_cache_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"queries", "query_table", NULL};
+    PyObject *queries = NULL, *table = Py_None, *tuple = NULL, *self = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|O:QueryCache", names, &queries, &table))
+        return NULL;
+    tuple = tuple_of(queries, "queries");
+    if (tuple != NULL)
+        self = cache_new(type, tuple, table == Py_None ? NULL : table, PyTuple_Size(tuple), query_names);
+    Py_XDECREF(tuple);
+    return self;
+}
+
+static PyObject *cache_num_layers(PyObject *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromSsize_t(((cache_object *)self)->num_layers);
+}
+
+/* closure: which dimension of the first view. */
+static PyObject *cache_dimension(PyObject *self, void *closure)
+{
+    return PyLong_FromLongLong(((cache_object *)self)->views[0].shape[(intptr_t)closure]);
+}
+
+static PyObject *cache_dtype(PyObject *self, void *closure)
+{
+    (void)closure;
+    return view_dtype(&((cache_object *)self)->views[0]);
+}
+
+static PyGetSetDef kv_cache_getset[] = {
+    {"num_layers", cache_num_layers, NULL, "Number of layers.", NULL},
+    {"num_blocks", cache_dimension, NULL, "Blocks of each layer.", (void *)0},
+    {"block_size", cache_dimension, NULL, "Positions in a block.", (void *)1},
+    {"num_kv_heads", cache_dimension, NULL, "KV heads.", (void *)2},
+    {"head_dim", cache_dimension, NULL, "Head size.", (void *)3},
+    {"dtype", cache_dtype, NULL, "\"float32\", \"float16\" or \"bfloat16\".", NULL},
+    {0},
+};
+
+static PyGetSetDef query_cache_getset[] = {
+    {"num_layers", cache_num_layers, NULL, "Number of layers.", NULL},
+    {"num_pages", cache_dimension, NULL, "Pages of each layer.", (void *)0},
+    {"page_size", cache_dimension, NULL, "Query rows in a page.", (void *)1},
+    {"num_query_heads", cache_dimension, NULL, "Query heads.", (void *)2},
+    {"head_dim", cache_dimension, NULL, "Head size.", (void *)3},
+    {"dtype", cache_dtype, NULL, "\"float32\", \"float16\" or \"bfloat16\".", NULL},
+    {0},
+};
+
+PyDoc_STRVAR(kv_cache_doc,
+             "KVCache(keys, values)\n--\n\n"
+             "A stack's KV cache, borrowed through DLPack: per layer one key and one value tensor\n"
+             "[num_blocks, block_size, num_kv_heads, head_dim], any strides, float32, float16 or bfloat16.\n"
+             "The tensors are kept alive; a call made after one of them moved is refused.");
+
+PyDoc_STRVAR(query_cache_doc,
+             "QueryCache(queries, query_table=None)\n--\n\n"
+             "Captured queries, after RoPE: per layer a tensor [num_pages, page_size, num_query_heads, head_dim].\n"
+             "The query of position p of sequence s is in page query_table[s, (p // page_size) % pages_per_sequence],\n"
+             "row p % page_size. query_table: int32 [num_sequences, pages_per_sequence]; None: page s is sequence s's\n"
+             "only one, a ring of page_size rows.");
+
+static PyType_Slot kv_cache_slots[] = {
+    {Py_tp_doc, (void *)kv_cache_doc},       {Py_tp_new, kv_cache_new},         {Py_tp_dealloc, cache_dealloc},
+    {Py_tp_traverse, cache_traverse},        {Py_tp_clear, cache_clear},        {Py_tp_getset, kv_cache_getset},
+    {0, NULL},
+};
+
+static PyType_Slot query_cache_slots[] = {
+    {Py_tp_doc, (void *)query_cache_doc},    {Py_tp_new, query_cache_new},      {Py_tp_dealloc, cache_dealloc},
+    {Py_tp_traverse, cache_traverse},        {Py_tp_clear, cache_clear},        {Py_tp_getset, query_cache_getset},
+    {0, NULL},
+};
+
+PyType_Spec kv_cache_spec = {
+    .name = "bottleneck_ext.KVCache",
+    .basicsize = sizeof(cache_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = kv_cache_slots,
+};
+
+PyType_Spec query_cache_spec = {
+    .name = "bottleneck_ext.QueryCache",
+    .basicsize = sizeof(cache_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = query_cache_slots,
+};
+
+/* ---- Workspace ------------------------------------------------------------------------------------ */
+
+typedef struct workspace_object {
+    PyObject_HEAD
+    btx_workspace *workspace; /* Owned. */
+    const btx_backend *backend;
+    int busy; /* a call is running without the GIL */
+} workspace_object;
+
+static PyObject *workspace_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"num_threads", "backend", NULL};
+    int num_threads = 1;
+    const char *backend_name = "cpu";
+    module_state *state = module_state_of_self(type);
+    btx_error error = {{0}};
+    btx_workspace *workspace = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|is:Workspace", names, &num_threads, &backend_name))
+        return NULL;
+    const btx_backend *backend = find_backend(state, backend_name);
+    if (backend == NULL)
+        return NULL;
+    btx_status status = btx_workspace_create(backend, num_threads, &workspace, &error);
+    if (status != BTX_OK)
+        return raise_status(state, status, &error);
+    workspace_object *self = (workspace_object *)new_instance(type);
+    if (self == NULL) {
+        btx_workspace_destroy(workspace);
+        return NULL;
+    }
+    self->workspace = workspace;
+    self->backend = backend;
+    return (PyObject *)self;
+}
+
+static void workspace_dealloc(PyObject *object)
+{
+    btx_workspace *workspace = ((workspace_object *)object)->workspace;
+    Py_BEGIN_ALLOW_THREADS /* joins the workers */
+    btx_workspace_destroy(workspace);
+    Py_END_ALLOW_THREADS
+    free_instance(object);
+}
+
+static PyObject *backend_full_name(const btx_backend *backend)
+{
+    return PyUnicode_FromFormat("%s:%s", backend->name, backend->variant);
+}
+
+static PyObject *workspace_num_threads(PyObject *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromLong(btx_workspace_num_threads(((workspace_object *)self)->workspace));
+}
+
+static PyObject *workspace_nbytes(PyObject *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromSize_t(btx_workspace_bytes(((workspace_object *)self)->workspace));
+}
+
+static PyObject *workspace_backend(PyObject *self, void *closure)
+{
+    (void)closure;
+    return backend_full_name(((workspace_object *)self)->backend);
+}
+
+static PyGetSetDef workspace_getset[] = {
+    {"num_threads", workspace_num_threads, NULL, "Threads a call may use, the caller's own included.", NULL},
+    {"nbytes", workspace_nbytes, NULL, "Bytes of staging memory, grown to the largest call so far.", NULL},
+    {"backend", workspace_backend, NULL, "For instance \"cpu:avx2\".", NULL},
+    {0},
+};
+
+PyDoc_STRVAR(workspace_doc, "Workspace(num_threads=1, backend=\"cpu\")\n--\n\n"
+                            "Staging memory and threads of one caller: one call at a time. Its threads start at the\n"
+                            "first call and sleep between calls; a forked child starts its own.");
+
+static PyType_Slot workspace_slots[] = {
+    {Py_tp_doc, (void *)workspace_doc},
+    {Py_tp_new, workspace_new},
+    {Py_tp_dealloc, workspace_dealloc},
+    {Py_tp_getset, workspace_getset},
+    {0, NULL},
+};
+
+PyType_Spec workspace_spec = {
+    .name = "bottleneck_ext.Workspace",
+    .basicsize = sizeof(workspace_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = workspace_slots,
+};
+
+/* Marks the workspace as in use; the GIL is about to be released. */
+static int workspace_enter(module_state *state, workspace_object *workspace)
+{
+    if (workspace->busy) {
+        PyErr_SetString(state->invalid_argument_error,
+                        "the workspace is in use by another thread; give each thread its own");
+        return -1;
+    }
+    workspace->busy = 1;
+    return 0;
+}
+
+/* ---- one boundary's arguments ------------------------------------------------------------------------ */
+
+typedef struct boundary_arguments {
+    borrowed_list kv, queries;
+    borrowed_list tables; /* block table, query table; absent where the identity serves */
+    int32_t *identity;    /* Owned: [max(num_blocks, num_pages)] */
+    btx_step *steps;      /* Owned. */
+    btx_kv_cache kv_cache;
+    btx_query_cache query_cache;
+    btx_boundary boundary;
+} boundary_arguments;
+
+static void boundary_arguments_clear(boundary_arguments *arguments)
+{
+    borrowed_list_clear(&arguments->kv);
+    borrowed_list_clear(&arguments->queries);
+    borrowed_list_clear(&arguments->tables);
+    PyMem_Free(arguments->identity);
+    PyMem_Free(arguments->steps);
+}
+
+/* steps: a sequence of (sequence, sequence_begin, step_begin, step_end). */
+static int parse_steps(PyObject *steps, boundary_arguments *arguments)
+{
+    PyObject *fast = PySequence_Tuple(steps);
+    if (fast == NULL)
+        return -1;
+    Py_ssize_t count = PyTuple_Size(fast);
+    arguments->steps = PyMem_Calloc((size_t)count + 1, sizeof *arguments->steps);
+    if (arguments->steps == NULL) {
+        Py_DECREF(fast);
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        long long sequence, sequence_begin, step_begin, step_end;
+        PyObject *tuple = PySequence_Tuple(PyTuple_GetItem(fast, i));
+        int parsed = tuple != NULL && PyArg_ParseTuple(tuple, "LLLL:step", &sequence, &sequence_begin, &step_begin,
+                                                       &step_end);
+        Py_XDECREF(tuple);
+        if (!parsed) {
+            Py_DECREF(fast);
+            return -1;
+        }
+        arguments->steps[i] = (btx_step){sequence, sequence_begin, step_begin, step_end};
+    }
+    Py_DECREF(fast);
+    arguments->boundary.steps = arguments->steps;
+    arguments->boundary.num_steps = count;
+    return 0;
+}
+
+static int parse_table(module_state *state, boundary_arguments *arguments, Py_ssize_t index, PyObject *table,
+                       const char *name, int64_t rows, btx_tensor *out)
+{
+    if (table == NULL || table == Py_None) {
+        const int64_t shape[2] = {rows, 1};
+        *out = btx_tensor_contiguous(arguments->identity, BTX_I32, 2, shape);
+        return 0;
+    }
+    arguments->tables.capsules[index] = borrow_tensor(state, table, name, -1, out);
+    return arguments->tables.capsules[index] == NULL ? -1 : 0;
+}
+
+static int boundary_arguments_parse(module_state *state, boundary_arguments *arguments, cache_object *kv_cache,
+                                    cache_object *query_cache, PyObject *steps, PyObject *block_table,
+                                    double softmax_scale)
+{
+    if (cache_borrow(state, kv_cache, &arguments->kv, kv_names) < 0 ||
+        cache_borrow(state, query_cache, &arguments->queries, query_names) < 0 ||
+        borrowed_list_init(&arguments->tables, 2) < 0 || parse_steps(steps, arguments) < 0)
+        return -1;
+    int64_t num_blocks = kv_cache->views[0].shape[0], num_pages = query_cache->views[0].shape[0];
+    int64_t longest = num_blocks > num_pages ? num_blocks : num_pages;
+    int64_t rows = num_blocks < num_pages ? num_blocks : num_pages;
+    if (longest > INT32_MAX) {
+        PyErr_Format(state->invalid_argument_error, "the caches have %lld blocks; at most 2^31 - 1 can be addressed",
+                     (long long)longest);
+        return -1;
+    }
+    int defaults = query_cache->table == NULL || block_table == Py_None;
+    arguments->identity = PyMem_Calloc(defaults ? (size_t)longest + 1 : 1, sizeof(int32_t));
+    if (arguments->identity == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (int64_t i = 0; defaults && i < longest; i++)
+        arguments->identity[i] = (int32_t)i;
+    arguments->kv_cache = (btx_kv_cache){(int32_t)kv_cache->num_layers, arguments->kv.views,
+                                         arguments->kv.views + kv_cache->num_layers};
+    arguments->query_cache = (btx_query_cache){(int32_t)query_cache->num_layers, arguments->queries.views};
+    arguments->boundary.kv_cache = &arguments->kv_cache;
+    arguments->boundary.query_cache = &arguments->query_cache;
+    arguments->boundary.softmax_scale = (float)softmax_scale;
+    if (block_table == Py_None) {
+        if (parse_table(state, arguments, 1, query_cache->table, "query_table", rows,
+                        &arguments->boundary.query_table) < 0)
+            return -1;
+        if (query_cache->table != NULL && arguments->boundary.query_table.num_dims == 2)
+            rows = arguments->boundary.query_table.shape[0] < num_blocks ? arguments->boundary.query_table.shape[0]
+                                                                         : num_blocks;
+        return parse_table(state, arguments, 0, NULL, "block_table", rows, &arguments->boundary.block_table);
+    }
+    if (parse_table(state, arguments, 0, block_table, "block_table", 0, &arguments->boundary.block_table) < 0)
+        return -1;
+    if (arguments->boundary.block_table.num_dims == 2)
+        rows = arguments->boundary.block_table.shape[0];
+    if (query_cache->table == NULL && rows > num_pages) {
+        PyErr_Format(state->invalid_argument_error,
+                     "the block table has %lld sequences, the query cache %lld pages; pass a query_table",
+                     (long long)rows, (long long)num_pages);
+        return -1;
+    }
+    return parse_table(state, arguments, 1, query_cache->table, "query_table", rows,
+                       &arguments->boundary.query_table);
+}
+
+/* ---- Processor -------------------------------------------------------------------------------------- */
+
+typedef struct processor_object {
+    PyObject_HEAD
+    btx_processor *processor; /* Owned. */
+} processor_object;
+
+static int read_int(PyObject *config, const char *name, int32_t *out)
+{
+    PyObject *value = PyMapping_GetItemString(config, name);
+    if (value == NULL) {
+        if (PyErr_ExceptionMatches(PyExc_KeyError))
+            PyErr_Format(PyExc_KeyError, "the configuration lacks %s", name);
+        return -1;
+    }
+    long long number = PyLong_AsLongLong(value);
+    Py_DECREF(value);
+    if (number == -1 && PyErr_Occurred())
+        return -1;
+    if (number < INT32_MIN || number > INT32_MAX) {
+        PyErr_Format(PyExc_OverflowError, "%s is %lld; it does not fit 32 bits", name, number);
+        return -1;
+    }
+    *out = (int32_t)number;
+    return 0;
+}
+
+static int read_float(PyObject *config, const char *name, float *out)
+{
+    PyObject *value = PyMapping_GetItemString(config, name);
+    if (value == NULL)
+        return -1;
+    double number = PyFloat_AsDouble(value);
+    Py_DECREF(value);
+    if (number == -1.0 && PyErr_Occurred())
+        return -1;
+    *out = (float)number;
+    return 0;
+}
+
+/* rope_inv_freq: None, or a sequence of head_dim / 2 numbers. */
+static int read_inv_freq(module_state *state, PyObject *config, btx_config *out, float **owned)
+{
+    PyObject *value = PyMapping_GetItemString(config, "rope_inv_freq");
+    if (value == NULL)
+        return -1;
+    out->key_space = value == Py_None ? BTX_KEYS_ROTATED : BTX_KEYS_UNROTATED;
+    PyObject *tuple = value == Py_None ? NULL : PySequence_Tuple(value);
+    int missing = value != Py_None && tuple == NULL;
+    Py_DECREF(value);
+    if (tuple == NULL)
+        return missing ? -1 : 0;
+    Py_ssize_t count = PyTuple_Size(tuple);
+    if (count * 2 != out->head_dim) {
+        PyErr_Format(state->invalid_argument_error, "rope_inv_freq has %zd entries; head_dim %d needs %d", count,
+                     (int)out->head_dim, (int)(out->head_dim / 2));
+        Py_DECREF(tuple);
+        return -1;
+    }
+    *owned = PyMem_Calloc((size_t)count + 1, sizeof **owned);
+    if (*owned == NULL)
+        PyErr_NoMemory();
+    for (Py_ssize_t i = 0; *owned != NULL && i < count; i++) {
+        (*owned)[i] = (float)PyFloat_AsDouble(PyTuple_GetItem(tuple, i));
+        if (PyErr_Occurred())
+            break;
+    }
+    Py_DECREF(tuple);
+    out->rope_inv_freq = *owned;
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int read_config(module_state *state, PyObject *config, const char *weight_dtype, btx_config *out,
+                       float **inv_freq)
+{
+    if (strcmp(weight_dtype, "float32") == 0)
+        out->weight_dtype = BTX_F32;
+    else if (strcmp(weight_dtype, "bfloat16") == 0)
+        out->weight_dtype = BTX_BF16;
+    else {
+        PyErr_Format(state->invalid_argument_error, "weight_dtype is '%s'; it must be 'float32' or 'bfloat16'",
+                     weight_dtype);
+        return -1;
+    }
+    if (read_int(config, "num_layers", &out->num_layers) < 0 ||
+        read_int(config, "num_kv_heads", &out->num_kv_heads) < 0 ||
+        read_int(config, "num_query_heads", &out->num_query_heads) < 0 ||
+        read_int(config, "head_dim", &out->head_dim) < 0 ||
+        read_int(config, "processor_dim", &out->processor_dim) < 0 ||
+        read_int(config, "processor_heads", &out->processor_heads) < 0 ||
+        read_int(config, "processor_mlp_dim", &out->processor_mlp_dim) < 0 ||
+        read_int(config, "top_k", &out->top_k) < 0 || read_int(config, "recent_window", &out->recent_window) < 0 ||
+        read_float(config, "norm_eps", &out->norm_eps) < 0 || read_inv_freq(state, config, out, inv_freq) < 0)
+        return -1;
+    btx_error error = {{0}};
+    btx_status status = btx_config_check(out, &error);
+    if (status != BTX_OK) {
+        raise_status(state, status, &error);
+        return -1;
+    }
+    return 0;
+}
+
+static int borrow_weights(module_state *state, PyObject *weights, int32_t num_layers, borrowed_list *list)
+{
+    if (borrowed_list_init(list, (Py_ssize_t)num_layers * BTX_NUM_WEIGHTS) < 0)
+        return -1;
+    for (Py_ssize_t i = 0; i < list->length; i++) {
+        char name[64];
+        PyOS_snprintf(name, sizeof name, "layers.%d.%s", (int)(i / BTX_NUM_WEIGHTS),
+                      btx_weight_name((btx_weight)(i % BTX_NUM_WEIGHTS)));
+        PyObject *tensor = PyMapping_GetItemString(weights, name);
+        if (tensor == NULL) {
+            if (PyErr_ExceptionMatches(PyExc_KeyError))
+                PyErr_Format(state->invalid_argument_error, "tensor %s is missing", name);
+            return -1;
+        }
+        list->capsules[i] = borrow_tensor(state, tensor, name, -1, &list->views[i]);
+        Py_DECREF(tensor);
+        if (list->capsules[i] == NULL)
+            return -1;
+    }
+    return 0;
+}
+
+static PyObject *processor_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"config", "weights", "weight_dtype", "backend", NULL};
+    PyObject *config_mapping = NULL, *weights = NULL;
+    const char *weight_dtype = "float32", *backend_name = "cpu";
+    module_state *state = module_state_of_self(type);
+    borrowed_list borrowed = {0};
+    float *inv_freq = NULL;
+    btx_config config = {0};
+    btx_processor *processor = NULL;
+    btx_error error = {{0}};
+    processor_object *self = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$ss:Processor", names, &config_mapping, &weights,
+                                     &weight_dtype, &backend_name))
+        return NULL;
+    const btx_backend *backend = find_backend(state, backend_name);
+    if (backend == NULL || read_config(state, config_mapping, weight_dtype, &config, &inv_freq) < 0 ||
+        borrow_weights(state, weights, config.num_layers, &borrowed) < 0)
+        goto cleanup;
+    if (PyMapping_Size(weights) != borrowed.length) {
+        PyErr_Format(state->invalid_argument_error,
+                     "there are %zd tensors; a Processor of %d layers has %zd: remove what is not its own",
+                     PyMapping_Size(weights), (int)config.num_layers, borrowed.length);
+        goto cleanup;
+    }
+    btx_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = btx_processor_create(backend, &config, borrowed.views, &processor, &error);
+    Py_END_ALLOW_THREADS
+    if (status != BTX_OK) {
+        raise_status(state, status, &error);
+        goto cleanup;
+    }
+    self = (processor_object *)new_instance(type);
+    if (self == NULL)
+        btx_processor_destroy(processor);
+    else
+        self->processor = processor;
+
+cleanup:
+    borrowed_list_clear(&borrowed);
+    PyMem_Free(inv_freq);
+    return (PyObject *)self;
+}
+
+static void processor_dealloc(PyObject *object)
+{
+    btx_processor_destroy(((processor_object *)object)->processor);
+    free_instance(object);
+}
+
+static PyObject *processor_nbytes(PyObject *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromSize_t(btx_processor_bytes(((processor_object *)self)->processor));
+}
+
+static PyObject *processor_backend(PyObject *self, void *closure)
+{
+    (void)closure;
+    return backend_full_name(btx_processor_backend(((processor_object *)self)->processor));
+}
+
+static PyGetSetDef processor_getset[] = {
+    {"nbytes", processor_nbytes, NULL, "Bytes held by the packed weights.", NULL},
+    {"backend", processor_backend, NULL, "For instance \"cpu:avx2\".", NULL},
+    {0},
+};
+
+PyDoc_STRVAR(rewrite_doc,
+             "rewrite($self, kv_cache, query_cache, steps, block_table=None, *, workspace, softmax_scale=0.0,\n"
+             "        recalled=None, delta_norm=None, row_norm=None)\n--\n\n"
+             "Rewrites the steps that just ended, in place (arXiv 2505.16950, section 3.2): one call for all\n"
+             "sequences and layers. steps: (sequence, sequence_begin, step_begin, step_end) in cache positions.\n"
+             "block_table: int32 [num_sequences, max_blocks]; None: block s is sequence s's only one.\n"
+             "softmax_scale 0 means 1 / sqrt(head_dim). Outputs, where given: recalled int64\n"
+             "[num_layers, num_steps, top_k] (positions ascending, then -1), delta_norm and row_norm float32\n"
+             "[num_layers, num_steps]. Returns seconds per stage, summed over threads.\n\n"
+             "InvalidArgumentError, UnsupportedError, DeviceError, MemoryError: nothing was written.\n"
+             "RebuildNeededError: the write began and failed; discard these sequences.");
+
+static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"kv_cache",      "query_cache", "steps",      "block_table", "workspace",
+                            "softmax_scale", "recalled",    "delta_norm", "row_norm",    NULL};
+    module_state *state = module_state_of_self(Py_TYPE(object));
+    const btx_processor *processor = ((processor_object *)object)->processor;
+    PyObject *kv_cache, *query_cache, *steps, *block_table = Py_None, *workspace = NULL, *result = NULL;
+    PyObject *outputs[3] = {Py_None, Py_None, Py_None};
+    static const char *const output_names[3] = {"recalled", "delta_norm", "row_norm"};
+    double softmax_scale = 0.0;
+    boundary_arguments arguments = {0};
+    borrowed_list borrowed = {0};
+    btx_report report = {0};
+    btx_error error = {{0}};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!O|O$O!dOOO:rewrite", names, state->kv_cache_type, &kv_cache,
+                                     state->query_cache_type, &query_cache, &steps, &block_table,
+                                     state->workspace_type, &workspace, &softmax_scale, &outputs[0], &outputs[1],
+                                     &outputs[2]))
+        return NULL;
+    if (workspace == NULL) {
+        PyErr_SetString(PyExc_TypeError, "rewrite() needs the keyword argument workspace");
+        return NULL;
+    }
+    if (boundary_arguments_parse(state, &arguments, (cache_object *)kv_cache, (cache_object *)query_cache, steps,
+                                 block_table, softmax_scale) < 0 ||
+        borrowed_list_init(&borrowed, 3) < 0)
+        goto cleanup;
+    for (Py_ssize_t i = 0; i < 3; i++) {
+        if (outputs[i] == Py_None)
+            continue;
+        borrowed.capsules[i] = borrow_tensor(state, outputs[i], output_names[i], -1, &borrowed.views[i]);
+        if (borrowed.capsules[i] == NULL)
+            goto cleanup;
+    }
+    report.recalled = borrowed.views[0];
+    report.delta_norm = borrowed.views[1];
+    report.row_norm = borrowed.views[2];
+    if (workspace_enter(state, (workspace_object *)workspace) < 0)
+        goto cleanup;
+    btx_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = btx_rewrite(processor, ((workspace_object *)workspace)->workspace, &arguments.boundary, &report, &error);
+    Py_END_ALLOW_THREADS
+    ((workspace_object *)workspace)->busy = 0;
+    if (status != BTX_OK) {
+        raise_status(state, status, &error);
+        goto cleanup;
+    }
+    result = PyDict_New();
+    for (int stage = 0; result != NULL && stage < BTX_NUM_STAGES; stage++) {
+        PyObject *seconds = PyFloat_FromDouble(report.stage_seconds[stage]);
+        if (seconds == NULL || PyDict_SetItemString(result, btx_stage_name((btx_stage)stage), seconds) < 0)
+            Py_CLEAR(result);
+        Py_XDECREF(seconds);
+    }
+
+cleanup:
+    borrowed_list_clear(&borrowed);
+    boundary_arguments_clear(&arguments);
+    return result;
+}
+
+static PyMethodDef processor_methods[] = {
+    {"rewrite", (PyCFunction)(void (*)(void))processor_rewrite, METH_VARARGS | METH_KEYWORDS, rewrite_doc},
+    {0},
+};
+
+PyDoc_STRVAR(processor_doc,
+             "Processor(config, weights, *, weight_dtype=\"float32\", backend=\"cpu\")\n--\n\n"
+             "Immutable packed weights of a Cache Processor; may be shared between threads. config: a mapping with\n"
+             "num_layers, num_kv_heads, num_query_heads, head_dim, processor_dim, processor_heads,\n"
+             "processor_mlp_dim, top_k, recent_window, norm_eps and rope_inv_freq (None: keys are used as cached;\n"
+             "else head_dim / 2 numbers). weights: a mapping from checkpoint names to tensors. weight_dtype\n"
+             "\"bfloat16\": operands of every product are rounded to bfloat16, sums are float32.");
+
+static PyType_Slot processor_slots[] = {
+    {Py_tp_doc, (void *)processor_doc},
+    {Py_tp_new, processor_new},
+    {Py_tp_dealloc, processor_dealloc},
+    {Py_tp_getset, processor_getset},
+    {Py_tp_methods, processor_methods},
+    {0, NULL},
+};
+
+PyType_Spec processor_spec = {
+    .name = "bottleneck_ext.Processor",
+    .basicsize = sizeof(processor_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = processor_slots,
+};
+
+/* ---- functions ---------------------------------------------------------------------------------------- */
+
+PyObject *module_attention_mass(PyObject *module, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"kv_cache",  "query_cache",   "steps", "block_table", "out",
+                            "workspace", "recent_window", "softmax_scale", NULL};
+    module_state *state = module_state_of(module);
+    PyObject *kv_cache, *query_cache, *steps, *block_table = Py_None, *out = NULL, *workspace = NULL, *result = NULL;
+    int recent_window = BTX_MAX_RECENT_WINDOW;
+    double softmax_scale = 0.0;
+    boundary_arguments arguments = {0};
+    PyObject *capsule = NULL;
+    btx_tensor view;
+    btx_error error = {{0}};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!O|O$OO!id:attention_mass", names, state->kv_cache_type,
+                                     &kv_cache, state->query_cache_type, &query_cache, &steps, &block_table, &out,
+                                     state->workspace_type, &workspace, &recent_window, &softmax_scale))
+        return NULL;
+    if (out == NULL || workspace == NULL) {
+        PyErr_SetString(PyExc_TypeError, "attention_mass() needs the keyword arguments out and workspace");
+        return NULL;
+    }
+    workspace_object *scratch = (workspace_object *)workspace;
+    if (boundary_arguments_parse(state, &arguments, (cache_object *)kv_cache, (cache_object *)query_cache, steps,
+                                 block_table, softmax_scale) < 0)
+        goto cleanup;
+    capsule = borrow_tensor(state, out, "out", -1, &view);
+    if (capsule == NULL || workspace_enter(state, scratch) < 0)
+        goto cleanup;
+    btx_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = btx_attention_mass(scratch->backend, scratch->workspace, &arguments.boundary, recent_window, &view,
+                                &error);
+    Py_END_ALLOW_THREADS
+    scratch->busy = 0;
+    if (status != BTX_OK)
+        raise_status(state, status, &error);
+    else
+        result = Py_NewRef(Py_None);
+
+cleanup:
+    Py_XDECREF(capsule);
+    boundary_arguments_clear(&arguments);
+    return result;
+}
+
+PyObject *module_select_top_k(PyObject *module, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"mass", "lengths", "out", "backend", NULL};
+    static const char *const tensor_names[3] = {"mass", "lengths", "out"};
+    module_state *state = module_state_of(module);
+    PyObject *tensors[3] = {NULL, NULL, NULL}, *result = NULL;
+    const char *backend_name = "cpu";
+    borrowed_list borrowed = {0};
+    btx_error error = {{0}};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO|$s:select_top_k", names, &tensors[0], &tensors[1],
+                                     &tensors[2], &backend_name))
+        return NULL;
+    const btx_backend *backend = find_backend(state, backend_name);
+    if (backend == NULL || borrowed_list_init(&borrowed, 3) < 0)
+        return NULL;
+    for (Py_ssize_t i = 0; i < 3; i++) {
+        borrowed.capsules[i] = borrow_tensor(state, tensors[i], tensor_names[i], -1, &borrowed.views[i]);
+        if (borrowed.capsules[i] == NULL)
+            goto cleanup;
+    }
+    btx_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = btx_select_top_k(backend, &borrowed.views[0], &borrowed.views[1], &borrowed.views[2], &error);
+    Py_END_ALLOW_THREADS
+    if (status != BTX_OK)
+        raise_status(state, status, &error);
+    else
+        result = Py_NewRef(Py_None);
+
+cleanup:
+    borrowed_list_clear(&borrowed);
+    return result;
+}

@@ -1,0 +1,80 @@
+/* workspace.c - staging memory and threads of one caller. */
+#include <stdlib.h>
+
+#include "internal.h"
+
+struct btx_workspace {
+    const btx_backend *backend;
+    int32_t num_threads;
+    void *executor; /* Owned. */
+    char *memory;   /* Owned, the backend's. */
+    size_t bytes;
+};
+
+btx_status btx_workspace_create(const btx_backend *backend, int32_t num_threads, btx_workspace **workspace,
+                                btx_error *error)
+{
+    *workspace = NULL;
+    btx_status status = btx_backend_check(backend, error);
+    if (status != BTX_OK)
+        return status;
+    if (num_threads < 1 || num_threads > 1024)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "num_threads is %d; it must be 1 to 1024", (int)num_threads);
+    btx_workspace *created = calloc(1, sizeof *created);
+    if (created == NULL)
+        return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for a workspace");
+    created->backend = backend;
+    created->num_threads = num_threads;
+    status = backend->executor_create(num_threads, &created->executor, error);
+    if (status != BTX_OK) {
+        free(created);
+        return status;
+    }
+    *workspace = created;
+    return BTX_OK;
+}
+
+void btx_workspace_destroy(btx_workspace *workspace)
+{
+    if (workspace == NULL)
+        return;
+    workspace->backend->executor_destroy(workspace->executor);
+    workspace->backend->release(workspace->memory);
+    free(workspace);
+}
+
+int32_t btx_workspace_num_threads(const btx_workspace *workspace)
+{
+    return workspace->num_threads;
+}
+
+size_t btx_workspace_bytes(const btx_workspace *workspace)
+{
+    return workspace->bytes;
+}
+
+const btx_backend *btx_workspace_backend(const btx_workspace *workspace)
+{
+    return workspace->backend;
+}
+
+btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, char **memory, btx_error *error)
+{
+    if (bytes > workspace->bytes) {
+        void *grown = NULL;
+        btx_status status = workspace->backend->allocate(bytes, &grown, error);
+        if (status != BTX_OK)
+            return status;
+        workspace->backend->release(workspace->memory);
+        workspace->memory = grown;
+        workspace->bytes = bytes;
+    }
+    *memory = workspace->memory;
+    return BTX_OK;
+}
+
+btx_status btx_workspace_run(btx_workspace *workspace, int32_t num_layers, btx_pass_function fn, void *context,
+                             btx_error *error)
+{
+    return workspace->backend->executor_run(workspace->executor, num_layers, fn, context, error);
+}

@@ -1,0 +1,311 @@
+/* scores.h - scores q . k of the window's queries with cached keys, tile by tile, for attention_lse and
+ * attention_mass.
+ *
+ * One step and one KV head at a time. The rows are the window's queries of all heads of the group,
+ *
+ *     row = (query of the window) * group + (head of the group)
+ *
+ * and lie in the lanes of vectors; keys are broadcast. So one tile of keys, read from the cache once, serves the
+ * whole group, a softmax over keys needs no sum across lanes, and a key needs no transposition:
+ *
+ *     queries  [blocks][depth][vectors of the block * VL]    packed once per KV head
+ *     keys     [SCORE_TILE][depth] or [depth][SCORE_TILE], as the cache is contiguous
+ *     scores   [SCORE_TILE][vectors of the block * VL]       of one block
+ *
+ * depth is head_dim, or half of it (rounded up) where two bf16 make one 32-bit cell of a bf16 dot product.
+ *
+ * The score of a key and a row is one chain of depth fused multiply-adds in order of depth, whatever the tile,
+ * the lane and the layout: equal keys have equal scores, bit for bit. */
+#ifndef BTX_SCORES_H
+#define BTX_SCORES_H
+
+#include <math.h>
+#include <string.h>
+
+#include "btx.h"
+#include "paging.h"
+#include "simd.h"
+
+/* Scores are computed SCORE_KEYS keys by up to SCORE_BLOCK vectors of rows at a time: these sums stay in
+ * registers. */
+#define SCORE_BLOCK 3
+#if BTX_VL == 16
+#define SCORE_KEYS 8
+#else
+#define SCORE_KEYS 4
+#endif
+#define SCORE_TILE 64 /* a multiple of SCORE_KEYS, which is a multiple of 4 */
+
+#if defined(__GNUC__)
+#define SCORE_UNROLL _Pragma("GCC unroll 16")
+#define SCORE_INLINE static inline __attribute__((always_inline))
+#else
+#define SCORE_UNROLL
+#define SCORE_INLINE static inline
+#endif
+
+#ifdef BTX_BF16_DOT
+#define SCORE_PAIRS 1
+#else
+#define SCORE_PAIRS 0
+#endif
+
+/* The rows of one step and KV head, and room to work on them. */
+typedef struct score_group {
+    const btx_plan *plan;
+    const btx_tensor *keys; /* of the layer */
+    int64_t sequence;
+    int32_t kv_head;
+    int64_t num_rows;    /* num_window * group */
+    int64_t num_vectors; /* num_rows / VL, rounded up; the lanes behind the last row repeat it */
+    int64_t depth;
+    int pairs;                        /* cells are two bf16 */
+    int by_column;                    /* tiles are [depth][SCORE_TILE] */
+    int64_t key_stride, depth_stride; /* of a tile, in cells */
+    /* Scratch. */
+    float *queries, *tile, *scores;
+    float *row;       /* [head_dim] */
+    float *reference; /* [num_vectors * VL] */
+    double *sum;      /* [num_vectors * VL] */
+    float *partial;   /* [SCORE_TILE * VL] */
+} score_group;
+
+static inline size_t score_reserve(size_t *total, int64_t count, size_t size)
+{
+    size_t offset = *total;
+    *total += ((size_t)count * size + BTX_SCRATCH_ALIGNMENT - 1) / BTX_SCRATCH_ALIGNMENT * BTX_SCRATCH_ALIGNMENT;
+    return offset;
+}
+
+/* Carves the scratch of groups of up to max_rows rows; with scratch NULL only counts. */
+static size_t score_lay_out(const btx_plan *plan, int64_t max_rows, char *scratch, score_group *group)
+{
+    int64_t lanes = (max_rows + BTX_VL - 1) / BTX_VL * BTX_VL;
+    int64_t dim = plan->head_dim;
+    size_t total = 0;
+    size_t queries = score_reserve(&total, lanes * dim, sizeof(float));
+    size_t tile = score_reserve(&total, SCORE_TILE * dim, sizeof(float));
+    size_t scores = score_reserve(&total, SCORE_TILE * SCORE_BLOCK * BTX_VL, sizeof(float));
+    size_t row = score_reserve(&total, dim, sizeof(float));
+    size_t reference = score_reserve(&total, lanes, sizeof(float));
+    size_t sum = score_reserve(&total, lanes, sizeof(double));
+    size_t partial = score_reserve(&total, SCORE_TILE * BTX_VL, sizeof(float));
+    if (scratch != NULL) {
+        group->queries = (float *)(scratch + queries);
+        group->tile = (float *)(scratch + tile);
+        group->scores = (float *)(scratch + scores);
+        group->row = (float *)(scratch + row);
+        group->reference = (float *)(scratch + reference);
+        group->sum = (double *)(scratch + sum);
+        group->partial = (float *)(scratch + partial);
+    }
+    return total;
+}
+
+static int64_t score_group_size(const btx_plan *plan)
+{
+    return plan->num_query_heads / plan->num_kv_heads;
+}
+
+static int64_t score_max_rows(const btx_plan *plan)
+{
+    int64_t max_window = 0;
+    for (int64_t s = 0; s < plan->num_steps; s++)
+        max_window = plan->steps[s].num_window > max_window ? plan->steps[s].num_window : max_window;
+    return max_window * score_group_size(plan);
+}
+
+/* Scratch of every operation of selection, gather and write. A plan of top-k alone has no heads. */
+static size_t btx_cpu_selection_scratch_bytes(const btx_plan *plan)
+{
+    score_group group;
+    size_t bytes = plan->num_kv_heads > 0 ? score_lay_out(plan, score_max_rows(plan), NULL, &group) : 0;
+    size_t angles = (size_t)plan->head_dim * sizeof(float); /* rope.h */
+    for (int64_t s = 0; s < plan->num_steps; s++) {
+        size_t order = (size_t)plan->steps[s].num_prior * sizeof(uint32_t); /* top_k.c */
+        bytes = order > bytes ? order : bytes;
+    }
+    return (angles > bytes ? angles : bytes) + BTX_SCRATCH_ALIGNMENT;
+}
+
+/* The width of the next block: three vectors, or two rather than leave a lone one at the end of many. */
+static inline int score_block_width(int64_t vectors_left)
+{
+    if (vectors_left == 2 || vectors_left == 4)
+        return 2;
+    return vectors_left >= SCORE_BLOCK ? SCORE_BLOCK : 1;
+}
+
+/* Packs the queries of a step's window and a KV head. */
+static void score_pack_queries(score_group *group, const btx_pass *pass, int32_t layer, const btx_plan_step *step,
+                               int32_t kv_head)
+{
+    const btx_plan *plan = pass->plan;
+    const btx_tensor *queries = &plan->queries[layer];
+    int64_t group_size = score_group_size(plan), dim = plan->head_dim;
+    group->plan = plan;
+    group->keys = &plan->keys[layer];
+    group->sequence = step->sequence;
+    group->kv_head = kv_head;
+    group->num_rows = step->num_window * group_size;
+    group->num_vectors = (group->num_rows + BTX_VL - 1) / BTX_VL;
+    group->pairs = SCORE_PAIRS && queries->dtype == BTX_BF16;
+    group->depth = group->pairs ? (dim + 1) / 2 : dim;
+    group->by_column = group->keys->stride[3] != 1 && group->keys->stride[1] == 1;
+    group->key_stride = group->by_column ? 1 : group->depth;
+    group->depth_stride = group->by_column ? SCORE_TILE : 1;
+
+    float *block = group->queries;
+    int64_t row = 0;
+    for (int64_t left = group->num_vectors; left > 0;) {
+        int width = score_block_width(left);
+        for (int lane = 0; lane < width * BTX_VL; lane++, row++) {
+            int64_t source = row < group->num_rows ? row : group->num_rows - 1;
+            int64_t offset = btx_query_offset(plan, queries, step->sequence, step->window_begin + source / group_size) +
+                             (kv_head * group_size + source % group_size) * queries->stride[2];
+            if (group->pairs) {
+                const uint16_t *from = (const uint16_t *)queries->data + offset;
+                for (int64_t i = 0; i < dim; i += 2) {
+                    uint32_t low = from[i * queries->stride[3]];
+                    uint32_t high = i + 1 < dim ? from[(i + 1) * queries->stride[3]] : 0;
+                    block[i / 2 * width * BTX_VL + lane] = btx_f32_from_bits(low | high << 16);
+                }
+                continue;
+            }
+            btx_load_elements(queries, offset, queries->stride[3], dim, group->row);
+            for (int64_t i = 0; i < dim; i++)
+                block[i * width * BTX_VL + lane] = group->row[i];
+        }
+        block += group->depth * width * BTX_VL;
+        left -= width;
+    }
+}
+
+/* Packs a run of keys of one block, from offset on, as keys [first, first + n) of the tile. */
+static void score_pack_run(const score_group *group, int64_t offset, int64_t first, int64_t n)
+{
+    const btx_tensor *keys = group->keys;
+    int64_t dim = group->plan->head_dim, depth_stride = keys->stride[3];
+    if (group->pairs) {
+        const uint16_t *from = (const uint16_t *)keys->data + offset;
+        if (group->by_column) {
+            for (int64_t i = 0; i < dim; i += 2, from += 2 * depth_stride) {
+                uint32_t *cells = (uint32_t *)group->tile + i / 2 * SCORE_TILE + first;
+                for (int64_t key = 0; key < n; key++)
+                    cells[key] = from[key] | (i + 1 < dim ? (uint32_t)from[depth_stride + key] << 16 : 0);
+            }
+            return;
+        }
+        for (int64_t key = 0; key < n; key++, from += keys->stride[1]) {
+            uint16_t *cells = (uint16_t *)(group->tile + (first + key) * group->depth);
+            if (depth_stride == 1) {
+                memcpy(cells, from, (size_t)dim * sizeof *cells);
+            } else {
+                for (int64_t i = 0; i < dim; i++)
+                    cells[i] = from[i * depth_stride];
+            }
+            if (dim % 2 != 0)
+                cells[dim] = 0;
+        }
+    } else if (group->by_column) {
+        for (int64_t i = 0; i < dim; i++)
+            btx_load_elements(keys, offset + i * depth_stride, 1, n, group->tile + i * SCORE_TILE + first);
+    } else {
+        for (int64_t key = 0; key < n; key++)
+            btx_load_elements(keys, offset + key * keys->stride[1], depth_stride, dim,
+                              group->tile + (first + key) * dim);
+    }
+}
+
+/* Packs the keys at positions [position, position + n), n <= SCORE_TILE, and zeros behind them. */
+static void score_pack_keys(const score_group *group, int64_t position, int64_t n)
+{
+    int64_t block_size = group->plan->block_size;
+    if (n < SCORE_TILE)
+        memset(group->tile, 0, (size_t)(SCORE_TILE * group->depth) * sizeof *group->tile);
+    for (int64_t packed = 0; packed < n;) {
+        int64_t run = block_size - (position + packed) % block_size;
+        run = run < n - packed ? run : n - packed;
+        int64_t offset = btx_kv_offset(group->plan, group->keys, group->sequence, position + packed) +
+                         group->kv_head * group->keys->stride[2];
+        score_pack_run(group, offset, packed, run);
+        packed += run;
+    }
+}
+
+/* One step of a dot product: sum + query * key in every lane, key one cell broadcast. */
+static inline vf score_step(int pairs, vf query, const float *key, vf sum)
+{
+#if SCORE_PAIRS
+    if (pairs) {
+        int32_t cell;
+        memcpy(&cell, key, sizeof cell);
+        return _mm512_dpbf16_ps(sum, (__m512bh)query, (__m512bh)_mm512_set1_epi32(cell));
+    }
+#else
+    (void)pairs;
+#endif
+    return vf_fma(query, vf_set1(*key), sum);
+}
+
+/* width and pairs are constants where this is inlined: the loops over them unroll and sum lives in registers. */
+SCORE_INLINE void score_block_of(int width, int pairs, const score_group *group, const float *queries,
+                                 int64_t num_keys)
+{
+    int64_t key_stride = group->key_stride, depth_stride = group->depth_stride;
+    float *scores = group->scores;
+    for (int64_t first = 0; first < num_keys; first += SCORE_KEYS) {
+        const float *query = queries, *key = group->tile + first * key_stride;
+        vf sum[SCORE_KEYS][SCORE_BLOCK], q[SCORE_BLOCK];
+        SCORE_UNROLL
+        for (int k = 0; k < SCORE_KEYS; k++) {
+            SCORE_UNROLL
+            for (int v = 0; v < width; v++)
+                sum[k][v] = vf_zero();
+        }
+        for (int64_t i = 0; i < group->depth; i++) {
+            SCORE_UNROLL
+            for (int v = 0; v < width; v++)
+                q[v] = vf_load(query + v * BTX_VL);
+            SCORE_UNROLL
+            for (int k = 0; k < SCORE_KEYS; k++) {
+                SCORE_UNROLL
+                for (int v = 0; v < width; v++)
+                    sum[k][v] = score_step(pairs, q[v], key + k * key_stride, sum[k][v]);
+            }
+            query += width * BTX_VL;
+            key += depth_stride;
+        }
+        SCORE_UNROLL
+        for (int k = 0; k < SCORE_KEYS; k++) {
+            SCORE_UNROLL
+            for (int v = 0; v < width; v++)
+                vf_store(scores + v * BTX_VL, sum[k][v]);
+            scores += width * BTX_VL;
+        }
+    }
+}
+
+/* scores [num_keys rounded up to SCORE_KEYS][width * VL] of the packed tile with one block of queries. */
+static void score_block(const score_group *group, int width, const float *queries, int64_t num_keys)
+{
+#if SCORE_PAIRS
+    if (group->pairs) {
+        if (width == SCORE_BLOCK)
+            score_block_of(SCORE_BLOCK, 1, group, queries, num_keys);
+        else if (width == 2)
+            score_block_of(2, 1, group, queries, num_keys);
+        else
+            score_block_of(1, 1, group, queries, num_keys);
+        return;
+    }
+#endif
+    if (width == SCORE_BLOCK)
+        score_block_of(SCORE_BLOCK, 0, group, queries, num_keys);
+    else if (width == 2)
+        score_block_of(2, 0, group, queries, num_keys);
+    else
+        score_block_of(1, 0, group, queries, num_keys);
+}
+
+#endif /* BTX_SCORES_H */

@@ -1,0 +1,567 @@
+/* simd.h - the vector vocabulary of the CPU operations, one meaning on every instruction set.
+ *
+ * A variant file sets BTX_VL, the f32 lanes of a vector, before this file is included:
+ *
+ *     BTX_VL   vf       instruction set
+ *     1        float    portable C11
+ *     8        __m256   AVX2, FMA, F16C
+ *     16       __m512   AVX-512 F, BW, VL, DQ
+ *
+ * The _n forms touch the first n lanes only, 0 <= n <= BTX_VL: memory behind them is neither read nor written,
+ * and the lanes behind them load as zero. Every function treats all lanes alike, so a value does not depend on
+ * the lane it is computed in, nor on whether that was a tail.
+ */
+#ifndef BTX_SIMD_H
+#define BTX_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#ifndef BTX_VL
+#error "set BTX_VL to 1, 8 or 16 before including simd.h"
+#endif
+
+#if BTX_VL != 1
+#include <immintrin.h>
+#endif
+
+/* ---- single values ------------------------------------------------------------------------------ */
+
+static inline uint32_t btx_f32_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float btx_f32_from_bits(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline float btx_bf16_to_f32(uint16_t value)
+{
+    return btx_f32_from_bits((uint32_t)value << 16);
+}
+
+/* Nearest, ties to even; a NaN stays a NaN (made quiet). */
+static inline uint16_t btx_f32_to_bf16(float value)
+{
+    uint32_t bits = btx_f32_bits(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return (uint16_t)(bits >> 16 | 0x40u);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+static inline float btx_f16_to_f32(uint16_t value)
+{
+    uint32_t sign = (uint32_t)(value & 0x8000u) << 16;
+    uint32_t magnitude = value & 0x7fffu;
+    if (magnitude >= 0x7c00u) { /* infinity; NaN, made quiet */
+        return btx_f32_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13 |
+                                 (magnitude > 0x7c00u ? 0x400000u : 0u));
+    }
+    if (magnitude >= 0x400u)
+        return btx_f32_from_bits(sign | (magnitude + (112u << 10)) << 13);
+    float subnormal = (float)magnitude * 0x1p-24f;
+    return btx_f32_from_bits(sign | btx_f32_bits(subnormal));
+}
+
+/* Nearest, ties to even; overflow is infinity; a NaN stays a NaN (made quiet). */
+static inline uint16_t btx_f32_to_f16(float value)
+{
+    uint32_t bits = btx_f32_bits(value);
+    uint32_t sign = bits >> 16 & 0x8000u;
+    uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u)
+        return (uint16_t)(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
+    if (magnitude >= 0x477ff000u)
+        return (uint16_t)(sign | 0x7c00u); /* from 65520 on */
+    if (magnitude < 0x38800000u) {         /* below 2^-14: adding 0.5 leaves the subnormal's bits in the last place */
+        float sum = btx_f32_from_bits(magnitude) + 0.5f;
+        return (uint16_t)(sign | (btx_f32_bits(sum) - 0x3f000000u));
+    }
+    magnitude += 0xfffu + (magnitude >> 13 & 1u);
+    return (uint16_t)(sign | (magnitude - 0x38000000u) >> 13);
+}
+
+/* ---- vectors ------------------------------------------------------------------------------------ */
+
+/* vf_max(a, b) and vf_min(a, b) give b when either is NaN. */
+
+#if BTX_VL == 16
+
+typedef __m512 vf;
+
+static inline __mmask16 vf_first(int n)
+{
+    return (__mmask16)((1u << n) - 1u);
+}
+
+static inline vf vf_zero(void)
+{
+    return _mm512_setzero_ps();
+}
+static inline vf vf_set1(float value)
+{
+    return _mm512_set1_ps(value);
+}
+static inline vf vf_load(const float *from)
+{
+    return _mm512_loadu_ps(from);
+}
+static inline vf vf_load_n(const float *from, int n)
+{
+    return _mm512_maskz_loadu_ps(vf_first(n), from);
+}
+static inline void vf_store(float *to, vf a)
+{
+    _mm512_storeu_ps(to, a);
+}
+static inline void vf_store_n(float *to, vf a, int n)
+{
+    _mm512_mask_storeu_ps(to, vf_first(n), a);
+}
+
+static inline vf vf_add(vf a, vf b)
+{
+    return _mm512_add_ps(a, b);
+}
+static inline vf vf_sub(vf a, vf b)
+{
+    return _mm512_sub_ps(a, b);
+}
+static inline vf vf_mul(vf a, vf b)
+{
+    return _mm512_mul_ps(a, b);
+}
+static inline vf vf_div(vf a, vf b)
+{
+    return _mm512_div_ps(a, b);
+}
+static inline vf vf_fma(vf a, vf b, vf c)
+{
+    return _mm512_fmadd_ps(a, b, c);
+}
+static inline vf vf_max(vf a, vf b)
+{
+    return _mm512_max_ps(a, b);
+}
+static inline vf vf_min(vf a, vf b)
+{
+    return _mm512_min_ps(a, b);
+}
+static inline float vf_reduce_add(vf a)
+{
+    return _mm512_reduce_add_ps(a);
+}
+static inline float vf_reduce_max(vf a)
+{
+    return _mm512_reduce_max_ps(a);
+}
+
+/* Nearest integer, ties to even. */
+static inline vf vf_round(vf a)
+{
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+/* a * 2^n of whole n in [-160, 160], rounded once. */
+static inline vf vf_scale2(vf a, vf n)
+{
+    return _mm512_scalef_ps(a, n);
+}
+
+static inline vf vf_from_f16(__m256i halves)
+{
+    return _mm512_cvtph_ps(halves);
+}
+static inline vf vf_from_bf16(__m256i halves)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+static inline __m256i vf_to_f16(vf a)
+{
+    return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+/* Not vcvtneps2bf16: that one flushes subnormals. */
+static inline __m256i vf_to_bf16(vf a)
+{
+    __m512i bits = _mm512_castps_si512(a);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+/* The two bf16 of each 32-bit lane. */
+static inline vf vf_bf16_low(vf pairs)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
+}
+static inline vf vf_bf16_high(vf pairs)
+{
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32((int)0xffff0000u)));
+}
+
+static inline __m256i vf_halves(const uint16_t *from)
+{
+    return _mm256_loadu_si256((const __m256i *)(const void *)from);
+}
+static inline __m256i vf_halves_n(const uint16_t *from, int n)
+{
+    return _mm256_maskz_loadu_epi16(vf_first(n), from);
+}
+static inline void vf_put_halves(uint16_t *to, __m256i a)
+{
+    _mm256_storeu_si256((__m256i *)(void *)to, a);
+}
+static inline void vf_put_halves_n(uint16_t *to, __m256i a, int n)
+{
+    _mm256_mask_storeu_epi16(to, vf_first(n), a);
+}
+
+#elif BTX_VL == 8
+
+typedef __m256 vf;
+
+static inline __m256i vf_first(int n)
+{
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+static inline vf vf_zero(void)
+{
+    return _mm256_setzero_ps();
+}
+static inline vf vf_set1(float value)
+{
+    return _mm256_set1_ps(value);
+}
+static inline vf vf_load(const float *from)
+{
+    return _mm256_loadu_ps(from);
+}
+static inline vf vf_load_n(const float *from, int n)
+{
+    return _mm256_maskload_ps(from, vf_first(n));
+}
+static inline void vf_store(float *to, vf a)
+{
+    _mm256_storeu_ps(to, a);
+}
+static inline void vf_store_n(float *to, vf a, int n)
+{
+    _mm256_maskstore_ps(to, vf_first(n), a);
+}
+
+static inline vf vf_add(vf a, vf b)
+{
+    return _mm256_add_ps(a, b);
+}
+static inline vf vf_sub(vf a, vf b)
+{
+    return _mm256_sub_ps(a, b);
+}
+static inline vf vf_mul(vf a, vf b)
+{
+    return _mm256_mul_ps(a, b);
+}
+static inline vf vf_div(vf a, vf b)
+{
+    return _mm256_div_ps(a, b);
+}
+static inline vf vf_fma(vf a, vf b, vf c)
+{
+    return _mm256_fmadd_ps(a, b, c);
+}
+static inline vf vf_max(vf a, vf b)
+{
+    return _mm256_max_ps(a, b);
+}
+static inline vf vf_min(vf a, vf b)
+{
+    return _mm256_min_ps(a, b);
+}
+
+static inline float vf_reduce_add(vf a)
+{
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+static inline float vf_reduce_max(vf a)
+{
+    __m128 max = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    max = _mm_max_ps(max, _mm_movehl_ps(max, max));
+    return _mm_cvtss_f32(_mm_max_ss(max, _mm_movehdup_ps(max)));
+}
+
+static inline vf vf_round(vf a)
+{
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+/* In two steps of half the exponent, of which only the second can round. */
+static inline vf vf_scale2(vf a, vf n)
+{
+    const __m256i bias = _mm256_set1_epi32(127);
+    __m256i whole = _mm256_cvtps_epi32(n);
+    __m256i first = _mm256_srai_epi32(whole, 1);
+    __m256i second = _mm256_sub_epi32(whole, first);
+    a = _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(first, bias), 23)));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(second, bias), 23)));
+}
+
+static inline vf vf_from_f16(__m128i halves)
+{
+    return _mm256_cvtph_ps(halves);
+}
+static inline vf vf_from_bf16(__m128i halves)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+static inline __m128i vf_to_f16(vf a)
+{
+    return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+static inline __m128i vf_to_bf16(vf a)
+{
+    __m256i bits = _mm256_castps_si256(a);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+    rounded = _mm256_srli_epi32(rounded, 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+}
+
+static inline vf vf_bf16_low(vf pairs)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16));
+}
+static inline vf vf_bf16_high(vf pairs)
+{
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs), _mm256_set1_epi32((int)0xffff0000u)));
+}
+
+static inline __m128i vf_halves(const uint16_t *from)
+{
+    return _mm_loadu_si128((const __m128i *)(const void *)from);
+}
+static inline __m128i vf_halves_n(const uint16_t *from, int n)
+{
+    uint16_t lanes[BTX_VL] = {0};
+    for (int i = 0; i < n; i++)
+        lanes[i] = from[i];
+    return vf_halves(lanes);
+}
+static inline void vf_put_halves(uint16_t *to, __m128i a)
+{
+    _mm_storeu_si128((__m128i *)(void *)to, a);
+}
+static inline void vf_put_halves_n(uint16_t *to, __m128i a, int n)
+{
+    uint16_t lanes[BTX_VL];
+    vf_put_halves(lanes, a);
+    for (int i = 0; i < n; i++)
+        to[i] = lanes[i];
+}
+
+#elif BTX_VL == 1
+
+typedef float vf;
+
+static inline vf vf_zero(void)
+{
+    return 0.0f;
+}
+static inline vf vf_set1(float value)
+{
+    return value;
+}
+static inline vf vf_load(const float *from)
+{
+    return *from;
+}
+static inline vf vf_load_n(const float *from, int n)
+{
+    return n > 0 ? *from : 0.0f;
+}
+static inline void vf_store(float *to, vf a)
+{
+    *to = a;
+}
+static inline void vf_store_n(float *to, vf a, int n)
+{
+    if (n > 0)
+        *to = a;
+}
+
+static inline vf vf_add(vf a, vf b)
+{
+    return a + b;
+}
+static inline vf vf_sub(vf a, vf b)
+{
+    return a - b;
+}
+static inline vf vf_mul(vf a, vf b)
+{
+    return a * b;
+}
+static inline vf vf_div(vf a, vf b)
+{
+    return a / b;
+}
+/* Fused or not, as the compiler finds cheap: fmaf is a library call on plain x86-64. */
+static inline vf vf_fma(vf a, vf b, vf c)
+{
+    return a * b + c;
+}
+static inline vf vf_max(vf a, vf b)
+{
+    return a > b ? a : b;
+}
+static inline vf vf_min(vf a, vf b)
+{
+    return a < b ? a : b;
+}
+static inline float vf_reduce_add(vf a)
+{
+    return a;
+}
+static inline float vf_reduce_max(vf a)
+{
+    return a;
+}
+
+/* Exact for |a| < 2^22; a larger a or a NaN goes through unharmed enough for vf_exp. */
+static inline vf vf_round(vf a)
+{
+    return (a + 0x1.8p23f) - 0x1.8p23f;
+}
+static inline vf vf_scale2(vf a, vf n)
+{
+    int32_t whole = n == n ? (int32_t)n : 0; /* a NaN has no int32 */
+    int32_t first = whole / 2, second = whole - first;
+    a *= btx_f32_from_bits((uint32_t)(first + 127) << 23);
+    return a * btx_f32_from_bits((uint32_t)(second + 127) << 23);
+}
+
+static inline vf vf_from_f16(uint16_t half)
+{
+    return btx_f16_to_f32(half);
+}
+static inline vf vf_from_bf16(uint16_t half)
+{
+    return btx_bf16_to_f32(half);
+}
+static inline uint16_t vf_to_f16(vf a)
+{
+    return btx_f32_to_f16(a);
+}
+static inline uint16_t vf_to_bf16(vf a)
+{
+    return btx_f32_to_bf16(a);
+}
+
+static inline vf vf_bf16_low(vf pairs)
+{
+    return btx_f32_from_bits(btx_f32_bits(pairs) << 16);
+}
+static inline vf vf_bf16_high(vf pairs)
+{
+    return btx_f32_from_bits(btx_f32_bits(pairs) & 0xffff0000u);
+}
+
+static inline uint16_t vf_halves(const uint16_t *from)
+{
+    return *from;
+}
+static inline uint16_t vf_halves_n(const uint16_t *from, int n)
+{
+    return n > 0 ? *from : 0;
+}
+static inline void vf_put_halves(uint16_t *to, uint16_t a)
+{
+    *to = a;
+}
+static inline void vf_put_halves_n(uint16_t *to, uint16_t a, int n)
+{
+    if (n > 0)
+        *to = a;
+}
+
+#else
+#error "BTX_VL must be 1, 8 or 16"
+#endif
+
+/* Brings the cache line at from nearer, into the second level; any address is fine. */
+static inline void vf_prefetch(const void *from)
+{
+#if BTX_VL == 1
+    (void)from;
+#else
+    _mm_prefetch((const char *)from, _MM_HINT_T1);
+#endif
+}
+
+/* ---- f16 and bf16 in memory --------------------------------------------------------------------- */
+
+/* Loads widen exactly; stores round to nearest even, as the single-value conversions above. */
+static inline vf vf_load_f16(const uint16_t *from)
+{
+    return vf_from_f16(vf_halves(from));
+}
+static inline vf vf_load_bf16(const uint16_t *from)
+{
+    return vf_from_bf16(vf_halves(from));
+}
+static inline vf vf_load_f16_n(const uint16_t *from, int n)
+{
+    return vf_from_f16(vf_halves_n(from, n));
+}
+static inline vf vf_load_bf16_n(const uint16_t *from, int n)
+{
+    return vf_from_bf16(vf_halves_n(from, n));
+}
+static inline void vf_store_f16(uint16_t *to, vf a)
+{
+    vf_put_halves(to, vf_to_f16(a));
+}
+static inline void vf_store_bf16(uint16_t *to, vf a)
+{
+    vf_put_halves(to, vf_to_bf16(a));
+}
+static inline void vf_store_f16_n(uint16_t *to, vf a, int n)
+{
+    vf_put_halves_n(to, vf_to_f16(a), n);
+}
+static inline void vf_store_bf16_n(uint16_t *to, vf a, int n)
+{
+    vf_put_halves_n(to, vf_to_bf16(a), n);
+}
+
+/* ---- exp ---------------------------------------------------------------------------------------- */
+
+/* exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, exp(r) by a polynomial (Cephes expf).
+ * Within 2 units in the last place; 0 for x < -104 (-infinity included), infinity for x > 88.73, NaN for NaN. */
+static inline vf vf_exp(vf x)
+{
+    x = vf_min(vf_set1(89.0f), vf_max(vf_set1(-105.0f), x)); /* constants first: a NaN goes through */
+    vf n = vf_round(vf_mul(x, vf_set1(1.44269504088896341f)));
+    vf r = vf_fma(n, vf_set1(-0.693359375f), x); /* nine bits of ln 2: the product is exact */
+    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+    vf p = vf_set1(1.9875691500e-4f);
+    p = vf_fma(p, r, vf_set1(1.3981999507e-3f));
+    p = vf_fma(p, r, vf_set1(8.3334519073e-3f));
+    p = vf_fma(p, r, vf_set1(4.1665795894e-2f));
+    p = vf_fma(p, r, vf_set1(1.6666665459e-1f));
+    p = vf_fma(p, r, vf_set1(5.0000001201e-1f));
+    p = vf_fma(p, vf_mul(r, r), r);
+    return vf_scale2(vf_add(p, vf_set1(1.0f)), n);
+}
+
+#endif /* BTX_SIMD_H */

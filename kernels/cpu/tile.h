@@ -1,0 +1,200 @@
+/* tile.h - the register-blocked product C = A B (+ bias) (+ C) under linear.c and attention.c.
+ *
+ * A tile is up to BTX_TILE_ROWS rows of A against one panel of BTX_PANEL columns of B; its sums stay in
+ * registers over the whole depth:
+ *
+ *     a [rows][a_stride] words, row-major: each word is broadcast
+ *     b [depth][BTX_PANEL] words, packed
+ *     c [rows][c_stride] f32
+ *
+ * A word is 32 bits: one f32, or two bf16 that are neighbours in depth, the first in the low half. Products of
+ * bf16 are exact in f32, so with and without AVX512-BF16 only the order of the sums differs (and that
+ * instruction takes subnormals as zero).
+ */
+#ifndef BTX_TILE_H
+#define BTX_TILE_H
+
+#include "simd.h"
+
+#if BTX_VL == 16
+#define BTX_TILE_ROWS 14 /* 28 sums, 2 of B, 1 of A: 31 of 32 registers */
+#define BTX_TILE_VECTORS 2
+#elif BTX_VL == 8
+#define BTX_TILE_ROWS 6 /* 12 sums, 2 of B, 1 of A: 15 of 16 registers */
+#define BTX_TILE_VECTORS 2
+#else
+#define BTX_TILE_ROWS 4
+#define BTX_TILE_VECTORS 8
+#endif
+#define BTX_PANEL (BTX_TILE_VECTORS * BTX_VL)
+
+typedef enum btx_word {
+    BTX_WORD_F32,         /* a and b f32 */
+    BTX_WORD_BF16_DOT,    /* a and b pairs of bf16 */
+    BTX_WORD_BF16_WIDENED /* b pairs of bf16; a two f32 that are bf16 values for each word of b */
+} btx_word;
+
+#ifdef BTX_BF16_DOT
+#define BTX_WORD_BF16 BTX_WORD_BF16_DOT
+#else
+#define BTX_WORD_BF16 BTX_WORD_BF16_WIDENED
+#endif
+
+typedef struct btx_tile {
+    const float *a;
+    int64_t a_stride;
+    const float *b;
+    int64_t depth;     /* words of b */
+    const float *bias; /* [columns] or NULL */
+    float *c;
+    int64_t c_stride;
+    int columns;       /* 1 ... BTX_PANEL; nothing behind them is touched in bias and c */
+    int accumulate;    /* add what c holds */
+    const char *ahead; /* memory to bring nearer meanwhile: ahead_step bytes on for each word of depth */
+    int64_t ahead_step;
+} btx_tile;
+
+#if defined(__GNUC__)
+#define BTX_INLINE static inline __attribute__((always_inline))
+#define BTX_UNROLL _Pragma("GCC unroll 16")
+#else
+#define BTX_INLINE static inline
+#define BTX_UNROLL
+#endif
+
+/* sum + a b of one word. */
+BTX_INLINE vf btx_word_fma(btx_word word, vf a, vf b, vf sum)
+{
+#ifdef BTX_BF16_DOT
+    if (word == BTX_WORD_BF16_DOT)
+        return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#endif
+    (void)word;
+    return vf_fma(a, b, sum);
+}
+
+/* rows and word are constants where this is inlined; the loops over them unroll and sum lives in registers. */
+BTX_INLINE void btx_tile_multiply(int rows, btx_word word, const btx_tile *tile)
+{
+    const float *a = tile->a, *b = tile->b;
+    const int64_t a_stride = tile->a_stride, depth = tile->depth;
+    vf sum[BTX_TILE_ROWS][BTX_TILE_VECTORS];
+    BTX_UNROLL
+    for (int v = 0; v < BTX_TILE_VECTORS; v++) {
+        int n = tile->columns - v * BTX_VL;
+        n = n < 0 ? 0 : n > BTX_VL ? BTX_VL : n;
+        vf start = tile->bias && n > 0 ? vf_load_n(tile->bias + v * BTX_VL, n) : vf_zero();
+        BTX_UNROLL
+        for (int i = 0; i < rows; i++)
+            sum[i][v] = start;
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        vf low[BTX_TILE_VECTORS], high[BTX_TILE_VECTORS];
+        vf_prefetch(tile->ahead + k * tile->ahead_step);
+        BTX_UNROLL
+        for (int v = 0; v < BTX_TILE_VECTORS; v++) {
+            vf pair = vf_load(b + k * BTX_PANEL + v * BTX_VL);
+            low[v] = word == BTX_WORD_BF16_WIDENED ? vf_bf16_low(pair) : pair;
+            high[v] = word == BTX_WORD_BF16_WIDENED ? vf_bf16_high(pair) : pair;
+        }
+        BTX_UNROLL
+        for (int i = 0; i < rows; i++) {
+            if (word == BTX_WORD_BF16_WIDENED) {
+                const float *pair = a + i * a_stride + 2 * k;
+                vf first = vf_set1(pair[0]), second = vf_set1(pair[1]);
+                BTX_UNROLL
+                for (int v = 0; v < BTX_TILE_VECTORS; v++)
+                    sum[i][v] = vf_fma(first, low[v], sum[i][v]);
+                BTX_UNROLL
+                for (int v = 0; v < BTX_TILE_VECTORS; v++)
+                    sum[i][v] = vf_fma(second, high[v], sum[i][v]);
+            }
+            else {
+                vf value = vf_set1(a[i * a_stride + k]);
+                BTX_UNROLL
+                for (int v = 0; v < BTX_TILE_VECTORS; v++)
+                    sum[i][v] = btx_word_fma(word, value, low[v], sum[i][v]);
+            }
+        }
+    }
+    BTX_UNROLL
+    for (int i = 0; i < rows; i++) {
+        BTX_UNROLL
+        for (int v = 0; v < BTX_TILE_VECTORS; v++) {
+            float *c = tile->c + i * tile->c_stride + v * BTX_VL;
+            int n = tile->columns - v * BTX_VL;
+            if (n >= BTX_VL) {
+                vf_store(c, tile->accumulate ? vf_add(sum[i][v], vf_load(c)) : sum[i][v]);
+            }
+            else if (n > 0) {
+                vf_store_n(c, tile->accumulate ? vf_add(sum[i][v], vf_load_n(c, n)) : sum[i][v], n);
+            }
+        }
+    }
+}
+
+#define BTX_TILE_FUNCTIONS(rows)                                                                                       \
+    static void btx_tile_f32_##rows(const btx_tile *tile)                                                              \
+    {                                                                                                                  \
+        btx_tile_multiply(rows, BTX_WORD_F32, tile);                                                                   \
+    }                                                                                                                  \
+    static void btx_tile_bf16_##rows(const btx_tile *tile)                                                             \
+    {                                                                                                                  \
+        btx_tile_multiply(rows, BTX_WORD_BF16, tile);                                                                  \
+    }
+
+BTX_TILE_FUNCTIONS(1)
+BTX_TILE_FUNCTIONS(2)
+BTX_TILE_FUNCTIONS(3)
+BTX_TILE_FUNCTIONS(4)
+#if BTX_TILE_ROWS >= 6
+BTX_TILE_FUNCTIONS(5)
+BTX_TILE_FUNCTIONS(6)
+#endif
+#if BTX_TILE_ROWS >= 14
+BTX_TILE_FUNCTIONS(7)
+BTX_TILE_FUNCTIONS(8)
+BTX_TILE_FUNCTIONS(9)
+BTX_TILE_FUNCTIONS(10)
+BTX_TILE_FUNCTIONS(11)
+BTX_TILE_FUNCTIONS(12)
+BTX_TILE_FUNCTIONS(13)
+BTX_TILE_FUNCTIONS(14)
+#endif
+#undef BTX_TILE_FUNCTIONS
+
+typedef void (*btx_tile_function)(const btx_tile *tile);
+
+/* [rows - 1] */
+static const btx_tile_function btx_tiles_f32[BTX_TILE_ROWS] = {
+    btx_tile_f32_1,  btx_tile_f32_2,  btx_tile_f32_3,  btx_tile_f32_4,
+#if BTX_TILE_ROWS >= 6
+    btx_tile_f32_5,  btx_tile_f32_6,
+#endif
+#if BTX_TILE_ROWS >= 14
+    btx_tile_f32_7,  btx_tile_f32_8,  btx_tile_f32_9,  btx_tile_f32_10,
+    btx_tile_f32_11, btx_tile_f32_12, btx_tile_f32_13, btx_tile_f32_14,
+#endif
+};
+static const btx_tile_function btx_tiles_bf16[BTX_TILE_ROWS] = {
+    btx_tile_bf16_1,  btx_tile_bf16_2,  btx_tile_bf16_3,  btx_tile_bf16_4,
+#if BTX_TILE_ROWS >= 6
+    btx_tile_bf16_5,  btx_tile_bf16_6,
+#endif
+#if BTX_TILE_ROWS >= 14
+    btx_tile_bf16_7,  btx_tile_bf16_8,  btx_tile_bf16_9,  btx_tile_bf16_10,
+    btx_tile_bf16_11, btx_tile_bf16_12, btx_tile_bf16_13, btx_tile_bf16_14,
+#endif
+};
+
+/* rows in tiles of nearly one height: a lone last row would cost as much as several. */
+static inline int64_t btx_num_tiles(int64_t rows)
+{
+    return (rows + BTX_TILE_ROWS - 1) / BTX_TILE_ROWS;
+}
+static inline int64_t btx_tile_begin(int64_t rows, int64_t tile)
+{
+    return rows * tile / btx_num_tiles(rows);
+}
+
+#endif /* BTX_TILE_H */

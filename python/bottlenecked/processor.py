@@ -1,0 +1,200 @@
+"""CacheProcessor: a trained Processor bound to a stack's caches. A facade over ``bottleneck_ext``.
+
+    processor = CacheProcessor.from_pretrained("my-processor")
+    workspace = processor.workspace(num_threads=8)
+    cache = processor.bind(keys, values, queries, workspace=workspace)
+    report = cache.rewrite([BoundaryEvent(sequence=0, step_begin=40, step_end=63)])
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+import bottleneck_ext
+
+from .boundary import BoundaryEvent
+from .checkpoint import load_weights, save_checkpoint
+from .config import CacheProcessorConfig
+
+if TYPE_CHECKING:
+    from bottleneck_ext._core import SupportsDLPack
+
+WeightDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class RewriteReport:
+    """What one rewrite did. Positions are cache positions.
+
+    ``window_begin[i]``: first position of event i's rewritten window ``[window_begin, step_end)``.
+    ``recalled[i]``: int64 ``[num_layers, k_eff]``, ascending, ``k_eff = min(top_k, prior positions)``.
+    ``delta_norm``, ``row_norm``: float32 ``[num_layers, num_events]``, Euclidean norms of the gated edit and of the
+    selected rows before it.
+    ``stage_seconds``: seconds of mass, top_k, gather, processor and write, summed over threads.
+    """
+
+    events: tuple[BoundaryEvent, ...]
+    window_begin: tuple[int, ...]
+    recalled: tuple[NDArray[np.int64], ...]
+    delta_norm: NDArray[np.float32]
+    row_norm: NDArray[np.float32]
+    stage_seconds: dict[str, float]
+
+
+class CacheProcessor:
+    """Immutable: one may serve many caches and threads at once."""
+
+    def __init__(
+        self,
+        config: CacheProcessorConfig,
+        weights: Mapping[str, SupportsDLPack],
+        *,
+        weight_dtype: WeightDtype = "float32",
+        backend: str = "cpu",
+    ) -> None:
+        """Checks and packs the weights.
+
+        config: shape of backbone and Processor.
+        weights: checkpoint names to float32, float16 or bfloat16 tensors on the CPU (NumPy, torch, ...).
+        weight_dtype: "bfloat16" rounds both operands of every product to bfloat16 (float32 sums): half the
+            memory, and faster where the machine has bfloat16 products.
+        backend: "cpu" (the best instruction set of this machine), or one of ``bottleneck_ext.backends()``.
+
+        Raises InvalidArgumentError (a ValueError) naming the tensor that is missing, misshapen or not finite, and
+        UnsupportedError for a backend this machine does not have.
+        """
+        self.config = config
+        self.weights = dict(weights)
+        shape: dict[str, Any] = {
+            name: getattr(config, name)
+            for name in (
+                "num_layers",
+                "num_kv_heads",
+                "num_query_heads",
+                "head_dim",
+                "processor_dim",
+                "processor_heads",
+                "processor_mlp_dim",
+                "top_k",
+                "recent_window",
+                "norm_eps",
+            )
+        }
+        shape["rope_inv_freq"] = config.inv_freq() if config.key_space == "unrotated" else None
+        self.native = bottleneck_ext.Processor(shape, self.weights, weight_dtype=weight_dtype, backend=backend)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], *, weight_dtype: WeightDtype = "float32", backend: str = "cpu"
+    ) -> CacheProcessor:
+        """Loads ``config.json`` and ``model.safetensors``; raises ValueError naming file and tensor or key."""
+        config = CacheProcessorConfig.load(directory)
+        return cls(config, load_weights(directory, config), weight_dtype=weight_dtype, backend=backend)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the checkpoint as float32, atomically: a crash leaves the old one or the new one."""
+        save_checkpoint(directory, self.config, {name: np.from_dlpack(w) for name, w in self.weights.items()})
+
+    @property
+    def backend(self) -> str:
+        """For instance "cpu:avx512_bf16"."""
+        return self.native.backend
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of packed weights."""
+        return self.native.nbytes
+
+    def workspace(self, num_threads: int = 1) -> bottleneck_ext.Workspace:
+        """Scratch memory and threads for one caller at a time; keep it with the sequences it serves."""
+        return bottleneck_ext.Workspace(num_threads, self.native.backend)
+
+    def bind(
+        self,
+        keys: Iterable[SupportsDLPack],
+        values: Iterable[SupportsDLPack],
+        queries: Iterable[SupportsDLPack],
+        *,
+        workspace: bottleneck_ext.Workspace,
+        query_table: SupportsDLPack | None = None,
+        softmax_scale: float | None = None,
+    ) -> BoundCache:
+        """The caches one caller rewrites, borrowed through DLPack without a copy.
+
+        keys, values: per layer ``[num_blocks, block_size, num_kv_heads, head_dim]``, any strides, writable.
+        queries: per layer ``[num_pages, page_size, num_query_heads, head_dim]``, after RoPE, the caches' dtype; the
+            query of position p of sequence s is in page ``query_table[s, (p // page_size) % pages_per_sequence]``,
+            row ``p % page_size``.
+        query_table: int32 ``[num_sequences, pages_per_sequence]``; None: page s is sequence s's only one.
+        softmax_scale: of the backbone's attention; None: ``head_dim ** -0.5``.
+        """
+        return BoundCache(
+            self,
+            bottleneck_ext.KVCache(keys, values),
+            bottleneck_ext.QueryCache(queries, query_table),
+            workspace,
+            0.0 if softmax_scale is None else softmax_scale,
+        )
+
+
+class BoundCache:
+    """A Processor, one stack's caches, and the workspace to rewrite them with: see CacheProcessor.bind."""
+
+    def __init__(
+        self,
+        processor: CacheProcessor,
+        kv_cache: bottleneck_ext.KVCache,
+        query_cache: bottleneck_ext.QueryCache,
+        workspace: bottleneck_ext.Workspace,
+        softmax_scale: float,
+    ) -> None:
+        self.processor = processor
+        self.kv_cache = kv_cache
+        self.query_cache = query_cache
+        self.workspace = workspace
+        self.softmax_scale = softmax_scale
+
+    def rewrite(
+        self, events: Sequence[BoundaryEvent], block_table: SupportsDLPack | None = None
+    ) -> RewriteReport:
+        """Rewrites, in place, the window and the recalled positions of every event (arXiv 2505.16950, section 3.2).
+
+        events: the steps that ended with this engine step, each sequence at most once.
+        block_table: int32 ``[num_sequences, max_blocks]``; None: block s is sequence s's only one.
+
+        InvalidArgumentError, UnsupportedError, DeviceError and MemoryError leave the caches untouched;
+        RebuildNeededError means the write began and failed: discard these sequences.
+        """
+        config = self.processor.config
+        recalled = np.empty((config.num_layers, len(events), config.top_k), np.int64)
+        delta_norm = np.empty((config.num_layers, len(events)), np.float32)
+        row_norm = np.empty_like(delta_norm)
+        stage_seconds = self.processor.native.rewrite(
+            self.kv_cache,
+            self.query_cache,
+            [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in events],
+            block_table,
+            workspace=self.workspace,
+            softmax_scale=self.softmax_scale,
+            recalled=recalled,
+            delta_norm=delta_norm,
+            row_norm=row_norm,
+        )
+        window_begin = tuple(e.window_begin(config.recent_window) for e in events)
+        return RewriteReport(
+            events=tuple(events),
+            window_begin=window_begin,
+            recalled=tuple(
+                recalled[:, i, : min(config.top_k, begin - e.sequence_begin)]
+                for i, (e, begin) in enumerate(zip(events, window_begin, strict=True))
+            ),
+            delta_norm=delta_norm,
+            row_norm=row_norm,
+            stage_seconds=stage_seconds,
+        )

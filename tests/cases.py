@@ -1,0 +1,170 @@
+"""Random boundaries for parity tests and benchmarks: one description, any layout, any dtype.
+
+The memory around and between the views is filled with NaN (sentinels): reading or writing it shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from bottlenecked import BoundaryEvent, CacheProcessor, CacheProcessorConfig
+from bottlenecked.checkpoint import initial_weights
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LAYOUTS = ("nhd", "hnd", "packed", "column_major", "strided")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a case is made of. lengths: per sequence (padding, prior + step tokens, step length)."""
+
+    lengths: tuple[tuple[int, int, int], ...]
+    num_layers: int = 2
+    num_kv_heads: int = 2
+    group: int = 2
+    head_dim: int = 16
+    processor_dim: int = 32
+    processor_heads: int = 4
+    processor_mlp_dim: int = 40
+    top_k: int = 4
+    recent_window: int = 16
+    block_size: int | None = None  # None: a block per sequence
+    page_size: int | None = None  # None: a ring of recent_window rows
+    layout: str = "nhd"
+    dtype: str = "float32"
+    key_space: str = "rotated"
+    seed: int = 0
+    random_scale: float = 0.5
+
+
+@dataclass
+class Case:
+    shape: Shape
+    config: CacheProcessorConfig
+    weights: dict[str, np.ndarray]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    queries: list[torch.Tensor]
+    block_table: np.ndarray
+    query_table: np.ndarray
+    events: list[BoundaryEvent]
+    pools: list[torch.Tensor] = field(default_factory=list)  # the memory behind the views
+
+    def processor(self, backend: str = "cpu", weight_dtype: str = "float32") -> CacheProcessor:
+        return CacheProcessor(self.config, self.weights, backend=backend, weight_dtype=weight_dtype)
+
+    def rewrite(self, processor: CacheProcessor, num_threads: int = 1):
+        bound = processor.bind(
+            self.keys,
+            self.values,
+            self.queries,
+            workspace=processor.workspace(num_threads),
+            query_table=self.query_table,
+        )
+        return bound.rewrite(self.events, self.block_table)
+
+    def snapshot(self) -> list[torch.Tensor]:
+        """Every byte behind the caches, sentinels included."""
+        return [pool.clone() for pool in self.pools]
+
+
+def _cache_views(shape: Shape, num_blocks: int, block_size: int, generator: torch.Generator, pools: list):
+    """Key and value views [num_blocks, block_size, num_kv_heads, head_dim] of one layer, in a layout."""
+    n, b, h, d = num_blocks, block_size, shape.num_kv_heads, shape.head_dim
+    dtype = DTYPES[shape.dtype]
+
+    def pool(*size: int) -> torch.Tensor:
+        memory = torch.full(size, float("nan"), dtype=dtype)
+        pools.append(memory)
+        return memory
+
+    if shape.layout == "nhd":
+        key, value = pool(n, b, h, d), pool(n, b, h, d)
+    elif shape.layout == "hnd":
+        key, value = pool(n, h, b, d).transpose(1, 2), pool(n, h, b, d).transpose(1, 2)
+    elif shape.layout == "packed":  # rows K | V, a gap behind them
+        rows = pool(n, b, h, 2 * d + 3)
+        key, value = rows[..., :d], rows[..., d : 2 * d]
+    elif shape.layout == "column_major":  # keys [head_dim, block_size], as vLLM's CPU backend keeps them
+        both = pool(n, h, 2 * d * b)
+        key = both[..., : d * b].unflatten(-1, (d, b)).permute(0, 3, 1, 2)
+        value = both[..., d * b :].unflatten(-1, (b, d)).permute(0, 2, 1, 3)
+    else:  # every other element, odd gaps
+        key = pool(n, b, h + 1, 2 * d + 1)[:, :, :h, 1::2][..., :d]
+        value = pool(n + 1, b, h, 2 * d)[1:, :, :, ::2]
+    for view in (key, value):
+        view.copy_(torch.randn(view.shape, generator=generator))
+    return key, value
+
+
+def make_case(shape: Shape) -> Case:
+    generator = torch.Generator().manual_seed(shape.seed)
+    rng = np.random.default_rng(shape.seed)
+    config = CacheProcessorConfig(
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        num_query_heads=shape.num_kv_heads * shape.group,
+        head_dim=shape.head_dim,
+        processor_dim=shape.processor_dim,
+        processor_heads=shape.processor_heads,
+        processor_mlp_dim=shape.processor_mlp_dim,
+        top_k=shape.top_k,
+        recent_window=shape.recent_window,
+        key_space=shape.key_space,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    weights = initial_weights(config, random_scale=shape.random_scale, seed=shape.seed)
+    for name, weight in weights.items():  # initial biases are 0 and norms 1: they would hide mistakes
+        if name.endswith("bias") or name.endswith("norm.weight"):
+            weight += rng.normal(0, 0.1, weight.shape).astype(np.float32)
+        elif name.endswith("proj.weight") and "out_proj" not in name:
+            weight += rng.normal(0, 0.5 / np.sqrt(weight.shape[1]), weight.shape).astype(np.float32)
+
+    num_sequences = len(shape.lengths) + 1  # the last one takes no part
+    ends = [padding + tokens for padding, tokens, _ in shape.lengths]
+    if shape.block_size is None:
+        block_size = max(ends)
+        block_table = np.arange(num_sequences, dtype=np.int32)[:, None]
+        num_blocks = num_sequences
+    else:
+        block_size = shape.block_size
+        max_blocks = -(-max(ends) // block_size)
+        num_blocks = num_sequences * max_blocks + 3
+        order = rng.permutation(num_blocks)[: num_sequences * max_blocks]
+        block_table = order.reshape(num_sequences, max_blocks).astype(np.int32)
+        for s, end in enumerate(ends):  # entries behind the end are never looked at
+            block_table[s, -(-end // block_size) :] = -1
+    page_size = shape.page_size or shape.recent_window
+    pages = 1 if shape.page_size is None else -(-shape.recent_window // page_size) + 1
+    query_table = rng.permutation(num_sequences * pages).reshape(num_sequences, pages).astype(np.int32)
+
+    keys, values, queries, pools = [], [], [], []
+    for _ in range(shape.num_layers):
+        key, value = _cache_views(shape, num_blocks, block_size, generator, pools)
+        keys.append(key)
+        values.append(value)
+        query = torch.randn(
+            num_sequences * pages, page_size, config.num_query_heads, shape.head_dim, generator=generator
+        )
+        queries.append(query.to(DTYPES[shape.dtype]))
+    events = [
+        BoundaryEvent(sequence=s, step_begin=end - step, step_end=end, sequence_begin=padding)
+        for s, (end, (padding, _, step)) in enumerate(zip(ends, shape.lengths, strict=True))
+    ]
+    # NaN wherever nothing may be read: padding, positions to come, blocks of nobody, queries before the window.
+    cached = torch.zeros(num_blocks, block_size, dtype=torch.bool)
+    captured = torch.zeros(num_sequences * pages, page_size, dtype=torch.bool)
+    for s, event in enumerate(events):
+        for p in range(event.sequence_begin, event.step_end):
+            cached[block_table[s, p // block_size], p % block_size] = True
+        for p in range(max(event.step_begin, event.step_end - shape.recent_window), event.step_end):
+            captured[query_table[s, p // page_size % pages], p % page_size] = True
+        block_table[s, : event.sequence_begin // block_size] = -1  # padding needs no block
+    for view in (*keys, *values):
+        view[~cached] = float("nan")
+    for view in queries:
+        view[~captured] = float("nan")
+    return Case(shape, config, weights, keys, values, queries, block_table, query_table, events, pools)

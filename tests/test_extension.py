@@ -1,0 +1,605 @@
+"""bottleneck_ext: borrowing, refusals, ownership, threads. Numbers are judged in test_parity.py."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import bottleneck_ext
+from bottleneck_ext import (
+    BottleneckError,
+    DeviceError,
+    InvalidArgumentError,
+    RebuildNeededError,
+    UnsupportedError,
+)
+from bottlenecked import BoundaryEvent, CacheProcessor
+
+from .cases import Case, Shape, make_case
+
+SHAPE = Shape(lengths=((0, 30, 9), (3, 22, 5)), block_size=8)
+AVAILABLE = [b["name"] for b in bottleneck_ext.backends() if b["available"]]
+
+
+@pytest.fixture
+def case() -> Case:
+    return make_case(SHAPE)
+
+
+def refused(case: Case, match: str, error: type[Exception] = InvalidArgumentError, processor=None, **changes):
+    """The call raises, the sentence says why, and not one byte behind the caches changed."""
+    processor = processor or case.processor()
+    arguments = {
+        "keys": case.keys,
+        "values": case.values,
+        "queries": case.queries,
+        "query_table": case.query_table,
+        "softmax_scale": None,
+    }
+    events = changes.pop("events", case.events)
+    block_table = changes.pop("block_table", case.block_table)
+    arguments.update(changes)
+    before = case.snapshot()
+    with pytest.raises(error, match=match):
+        processor.bind(**arguments, workspace=processor.workspace()).rewrite(events, block_table)
+    for pool, old in zip(case.pools, before, strict=True):
+        assert torch.equal(pool.view(torch.uint8), old.view(torch.uint8))
+
+
+def test_exceptions_are_the_documented_ones() -> None:
+    assert issubclass(InvalidArgumentError, BottleneckError)
+    assert issubclass(InvalidArgumentError, ValueError)
+    assert issubclass(UnsupportedError, NotImplementedError)
+    assert issubclass(DeviceError, RuntimeError)
+    assert issubclass(RebuildNeededError, RuntimeError)
+    assert not issubclass(BottleneckError, ValueError)
+
+
+def test_rewrite_changes_exactly_the_selected_rows(case: Case) -> None:
+    before = case.snapshot()
+    report = case.rewrite(case.processor())
+    assert [r.shape for r in report.recalled] == [(2, 4), (2, 4)]
+    assert report.window_begin == (21, 20)
+    assert (report.delta_norm > 0).all()
+    for layer in range(2):
+        touched = torch.zeros(case.keys[0].shape[:2], dtype=torch.bool)
+        for i, event in enumerate(case.events):
+            for p in [*report.recalled[i][layer], *range(report.window_begin[i], event.step_end)]:
+                touched[case.block_table[event.sequence, p // 8], p % 8] = True
+        old = make_case(SHAPE)
+        for now, then in ((case.keys[layer], old.keys[layer]), (case.values[layer], old.values[layer])):
+            assert torch.equal(now[~touched].view(torch.int32), then[~touched].view(torch.int32))
+            assert (now[touched] != then[touched]).any(-1).all()
+    assert any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
+
+
+# ---- what is refused -----------------------------------------------------------------------------------
+
+
+def test_wrong_layer_count(case: Case) -> None:
+    refused(case, "1 layers; the Processor was made for 2", keys=case.keys[:1], values=case.values[:1])
+    refused(case, "keys have 2 layers, values have 1", values=case.values[:1])
+    refused(case, "the query cache has 1 layers", queries=case.queries[:1])
+    refused(case, "no layers", keys=[], values=[])
+
+
+def test_wrong_heads_and_head_size(case: Case) -> None:
+    refused(case, "keys of layer 0 have 1 KV heads; .* 2", keys=[k[:, :, :1] for k in case.keys])
+    refused(case, "values of layer 0 have head size 8; .* 16", values=[v[..., :8] for v in case.values])
+    refused(case, "queries of layer 0 have 3 heads of size 16", queries=[q[:, :, :3] for q in case.queries])
+
+
+def test_wrong_rank_dtype_device(case: Case) -> None:
+    refused(case, "keys of layer 1 have 3 dimensions", keys=[case.keys[0], case.keys[1][0]])
+    refused(case, "values of layer 1 are float16, keys of layer 0 are float32", values=[case.values[0], case.values[1].half()])
+    refused(case, "queries of layer 0 are bfloat16", queries=[q.bfloat16() for q in case.queries])
+    refused(case, r"its dtype \(DLPack code 2, 64 bits\)", keys=[k.double() for k in case.keys])
+    refused(case, "keys of layer 0 are int32", keys=[k.int() for k in case.keys])
+    refused(case, "cannot be exported through DLPack", keys=[k.to("meta") for k in case.keys])
+    refused(case, "no __dlpack__", TypeError, keys=[[1.0]], values=[[1.0]])
+    refused(case, "cannot be exported", keys=[k.clone().requires_grad_() for k in case.keys])
+
+
+def test_blocks_differ_between_layers(case: Case) -> None:
+    refused(case, "all layers share one block table", keys=[case.keys[0], case.keys[1][:-1]])
+    refused(case, "another number of pages", queries=[case.queries[0], case.queries[1][:-1]])
+
+
+def test_overlapping_and_zero_strides(case: Case) -> None:
+    one = case.keys[0][:1]
+    refused(case, "zero or overlapping strides", keys=[case.keys[0], one.expand(case.keys[0].shape)])
+    flat = torch.zeros(10000)
+    overlapping = flat.as_strided(case.keys[0].shape, (200, 16, 8, 1))
+    refused(case, "keys of layer 1 have zero or overlapping", keys=[case.keys[0], overlapping])
+    refused(case, "keys of layer 0 and values of layer 1 are the same memory", values=[case.values[0], case.keys[0]])
+
+
+def test_read_only_arrays_are_refused_where_we_write(case: Case) -> None:
+    frozen = [k.numpy().copy() for k in case.keys]
+    for array in frozen:
+        array.flags.writeable = False
+    refused(case, "keys of layer 0 are read-only", keys=frozen)
+    processor = case.processor()
+    queries = [q.numpy().copy() for q in case.queries]
+    for array in queries:
+        array.flags.writeable = False
+    bound = processor.bind(
+        case.keys, case.values, queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    bound.rewrite(case.events, case.block_table)  # read only where we read: fine
+    out = np.zeros((2, 2), np.float32)
+    out.flags.writeable = False
+    with pytest.raises(InvalidArgumentError, match="delta_norm is read-only"):
+        processor.native.rewrite(
+            bound.kv_cache, bound.query_cache, [(0, 0, 21, 30), (1, 3, 20, 25)], case.block_table,
+            workspace=bound.workspace, delta_norm=out,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", [-1, 1 << 30, 15])
+def test_block_table_entries_out_of_range(case: Case, entry: int) -> None:
+    assert case.keys[0].shape[0] == 15
+    table = case.block_table.copy()
+    table[1, 1] = entry
+    refused(case, rf"block_table\[1, 1\] is {entry}; there are 15 blocks", block_table=table)
+
+
+@pytest.mark.parametrize("entry", [-1, 3])
+def test_query_table_entries_out_of_range(case: Case, entry: int) -> None:
+    table = case.query_table.copy()
+    table[0, 0] = entry
+    refused(case, rf"query_table\[0, 0\] is {entry}; there are 3 pages", query_table=table)
+
+
+def test_tables_of_the_wrong_kind(case: Case) -> None:
+    refused(case, "block_table is int64; it must be int32", block_table=case.block_table.astype(np.int64))
+    refused(case, "block_table has 1 dimensions", block_table=case.block_table[0])
+    refused(case, "block_table is empty", block_table=case.block_table[:, :0])
+    refused(case, "rows of the block_table have stride", block_table=np.asfortranarray(case.block_table))
+    refused(case, "block_table has 3 rows, query_table has 2", query_table=case.query_table[:2])
+
+
+def test_blocks_and_pages_of_two_sequences(case: Case) -> None:
+    table = case.block_table.copy()
+    table[1, 0] = table[0, 0]
+    refused(case, rf"block {table[0, 0]} belongs to sequences 0 and 1", block_table=table)
+    table = case.query_table.copy()
+    table[1] = table[0]
+    refused(case, "page . belongs to sequences 0 and 1", query_table=table)
+
+
+def test_a_sequence_listed_twice(case: Case) -> None:
+    refused(case, "sequence 0 is listed twice", events=[case.events[0], case.events[0]])
+
+
+@pytest.mark.parametrize(
+    ("event", "match"),
+    [
+        (BoundaryEvent(sequence=3, step_begin=0, step_end=4), "step 0 is of sequence 3; the tables have 3 rows"),
+        (BoundaryEvent(sequence=-1, step_begin=0, step_end=4), "sequence -1"),
+        (BoundaryEvent(sequence=0, step_begin=0, step_end=33), "ends at 33; the block table covers 32"),
+        (BoundaryEvent(sequence=0, step_begin=0, step_end=1 << 40), "the block table covers 32"),
+    ],
+)
+def test_steps_outside_the_cache(case: Case, event: BoundaryEvent, match: str) -> None:
+    refused(case, match, events=[event])
+
+
+@pytest.mark.parametrize("step", [(0, 0, 4, 4), (0, 5, 4, 9), (0, -1, 4, 9), (0, 0, 9, 4), (0, 0, -3, 4)])
+def test_malformed_steps(case: Case, step: tuple[int, int, int, int]) -> None:
+    processor = case.processor()
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    with pytest.raises(InvalidArgumentError, match=r"spans \["):
+        processor.native.rewrite(
+            bound.kv_cache, bound.query_cache, [step], case.block_table, workspace=bound.workspace
+        )
+
+
+def test_query_ring_shorter_than_the_window() -> None:
+    case = make_case(Shape(lengths=((0, 60, 40),), recent_window=16))
+    refused(case, "the window of step 0 has 16 positions; the query cache keeps 8", queries=[q[:, :8] for q in case.queries])
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
+def test_softmax_scale(case: Case, scale: float) -> None:
+    refused(case, "softmax_scale", softmax_scale=scale)
+
+
+def test_nan_in_the_cache_is_refused_before_the_write(case: Case) -> None:
+    case.values[1][case.block_table[1, 2], 2] = float("nan")  # position 18 or so: inside the second window
+    table = case.block_table
+    for p in range(20, 25):
+        case.values[1][table[1, p // 8], p % 8] = float("nan")
+    refused(case, "the edit of sequence 1 in layer 1 is not finite")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("recent_window", 0, "recent_window is 0; it must be 1 to 256"),
+        ("recent_window", 257, "recent_window is 257"),
+        ("top_k", -1, "top_k is -1; it must be 0 to 65536"),
+        ("top_k", 65537, "top_k is 65537"),
+        ("num_layers", 0, "num_layers is 0"),
+        ("num_query_heads", 3, "num_query_heads 3 is not a multiple of num_kv_heads 2"),
+        ("processor_heads", 5, "processor_dim 32 is not a multiple of processor_heads 5"),
+        ("norm_eps", 0.0, "norm_eps is 0"),
+        ("norm_eps", float("nan"), "norm_eps is nan"),
+        ("rope_inv_freq", [1.0], "rope_inv_freq has 1 entries; head_dim 16 needs 8"),
+    ],
+)
+def test_configuration_out_of_range(case: Case, key: str, value: object, match: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=match):
+        bottleneck_ext.Processor(native_config(case, **{key: value}), case.weights)
+
+
+def native_config(case: Case, **changes: object) -> dict[str, object]:
+    names = (
+        "num_layers num_kv_heads num_query_heads head_dim processor_dim processor_heads processor_mlp_dim top_k "
+        "recent_window norm_eps"
+    ).split()
+    return {name: getattr(case.config, name) for name in names} | {"rope_inv_freq": None} | changes
+
+
+def test_weights_that_are_wrong(case: Case) -> None:
+    def refused_weights(match: str, **changes: object) -> None:
+        weights = {**case.weights, **changes}
+        with pytest.raises(InvalidArgumentError, match=match):
+            CacheProcessor(case.config, {k: v for k, v in weights.items() if v is not None})
+
+    refused_weights("tensor layers.1.gate is missing", **{"layers.1.gate": None})
+    refused_weights("layers.0.in_proj.bias has the wrong shape", **{"layers.0.in_proj.bias": np.zeros(31, np.float32)})
+    bad = case.weights["layers.1.o_proj.weight"].copy()
+    bad[3, 5] = np.nan
+    refused_weights(r"layers.1.o_proj.weight holds nan at \[3, 5\]", **{"layers.1.o_proj.weight": bad})
+    bad[3, 5] = -np.inf
+    refused_weights("layers.1.o_proj.weight holds -inf", **{"layers.1.o_proj.weight": bad})
+    refused_weights("there are 39 tensors; a Processor of 2 layers has 38", **{"layers.2.gate": np.zeros((), np.float32)})
+    refused_weights("is int64; it must be float32", **{"layers.0.gate": np.zeros((), np.int64)})
+
+
+def test_unknown_backend(case: Case) -> None:
+    for name in ("cpu:mmx", "cuda", "", "cp", "cpu:"):
+        with pytest.raises(UnsupportedError, match=f"backend '{name}' is not available here; there is .*cpu:scalar"):
+            case.processor(backend=name)
+
+
+def test_workspace_of_another_backend(case: Case) -> None:
+    if len(AVAILABLE) < 2:
+        pytest.skip("one instruction set only")
+    processor = case.processor(backend=AVAILABLE[0])
+    other = bottleneck_ext.Workspace(1, AVAILABLE[1])
+    bound = processor.bind(case.keys, case.values, case.queries, workspace=other, query_table=case.query_table)
+    with pytest.raises(InvalidArgumentError, match="the workspace is of another backend"):
+        bound.rewrite(case.events, case.block_table)
+
+
+@pytest.mark.parametrize("num_threads", [0, -1, 1025])
+def test_thread_count_out_of_range(num_threads: int) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"num_threads is {num_threads}"):
+        bottleneck_ext.Workspace(num_threads)
+
+
+# ---- not errors ------------------------------------------------------------------------------------------
+
+
+def test_no_events_is_a_no_op(case: Case) -> None:
+    case.events = []
+    before = case.snapshot()
+    report = case.rewrite(case.processor())
+    assert report.recalled == ()
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(case.pools, before, strict=True))
+
+
+def test_default_tables_are_one_block_and_page_per_sequence() -> None:
+    shape = Shape(lengths=((0, 40, 9),))
+    one, two = make_case(shape), make_case(shape)
+    one.query_table = two.query_table = np.array([[0], [1]], np.int32)
+    for q1, q2 in zip(one.queries, two.queries, strict=True):
+        q1.copy_(torch.randn(q1.shape))
+        q2.copy_(q1)
+    one.rewrite(one.processor())
+    processor = two.processor()
+    processor.bind(two.keys, two.values, two.queries, workspace=processor.workspace()).rewrite(two.events)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one.pools, two.pools, strict=True))
+
+
+# ---- DLPack ------------------------------------------------------------------------------------------------
+
+
+def test_numpy_enters_without_a_copy(case: Case) -> None:
+    expected = make_case(SHAPE)
+    expected.rewrite(expected.processor())
+    case.keys, case.values = [k.numpy() for k in case.keys], [v.numpy() for v in case.values]
+    case.queries = [q.numpy() for q in case.queries]
+    case.rewrite(case.processor())
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+
+
+class OldProducer:
+    """A library that speaks DLPack before 1.0: no max_version, an unversioned capsule."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self) -> object:
+        return self.tensor.__dlpack__()
+
+
+def test_old_dlpack_producers(case: Case) -> None:
+    expected = make_case(SHAPE)
+    expected.rewrite(expected.processor())
+    case.keys = [OldProducer(k) for k in case.keys]
+    case.rewrite(case.processor())
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+
+
+def test_producers_that_misbehave(case: Case) -> None:
+    class Producer:
+        def __init__(self, result: object) -> None:
+            self.result = result
+
+        def __dlpack__(self, **_: object) -> object:
+            if isinstance(self.result, BaseException):
+                raise self.result
+            return self.result
+
+    refused(case, "returned no DLPack capsule", TypeError, keys=[Producer(1), case.keys[1]])
+    refused(case, "not today", keys=[Producer(BufferError("not today")), case.keys[1]])
+    refused(case, "", KeyboardInterrupt, keys=[Producer(KeyboardInterrupt()), case.keys[1]])
+    refused(case, "", MemoryError, keys=[Producer(MemoryError()), case.keys[1]])
+
+
+def test_misaligned_data(case: Case) -> None:
+    raw = np.zeros(case.keys[0].numel() * 4 + 1, np.uint8)
+    misaligned = raw[1:].view(np.float32).reshape(case.keys[0].shape)
+    refused(case, "not aligned to 4 bytes", keys=[misaligned, case.keys[1]])
+
+
+def test_resized_tensors_are_refused(case: Case) -> None:
+    processor = case.processor()
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    bound.rewrite(case.events, case.block_table)
+    case.keys[1].untyped_storage().resize_(0)
+    with pytest.raises(InvalidArgumentError, match="keys of layer 1 moved or changed shape"):
+        bound.rewrite(case.events, case.block_table)
+
+
+def test_freed_tensors_stay_alive_while_bound(case: Case) -> None:
+    expected = make_case(SHAPE)
+    expected.rewrite(expected.processor())
+    processor = case.processor()
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    pools = case.pools
+    case.keys = case.values = case.queries = []
+    gc.collect()
+    bound.rewrite(case.events, case.block_table)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(pools, expected.pools, strict=True))
+
+
+def test_no_reference_leaks(case: Case) -> None:
+    processor = case.processor()
+
+    def use() -> None:
+        bound = processor.bind(
+            case.keys, case.values, case.queries, workspace=processor.workspace(2), query_table=case.query_table
+        )
+        bound.rewrite(case.events, case.block_table)
+        case.processor()
+        for bad in (case.keys[:1], [k.double() for k in case.keys], [1, 2]):
+            with pytest.raises((ValueError, TypeError)):
+                processor.bind(bad, case.values, case.queries, workspace=bound.workspace).rewrite(case.events)
+
+    watched = [*case.keys, *case.values, *case.queries, case.block_table, case.query_table, *case.weights.values()]
+    use()
+    gc.collect()
+    references = [sys.getrefcount(o) for o in watched]
+    objects = len(gc.get_objects())
+    for _ in range(20):
+        use()
+    gc.collect()
+    assert [sys.getrefcount(o) for o in watched] == references
+    assert abs(len(gc.get_objects()) - objects) < 20
+
+
+# ---- threads, processes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_threads", [2, 3, 8])
+def test_results_do_not_depend_on_threads(num_threads: int) -> None:
+    shape = Shape(lengths=((0, 90, 20), (5, 50, 17)), num_layers=5, block_size=16, dtype="bfloat16")
+    one, many = make_case(shape), make_case(shape)
+    a, b = one.rewrite(one.processor()), many.rewrite(many.processor(), num_threads)
+    assert all(torch.equal(x.view(torch.int16), y.view(torch.int16)) for x, y in zip(one.pools, many.pools, strict=True))
+    assert (a.delta_norm == b.delta_norm).all()
+
+
+def test_shared_processor_many_threads() -> None:
+    shape = Shape(lengths=((0, 90, 20),), num_layers=3)
+    expected = make_case(shape)
+    processor = expected.processor()
+    expected.rewrite(processor)
+    cases = [make_case(shape) for _ in range(8)]
+    threads = [threading.Thread(target=c.rewrite, args=(processor, 2)) for c in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for case in cases:
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+
+
+def big_case() -> Case:
+    return make_case(
+        Shape(lengths=((0, 2000, 90),), num_layers=8, num_kv_heads=4, group=4, head_dim=64, recent_window=96,
+              processor_dim=256, processor_mlp_dim=1024)
+    )  # fmt: skip
+
+
+def test_the_gil_is_released() -> None:
+    case = big_case()
+    processor = case.processor(backend="cpu:scalar")
+    case.rewrite(processor)
+    ticks, done = 0, threading.Event()
+
+    def work() -> None:
+        case.rewrite(processor)
+        done.set()
+
+    thread = threading.Thread(target=work)
+    sys.setswitchinterval(5)  # the interpreter itself will not switch: only a released GIL lets us count
+    try:
+        thread.start()
+        while not done.is_set() and ticks < 10_000:
+            time.sleep(0.001)
+            ticks += 1
+    finally:
+        sys.setswitchinterval(0.005)
+        thread.join()
+    assert ticks > 20
+
+
+def test_workspace_in_use_by_another_thread() -> None:
+    case, other = big_case(), big_case()
+    processor = case.processor(backend="cpu:scalar")
+    workspace = processor.workspace()
+    bound = [
+        processor.bind(c.keys, c.values, c.queries, workspace=workspace, query_table=c.query_table)
+        for c in (case, other)
+    ]
+    thread = threading.Thread(target=bound[0].rewrite, args=(case.events, case.block_table))
+    thread.start()
+    seen = None
+    while thread.is_alive() and seen is None:
+        try:
+            bound[1].rewrite([], other.block_table)
+        except InvalidArgumentError as error:
+            seen = str(error)
+        time.sleep(0.001)
+    thread.join()
+    assert seen is not None
+    assert "in use by another thread" in seen
+    bound[1].rewrite([], other.block_table)
+
+
+def _rewrite_in_child(connection: object, bound: object, case: Case) -> None:
+    bound.rewrite(case.events, case.block_table)
+    connection.send([p.nan_to_num().view(torch.int32).tolist() for p in case.pools])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_after_fork() -> None:
+    shape = Shape(lengths=((0, 90, 20),), num_layers=6)
+    case = make_case(shape)
+    processor = case.processor()
+    workspace = processor.workspace(3)
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=workspace, query_table=case.query_table
+    )
+    bound.rewrite([], case.block_table)
+    warm = make_case(shape)
+    processor.bind(
+        warm.keys, warm.values, warm.queries, workspace=workspace, query_table=warm.query_table
+    ).rewrite(warm.events, warm.block_table)  # the threads are running when the process forks
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_rewrite_in_child, args=(theirs, bound, case))
+    child.start()
+    assert ours.poll(60), "the child hangs"
+    result = ours.recv()
+    child.join()
+    assert result == [p.nan_to_num().view(torch.int32).tolist() for p in warm.pools]
+    bound.rewrite(case.events, case.block_table)  # and the parent goes on
+
+
+# ---- the rest of the surface ------------------------------------------------------------------------------------
+
+
+def test_attributes(case: Case) -> None:
+    kv_cache = bottleneck_ext.KVCache(case.keys, case.values)
+    queries = bottleneck_ext.QueryCache(case.queries, case.query_table)
+    assert (kv_cache.num_layers, kv_cache.num_blocks, kv_cache.block_size) == (2, 15, 8)
+    assert (kv_cache.num_kv_heads, kv_cache.head_dim, kv_cache.dtype) == (2, 16, "float32")
+    assert (queries.num_pages, queries.page_size, queries.num_query_heads, queries.dtype) == (3, 16, 4, "float32")
+    processor = case.processor()
+    workspace = processor.workspace(2)
+    assert (workspace.num_threads, workspace.nbytes, workspace.backend) == (2, 0, processor.backend)
+    processor.bind(
+        case.keys, case.values, case.queries, workspace=workspace, query_table=case.query_table
+    ).rewrite(case.events, case.block_table)
+    assert workspace.nbytes > 0
+    assert processor.nbytes >= 4 * case.config.num_parameters()
+
+
+def test_bfloat16_weights_take_half_the_memory(case: Case) -> None:
+    shape = Shape(lengths=((0, 9, 3),), processor_dim=128, processor_mlp_dim=512)
+    case = make_case(shape)
+    assert case.processor(weight_dtype="bfloat16").nbytes < 0.6 * case.processor().nbytes
+
+
+def test_environment_forces_a_lower_instruction_set(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    for name in AVAILABLE:
+        monkeypatch.setenv("BOTTLENECKED_CPU_ISA", name.removeprefix("cpu:"))
+        assert bottleneck_ext.default_backend() == name
+        assert case.processor().backend == name
+    monkeypatch.setenv("BOTTLENECKED_CPU_ISA", "mmx")
+    with pytest.raises(UnsupportedError, match="'cpu:mmx' is not available"):
+        case.processor()
+    monkeypatch.delenv("BOTTLENECKED_CPU_ISA")
+    assert bottleneck_ext.default_backend() == AVAILABLE[0]
+
+
+def test_backends_and_build_info() -> None:
+    variants = [b["variant"] for b in bottleneck_ext.backends()]
+    assert variants[-1] == "scalar"
+    assert bottleneck_ext.backends()[-1]["available"]
+    info = bottleneck_ext.build_info()
+    assert info["version"] == bottleneck_ext.__version__
+    assert info["cuda"] is False
+
+
+def test_module_survives_a_second_interpreter_dictionary() -> None:
+    """Two copies of the module have their own state: exceptions of one are not those of the other."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("bottleneck_ext._core")
+    second = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(second)
+    assert second.BottleneckError is not bottleneck_ext.BottleneckError
+    with pytest.raises(second.UnsupportedError):
+        second.Workspace(1, "nothing")
+
+
+def test_select_top_k_against_sorting() -> None:
+    rng = np.random.default_rng(5)
+    for backend in AVAILABLE:
+        for n, k in ((1, 1), (7, 3), (100, 0), (257, 257), (1000, 32), (4096, 300)):
+            mass = rng.integers(0, 6, (3, n)).astype(np.float32) / 7  # many ties
+            mass[0, ::3] = np.nan  # counts as zero
+            lengths = np.array([n, n // 2, 0], np.int64)
+            out = np.full((3, k), 99, np.int64)
+            bottleneck_ext.select_top_k(mass, lengths, out, backend=backend)
+            for row in range(3):
+                clean = np.nan_to_num(mass[row, : lengths[row]])
+                best = np.sort(np.argsort(-clean, kind="stable")[:k])
+                assert out[row].tolist() == best.tolist() + [-1] * (k - len(best)), (backend, n, k, row)
+
+
+def test_struct_sizes_match_the_header() -> None:
+    """The C API is callable without Python.h: its symbols are hidden in the module, so nothing leaks."""
+    library = ctypes.CDLL(bottleneck_ext._core.__file__)
+    assert not hasattr(library, "btx_rewrite")

@@ -1,0 +1,120 @@
+"""The package as users get it: sdist and wheel, an empty environment, import time, the C library from plain C."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An sdist of the tracked sources, and the wheel built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    source = tmp_path_factory.mktemp("source") / "bottlenecked"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".venv*", ".git", "build", "*.egg-info", "*.so", ".*_cache", "demo")
+    )
+    run(sys.executable, "-m", "build", "--outdir", out, source)
+    (sdist,) = out.glob("*.tar.gz")
+    (wheel,) = out.glob("*.whl")
+    return sdist, wheel
+
+
+def test_wheel_is_one_abi3_wheel(distributions: tuple[Path, Path]) -> None:
+    wheel = distributions[1]
+    assert "-cp311-abi3-" in wheel.name
+    run(Path(sys.executable).parent / "abi3audit", "--strict", "--assume-minimum-abi3", "3.11", wheel)
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for needed in (
+        "bottleneck_ext/_core.abi3.so",
+        "bottleneck_ext/_core.pyi",
+        "bottleneck_ext/py.typed",
+        "bottlenecked/py.typed",
+        "bottlenecked/integrations/transformers.py",
+    ):
+        assert needed in names
+    assert not any(name.startswith(("tests", "benchmarks", "csrc")) for name in names)
+
+
+def test_sdist_holds_every_source(distributions: tuple[Path, Path]) -> None:
+    names = {name.split("/", 1)[1] for name in tarfile.open(distributions[0]).getnames() if "/" in name}
+    for pattern in ("csrc/*.[ch]", "kernels/cpu/*.[ch]", "python/bottlenecked/**/*.py"):
+        for path in ROOT.glob(pattern):
+            assert str(path.relative_to(ROOT)) in names
+    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names
+
+
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+def test_installs_into_an_empty_environment(distributions: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+    run(sys.executable, "-m", "venv", tmp_path / "env")
+    python = tmp_path / "env" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", distributions[0 if kind == "sdist" else 1])
+    info = json.loads(run(tmp_path / "env" / "bin" / "bottlenecked", "info", "--json", cwd=tmp_path).stdout)
+    assert info["cuda"]["compiled"] is False
+    assert "scalar" in [b["variant"] for b in info["backends"]]
+    run(python, "-c", "import bottlenecked as b; b.CacheProcessor; b.BoundaryDetector", cwd=tmp_path)
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; t = time.perf_counter(); import bottlenecked; s = time.perf_counter() - t;"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules); print(s)"
+    )
+    assert float(min(run(sys.executable, "-c", code, cwd=tmp_path).stdout for _ in range(3))) < 0.1
+
+
+def test_unknown_attribute() -> None:
+    import bottlenecked
+
+    with pytest.raises(AttributeError, match="no attribute 'Procesor'"):
+        bottlenecked.Procesor  # noqa: B018
+    assert set(bottlenecked.__all__) <= set(dir(bottlenecked))
+    for name in bottlenecked.__all__:
+        assert getattr(bottlenecked, name) is not None
+
+
+def test_no_flag_ties_the_build_to_this_machine() -> None:
+    text = (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text() + (ROOT / "Makefile").read_text()
+    assert "march=native" not in text
+    assert "mtune=native" not in text
+    assert "native" not in os.environ.get("CFLAGS", "") + str(sysconfig.get_config_var("CFLAGS"))
+
+
+def test_core_never_sees_python_torch_or_cuda() -> None:
+    for path in [*ROOT.glob("csrc/*.[ch]"), *ROOT.glob("kernels/cpu/*.[ch]")]:
+        if path.name.startswith("py_"):
+            continue
+        for line in path.read_text().splitlines():
+            if line.startswith("#include"):
+                assert not any(word in line.lower() for word in ("python.h", "torch", "aten", "cuda")), (path, line)
+
+
+def test_c_example(tmp_path: Path) -> None:
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    assert compiler is not None, "a C compiler built the extension; it is needed here too"
+    run("make", "-C", ROOT / "examples" / "c", f"BUILD={tmp_path}", f"{tmp_path}/rewrite")
+    result = run(tmp_path / "rewrite")
+    assert "layer 1: recalled" in result.stdout
+    assert "refused as it should be: block_table[0, 4] is 6; there are 6 blocks" in result.stdout
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
+        pytest.skip("valgrind is not installed")
+    checked = run(valgrind, "--error-exitcode=9", "--leak-check=full", "--quiet", tmp_path / "rewrite")
+    assert checked.stderr.strip() == ""
