@@ -71,6 +71,10 @@ int btx_tensor_overlaps(const btx_tensor *tensor)
 {
     int visited[BTX_MAX_DIMS] = {0};
     int64_t reach = 0;
+    for (int32_t d = 0; d < tensor->num_dims; d++) {
+        if (tensor->shape[d] == 0)
+            return 0;
+    }
     for (int32_t round = 0; round < tensor->num_dims; round++) {
         int32_t smallest = -1;
         for (int32_t d = 0; d < tensor->num_dims; d++) {

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from bottlenecked import BoundaryConfig, CacheProcessor, CacheProcessorConfig
 from bottlenecked.checkpoint import initial_weights
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 64
 NEWLINES = tuple(range(3, VOCABULARY - 4, 7))

@@ -68,17 +68,16 @@ static void lse_add_tile(const score_group *group, int width, int64_t first_row,
         sum[lane] += (double)found[lane];
 }
 
-static void lse_of_group(const score_group *group, const btx_plan_step *step)
+static void lse_of_group(score_group *group, const btx_plan_step *step)
 {
     for (int64_t lane = 0; lane < group->num_vectors * BTX_VL; lane++) {
         group->reference[lane] = -FLT_MAX; /* not -infinity, from which it could not be subtracted */
         group->sum[lane] = 0.0;
     }
     for (int64_t begin = step->sequence_begin; begin < step->step_end; begin += SCORE_TILE) {
-        int64_t num_keys = step->step_end - begin < SCORE_TILE ? step->step_end - begin : SCORE_TILE;
+        int64_t num_keys = score_pack_keys(group, begin, step->step_end);
         int64_t padded = (num_keys + SCORE_KEYS - 1) / SCORE_KEYS * SCORE_KEYS;
         const float *queries = group->queries;
-        score_pack_keys(group, begin, num_keys);
         for (int64_t vector = 0; vector < group->num_vectors;) {
             int width = score_block_width(group->num_vectors - vector);
             int64_t first_row = vector * BTX_VL;

@@ -17,35 +17,31 @@ static void mass_flush(const score_group *group, int64_t num_keys, double *total
     }
 }
 
-/* Adds a tile's probabilities with one block of rows to partial [SCORE_TILE][VL]. */
+/* Adds a tile's probabilities with one block of rows to partial [SCORE_TILE][VL]. reference holds -lse. */
 static void mass_add_block(const score_group *group, int width, int64_t first_row, int64_t num_keys)
 {
     const vf scale = vf_set1(group->plan->softmax_scale);
     const float *scores = group->scores;
-    vf shift[SCORE_BLOCK]; /* -lse */
-    for (int v = 0; v < width; v++)
-        shift[v] = vf_load(group->reference + first_row + v * BTX_VL);
     for (int64_t key = 0; key < num_keys; key++) {
-        vf sum = vf_exp(vf_fma(vf_load(scores), scale, shift[0]));
-        for (int v = 1; v < width; v++)
-            sum = vf_add(sum, vf_exp(vf_fma(vf_load(scores + v * BTX_VL), scale, shift[v])));
+        const float *shift = group->reference + first_row;
         float *partial = group->partial + key * BTX_VL;
-        vf_store(partial, vf_add(vf_load(partial), sum));
-        scores += width * BTX_VL;
+        vf sum = vf_load(partial);
+        for (int v = 0; v < width; v++, scores += BTX_VL, shift += BTX_VL)
+            sum = vf_add(sum, vf_exp(vf_fma(vf_load(scores), scale, vf_load(shift))));
+        vf_store(partial, sum);
     }
 }
 
 /* mass [num_prior] += the group's part, times weight when the last KV head is in. */
-static void mass_of_group(const score_group *group, const btx_plan_step *step, int is_first, float weight,
+static void mass_of_group(score_group *group, const btx_plan_step *step, int is_first, float weight,
                           float *mass)
 {
     memset(group->partial, 0, SCORE_TILE * BTX_VL * sizeof *group->partial);
     for (int64_t done = 0; done < step->num_prior; done += SCORE_TILE, mass += SCORE_TILE) {
-        int64_t num_keys = step->num_prior - done < SCORE_TILE ? step->num_prior - done : SCORE_TILE;
+        int64_t num_keys = score_pack_keys(group, step->sequence_begin + done, step->window_begin);
         const float *queries = group->queries;
         double total[SCORE_TILE] = {0};
         int num_blocks = 0;
-        score_pack_keys(group, step->sequence_begin + done, num_keys);
         for (int64_t vector = 0; vector < group->num_vectors;) {
             int width = score_block_width(group->num_vectors - vector);
             score_block(group, width, queries, num_keys);

@@ -9,14 +9,17 @@
  *             for each panel of BTX_PANEL columns   its words stay in the first-level cache for all rows
  *                 [words][BTX_PANEL]
  *
- * Columns behind out_dim and the half word behind an odd in_dim are zero. While the rows pass by a panel, the
- * next is prefetched: the weights of a layer are used once in a boundary, so they come from memory. */
+ * Columns behind out_dim and the half word behind an odd in_dim are zero. While the first
+ * tiles of rows pass by a panel, the next is prefetched, one line for each word of depth and none twice: the
+ * weights of a layer are used once in a boundary, so they come from memory. */
 #include "btx.h"
 #include "tile.h"
 
 #define BTX_DEPTH_BLOCK 256
 #define BTX_COLUMN_BLOCK 512
 #define BTX_ROW_BLOCK 256 /* rows that share one pass over the weights */
+#define BTX_LINE 64       /* bytes of a cache line */
+#define BTX_PANEL_LINES ((int64_t)(BTX_PANEL * sizeof(float) / BTX_LINE))
 
 static inline int64_t linear_min(int64_t a, int64_t b)
 {
@@ -108,7 +111,6 @@ static void linear_rows(const btx_tile_function *tiles, const float *a, int64_t 
     const int64_t columns = linear_round_up(out_dim, BTX_PANEL), num_tiles = btx_num_tiles(rows);
     const float *end = packed + columns * depth;
     btx_tile tile = {.a_stride = a_stride, .b = packed, .c_stride = out_dim};
-    tile.ahead_step = (int64_t)(BTX_PANEL * sizeof(float)) / num_tiles;
     for (int64_t n0 = 0; n0 < columns; n0 += BTX_COLUMN_BLOCK) {
         int64_t n1 = linear_min(n0 + BTX_COLUMN_BLOCK, columns);
         for (int64_t k0 = 0; k0 < depth; k0 += BTX_DEPTH_BLOCK) {
@@ -123,7 +125,8 @@ static void linear_rows(const btx_tile_function *tiles, const float *a, int64_t 
                     int64_t row = btx_tile_begin(rows, t);
                     tile.a = a + row * a_stride + k0 * a_per_word;
                     tile.c = out + row * out_dim + n;
-                    tile.ahead = ahead + t * tile.depth * tile.ahead_step;
+                    tile.ahead_step = t < BTX_PANEL_LINES ? BTX_LINE : 0;
+                    tile.ahead = t < BTX_PANEL_LINES ? ahead + t * tile.depth * BTX_LINE : (const char *)tile.b;
                     tiles[btx_tile_begin(rows, t + 1) - row - 1](&tile);
                 }
                 tile.b = next;

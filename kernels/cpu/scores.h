@@ -26,13 +26,14 @@
 #include "paging.h"
 #include "simd.h"
 
-/* Scores are computed SCORE_KEYS keys by up to SCORE_BLOCK vectors of rows at a time: these sums stay in
- * registers. */
-#define SCORE_BLOCK 3
+/* Scores are computed SCORE_KEYS keys by up to SCORE_BLOCK vectors of rows at a time: these sums, the rows and a
+ * key stay in registers. */
 #if BTX_VL == 16
 #define SCORE_KEYS 8
+#define SCORE_BLOCK 3
 #else
 #define SCORE_KEYS 4
+#define SCORE_BLOCK 2
 #endif
 #define SCORE_TILE 64 /* a multiple of SCORE_KEYS, which is a multiple of 4 */
 
@@ -62,6 +63,7 @@ typedef struct score_group {
     int pairs;                        /* cells are two bf16 */
     int by_column;                    /* tiles are [depth][SCORE_TILE] */
     int64_t key_stride, depth_stride; /* of a tile, in cells */
+    int64_t ahead, num_ahead;         /* positions [ahead, ahead + num_ahead) are the next tile */
     /* Scratch. */
     float *queries, *tile, *scores;
     float *row;       /* [head_dim] */
@@ -128,12 +130,12 @@ static size_t btx_cpu_selection_scratch_bytes(const btx_plan *plan)
     return (angles > bytes ? angles : bytes) + BTX_SCRATCH_ALIGNMENT;
 }
 
-/* The width of the next block: three vectors, or two rather than leave a lone one at the end of many. */
+/* The width of the next block: the widest, but two and two rather than three and a lone one. */
 static inline int score_block_width(int64_t vectors_left)
 {
-    if (vectors_left == 2 || vectors_left == 4)
+    if (SCORE_BLOCK == 3 && vectors_left == 4)
         return 2;
-    return vectors_left >= SCORE_BLOCK ? SCORE_BLOCK : 1;
+    return (int)(vectors_left < SCORE_BLOCK ? vectors_left : SCORE_BLOCK);
 }
 
 /* Packs the queries of a step's window and a KV head. */
@@ -217,19 +219,56 @@ static void score_pack_run(const score_group *group, int64_t offset, int64_t fir
     }
 }
 
-/* Packs the keys at positions [position, position + n), n <= SCORE_TILE, and zeros behind them. */
-static void score_pack_keys(const score_group *group, int64_t position, int64_t n)
+/* The run of positions [position, position + n) that one block holds, at *offset. */
+static inline int64_t score_run(const score_group *group, int64_t position, int64_t n, int64_t *offset)
 {
-    int64_t block_size = group->plan->block_size;
+    int64_t block_size = group->plan->block_size, run = block_size - position % block_size;
+    *offset = btx_kv_offset(group->plan, group->keys, group->sequence, position) +
+              group->kv_head * group->keys->stride[2];
+    return run < n ? run : n;
+}
+
+/* Packs the tile of keys at positions [position, position + SCORE_TILE) up to end, zeros behind them, and returns
+ * how many they are. */
+static int64_t score_pack_keys(score_group *group, int64_t position, int64_t end)
+{
+    int64_t n = end - position < SCORE_TILE ? end - position : SCORE_TILE, offset;
     if (n < SCORE_TILE)
         memset(group->tile, 0, (size_t)(SCORE_TILE * group->depth) * sizeof *group->tile);
-    for (int64_t packed = 0; packed < n;) {
-        int64_t run = block_size - (position + packed) % block_size;
-        run = run < n - packed ? run : n - packed;
-        int64_t offset = btx_kv_offset(group->plan, group->keys, group->sequence, position + packed) +
-                         group->kv_head * group->keys->stride[2];
+    for (int64_t packed = 0, run; packed < n; packed += run) {
+        run = score_run(group, position + packed, n - packed, &offset);
         score_pack_run(group, offset, packed, run);
-        packed += run;
+    }
+    group->ahead = position + n;
+    group->num_ahead = end - group->ahead < SCORE_TILE ? end - group->ahead : SCORE_TILE;
+    return n;
+}
+
+static inline void score_prefetch_bytes(const char *from, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += 64)
+        vf_prefetch(from + i);
+    vf_prefetch(from + bytes - 1);
+}
+
+/* Brings keys [first, first + SCORE_KEYS) of the next tile nearer, or as large a part of its columns: in small
+ * portions, for only so many lines can be on their way at once. */
+static void score_prefetch(const score_group *group, int64_t first)
+{
+    const btx_tensor *keys = group->keys;
+    const char *data = keys->data;
+    int64_t size = keys->dtype == BTX_F32 ? 4 : 2, dim = group->plan->head_dim, offset;
+    for (int64_t seen = 0, run; seen < group->num_ahead; seen += run) {
+        run = score_run(group, group->ahead + seen, group->num_ahead - seen, &offset);
+        if (group->by_column) {
+            int64_t column = dim * first / SCORE_TILE, end = dim * (first + SCORE_KEYS) / SCORE_TILE;
+            for (; column < end; column++)
+                score_prefetch_bytes(data + (offset + column * keys->stride[3]) * size, run * size);
+        } else if (keys->stride[3] == 1) {
+            int64_t key = first > seen ? first - seen : 0;
+            for (; key < run && seen + key < first + SCORE_KEYS; key++)
+                score_prefetch_bytes(data + (offset + key * keys->stride[1]) * size, dim * size);
+        }
     }
 }
 
@@ -257,6 +296,8 @@ SCORE_INLINE void score_block_of(int width, int pairs, const score_group *group,
     for (int64_t first = 0; first < num_keys; first += SCORE_KEYS) {
         const float *query = queries, *key = group->tile + first * key_stride;
         vf sum[SCORE_KEYS][SCORE_BLOCK], q[SCORE_BLOCK];
+        if (queries == group->queries) /* once per tile */
+            score_prefetch(group, first);
         SCORE_UNROLL
         for (int k = 0; k < SCORE_KEYS; k++) {
             SCORE_UNROLL

@@ -498,15 +498,13 @@ static inline void vf_put_halves_n(uint16_t *to, uint16_t a, int n)
 #error "BTX_VL must be 1, 8 or 16"
 #endif
 
-/* Brings the cache line at from nearer, into the second level; any address is fine. */
-static inline void vf_prefetch(const void *from)
-{
+/* Brings the cache line at from nearer, into the second level; any address is fine. A macro, because GCC takes a
+ * function that only prefetches for one without effects and drops the calls. */
 #if BTX_VL == 1
-    (void)from;
+#define vf_prefetch(from) ((void)(from))
 #else
-    _mm_prefetch((const char *)from, _MM_HINT_T1);
+#define vf_prefetch(from) _mm_prefetch((const char *)(from), _MM_HINT_T1)
 #endif
-}
 
 /* ---- f16 and bf16 in memory --------------------------------------------------------------------- */
 

@@ -28,8 +28,8 @@ static uint32_t top_k_threshold(const float *mass, int64_t length, int64_t count
             count -= histogram[digit];
         threshold |= digit << shift;
         for (int64_t i = 0; i < length; i++) {
-            if ((order[i] >> shift & 255) == digit)
-                order[kept++] = order[i];
+            order[kept] = order[i]; /* no branch: which values match is hard to predict */
+            kept += (order[kept] >> shift & 255) == digit;
         }
         length = kept;
     }

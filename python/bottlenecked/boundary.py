@@ -136,8 +136,8 @@ class BoundaryDetector:
             return None
         if row.length <= row.sequence_begin:
             raise ValueError(
-                f"sequence {sequence} has an empty prompt: {row.length} positions were announced and its left "
-                f"padding ends at {row.sequence_begin}"
+                f"sequence {sequence} has an empty prompt: its left padding ends at {row.sequence_begin}, "
+                f"and {row.length} positions were announced"
             )
         event = self.due(sequence)
         if ends_line and self._pre and row.length - row.step_begin >= self._min_step_length:

@@ -64,6 +64,26 @@ def load_weights(directory: str | os.PathLike[str], config: CacheProcessorConfig
     return {name: read[name] for name in expected}
 
 
+def check_weights(config: CacheProcessorConfig, weights: Mapping[str, npt.NDArray[Any]]) -> Weights:
+    """The weights as float32, in the order of `config.tensor_shapes()`; copied only where they are converted.
+
+    Raises ValueError, naming the tensor, where one is missing, unknown, misshapen, not finite or no
+    floating-point array.
+    """
+    expected = config.tensor_shapes()
+    _check_names("weights", weights, expected)
+    tensors: Weights = {}
+    for name, shape in expected.items():
+        tensor = np.asarray(weights[name])
+        _check_shape("weights", name, tensor.shape, shape)
+        if not np.issubdtype(tensor.dtype, np.floating):
+            raise ValueError(f"weights: tensor '{name}' is {tensor.dtype}, but it must be floating-point")
+        with np.errstate(over="ignore"):  # an overflow is an infinity, refused below
+            tensors[name] = np.ascontiguousarray(tensor, np.float32).reshape(shape)
+        _check_finite("weights", name, tensors[name])
+    return tensors
+
+
 def save_checkpoint(
     directory: str | os.PathLike[str],
     config: CacheProcessorConfig,
@@ -84,17 +104,7 @@ def save_checkpoint(
     `CacheProcessorConfig.load` reads config.json.new if, and only if, there is no model.safetensors.new; the
     next save finishes or removes what a crash left behind. One process at a time may save to a directory.
     """
-    expected = config.tensor_shapes()
-    _check_names("weights", weights, expected)
-    tensors = {}
-    for name, shape in expected.items():
-        tensor = np.asarray(weights[name])
-        _check_shape("weights", name, tensor.shape, shape)
-        if not np.issubdtype(tensor.dtype, np.floating):
-            raise ValueError(f"weights: tensor '{name}' is {tensor.dtype}, but it must be floating-point")
-        with np.errstate(over="ignore"):  # an overflow is an infinity, refused below
-            tensors[name] = np.ascontiguousarray(tensor, np.float32).reshape(shape)
-        _check_finite("weights", name, tensors[name])
+    tensors = check_weights(config, weights)
     text = config.to_json()
 
     directory = Path(directory)

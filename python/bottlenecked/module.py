@@ -1,7 +1,7 @@
 """CacheProcessorModule: the Processor (arXiv 2505.16950) in differentiable PyTorch, for training.
 
-It maps KV rows to their gated edits and knows nothing of caches. Its caller selects the rows, undoes RoPE on their
-keys and redoes it on the edits where `config.key_space` is "unrotated", and adds the edits to the cache.
+It maps KV rows to their gated edits and knows nothing of caches. Its caller selects the rows, undoes RoPE on
+their keys and redoes it on the edits where `config.key_space` is "unrotated", and adds the edits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import initial_weights, load_weights, save_checkpoint
+from .checkpoint import check_weights, initial_weights, load_weights, save_checkpoint
 from .config import CacheProcessorConfig
 
 
@@ -24,10 +24,11 @@ class CacheProcessorModule(torch.nn.Module):
     """The Processors of all layers, computed at once: they have the same shapes and are not chained.
 
     Each kind of tensor is one parameter stacked over layers, such as `in_proj_weight` [num_layers, d_p, C].
-    `state_dict` and `load_state_dict` speak the names and shapes of the checkpoint, "layers.0.in_proj.weight" [d_p, C].
+    `state_dict` and `load_state_dict` use a checkpoint's names, "layers.0.in_proj.weight" and so on.
 
     config: the shapes.
-    weights: by checkpoint name; default `initial_weights(config)`, whose edits are exactly zero.
+    weights: by checkpoint name; default `initial_weights(config)`, whose edits are exactly zero. ValueError
+        where they do not fit.
     """
 
     def __init__(
@@ -35,19 +36,19 @@ class CacheProcessorModule(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        weights = initial_weights(config) if weights is None else weights
+        weights = initial_weights(config) if weights is None else check_weights(config, weights)
         for name in config.layer_shapes():
-            layers = [np.asarray(weights[f"layers.{i}.{name}"], np.float32) for i in range(config.num_layers)]
-            self.register_parameter(_attribute(name), torch.nn.Parameter(torch.from_numpy(np.stack(layers))))
+            stacked = np.stack([weights[f"layers.{i}.{name}"] for i in range(config.num_layers)])
+            self.register_parameter(_attribute(name), torch.nn.Parameter(torch.from_numpy(stacked)))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> CacheProcessorModule:
-        """Read the checkpoint in `directory`, float32 on the CPU. Raises ValueError as `load_weights` does."""
+        """Read the checkpoint in `directory`, float32 on the CPU. ValueError as in `load_weights`."""
         config = CacheProcessorConfig.load(directory)
         return cls(config, load_weights(directory, config))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write a float32 checkpoint atomically, as `save_checkpoint`; ValueError where a weight is not finite."""
+        """Write a float32 checkpoint as `save_checkpoint` does; ValueError where a weight is not finite."""
         weights = {name: t.to("cpu", torch.float32).numpy() for name, t in self.state_dict().items()}
         save_checkpoint(directory, self.config, weights)
 
@@ -64,7 +65,7 @@ class CacheProcessorModule(torch.nn.Module):
         row_lengths: rows of each sequence, 1 or more, summing to `rows`; default: one sequence. A sequence's
             rows see only each other.
 
-        Returns the edits, [num_layers, rows, C], in the parameters' dtype. ValueError where shapes do not agree.
+        Returns the edits, [num_layers, rows, C], in the parameters' dtype. ValueError where a shape is wrong.
         """
         return self._edits(x, row_lengths, slice(None))
 
@@ -75,7 +76,7 @@ class CacheProcessorModule(torch.nn.Module):
         return self._edits(x[None], row_lengths, slice(layer, layer + 1))[0]
 
     def _edits(self, x: Tensor, row_lengths: Sequence[int] | None, layers: slice) -> Tensor:
-        config = self.config
+        config, shapes = self.config, self.config.layer_shapes()
 
         def parameter(name: str) -> Tensor:
             tensor: Tensor = getattr(self, _attribute(name))
@@ -87,7 +88,7 @@ class CacheProcessorModule(torch.nn.Module):
 
         def project(name: str, y: Tensor) -> Tensor:
             weight = parameter(f"{name}.weight").transpose(1, 2)
-            if hasattr(self, _attribute(f"{name}.bias")):
+            if f"{name}.bias" in shapes:
                 return torch.baddbmm(parameter(f"{name}.bias")[:, None], y, weight)
             return torch.bmm(y, weight)
 
@@ -102,15 +103,15 @@ class CacheProcessorModule(torch.nn.Module):
 
         u = project("in_proj", norm("input_norm", x.to(gate.dtype)))
         y = norm("attn_norm", u)
-        attention = self._attend(*(project(name, y) for name in ("q_proj", "k_proj", "v_proj")), row_lengths)
-        u = u + project("o_proj", attention)
+        q, k, v = project("q_proj", y), project("k_proj", y), project("v_proj", y)
+        u = u + project("o_proj", self._attend(q, k, v, row_lengths))
         z = norm("mlp_norm", u)
         u = u + project("down_proj", F.silu(project("gate_proj", z)) * project("up_proj", z))
         return torch.sigmoid(gate)[:, None, None] * project("out_proj", u)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, row_lengths: Sequence[int]) -> Tensor:
         """Attention without a causal mask within each sequence; everything [layers, rows, d_p]."""
-        layers, rows, width = q.shape
+        layers, _, width = q.shape
         heads, sequences, longest = self.config.processor_heads, len(row_lengths), max(row_lengths)
         lengths = torch.tensor(row_lengths, device=q.device)
         ragged = min(row_lengths) < longest

@@ -1,1 +1,1 @@
-"""Bindings to inference stacks, one module each. None imports another, and importing this package loads none."""
+"""Bindings to inference stacks, one module each. None imports another; this package loads none of them."""

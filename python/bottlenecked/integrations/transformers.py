@@ -4,11 +4,12 @@
         model.generate(**inputs)
     print(attachment.stats)
 
-How it works. `generate` calls the model's `prepare_inputs_for_generation` before every forward, outside any compiled
-graph, when the cache holds the KV of every token but the coming one: that is where steps end and caches are
-rewritten (arXiv 2505.16950, section 3). An attention function under a name of our own copies each token's post-RoPE
-query into a ring of the last `recent_window` queries, then calls the attention the model had. The ring and the slot to
-write travel as keyword arguments of `forward`, so nothing is stored on modules and a compiled graph sees plain inputs.
+How it works. `generate` calls the model's `prepare_inputs_for_generation` before every forward, outside any
+compiled graph, when the cache holds the KV of every token but the coming one: that is where steps end and
+caches are rewritten (arXiv 2505.16950, section 3). An attention function under a name of our own copies each
+token's post-RoPE query into a ring of the last `recent_window` queries, then calls the attention the model
+had. The ring and the slot to write travel as keyword arguments of `forward`, so nothing is stored on modules
+and a compiled graph sees plain inputs.
 
 Every generation's state belongs to its cache object and goes with it.
 """
@@ -69,9 +70,10 @@ _registry_lock = threading.Lock()
 class AttachmentStats:
     """Counted since `attach`, over all `generate` calls.
 
-    boundaries: steps whose KV was rewritten. rewrites: calls that did it, one per forward at most, for all rows.
+    boundaries: steps whose KV was rewritten.
+    rewrites: calls that did it; one serves all rows whose steps end with the same forward.
     sequences: boundaries by row of the batch.
-    seconds: by stage as the Processor reports them (summed over threads), and "total", the wall clock of the calls.
+    seconds: by stage as the Processor reports them (summed over threads), and "total", wall clock.
     skipped: steps that ended and were not rewritten, by reason.
     """
 
@@ -91,24 +93,25 @@ def attach(
     on_boundary: Callable[[RewriteReport], None] | None = None,
     check_weights: bool = True,
 ) -> Attachment:
-    """Let `processor` rewrite the KV cache of `model` whenever a reasoning step ends (arXiv 2505.16950, section 3).
+    """Let `processor` rewrite the KV cache of `model` at every step's end (arXiv 2505.16950, section 3).
 
-    From here on `model.generate`, pipelines and streamers work as before: greedy or sampled, left-padded batches,
-    DynamicCache or StaticCache, compiled or not, and with a kept cache passed to a later call. Use the result as a
-    context manager, or call its `detach()`.
+    From here on `model.generate`, pipelines and streamers work as before: greedy or sampled, left-padded
+    batches, DynamicCache or StaticCache, compiled or not, and with a kept cache passed to a later call. Use
+    the result as a context manager, or call its `detach()`.
 
-    model: a decoder-only model on the CPU in float32, float16 or bfloat16, with "sdpa" or "eager" attention in every
-        layer.
+    model: a decoder-only model on the CPU in float32, float16 or bfloat16, with "sdpa" or "eager" attention
+        in every layer.
     processor: made for a backbone of this shape.
     tokenizer: needed where the Processor's rule is "newline" and its checkpoint lists no token ids.
     num_threads: for the rewrite; None means torch.get_num_threads() at each generation's start.
-    on_boundary: called after each rewrite with its report, before the next forward; positions are cache positions,
-        so row s of a left-padded batch begins at `report.events[i].sequence_begin`.
+    on_boundary: called after each rewrite with its report, before the next forward; positions are cache
+        positions, so the first token of a left-padded row is at its event's `sequence_begin`.
     check_weights: False accepts a Processor made for the same architecture with other weights.
 
-    Raises UnsupportedError for a model that cannot be served, and InvalidArgumentError where model, processor and
-    tokenizer do not fit together. `generate` raises the same two, before its first forward, for what it cannot do
-    while attached: beams, assisted decoding, `use_cache=False`, `inputs_embeds`, other caches, an empty prompt.
+    Raises UnsupportedError for a model that cannot be served, and InvalidArgumentError where model, processor
+    and tokenizer do not fit together. `generate` raises the same two, before its first forward, for what it
+    cannot do while attached: beams, assisted decoding, `use_cache=False`, `inputs_embeds`, other caches, an
+    empty prompt.
     """
     return Attachment(model, processor, tokenizer, num_threads, on_boundary, check_weights)
 
@@ -202,12 +205,13 @@ class Attachment:
             arguments = inspect.signature(generate).bind(*args, **kwargs).arguments
             arguments |= arguments.pop("kwargs", {})
             settings = _settings(model, arguments)
-            _check_request(arguments, settings)
+            _check_request(arguments, settings, self.processor.config.num_layers)
             return generate(*args, **kwargs, **{_REQUEST: _Request.of(settings)})
 
         def refuse(*args: Any, **kwargs: Any) -> Any:
             raise UnsupportedError(
-                "continuous batching (generate_batch) does not work while a Processor is attached: call generate, or "
+                "continuous batching (generate_batch) does not work while a Processor is attached: call "
+                "generate, or "
                 "detach first"
             )
 
@@ -227,7 +231,8 @@ class Attachment:
     ) -> None:
         """Rewrite what has to be rewritten before this forward, and hand the query ring to it.
 
-        inputs: of the coming forward; the ring and its slot are added. request: None in a loop of the caller's own.
+        inputs: of the coming forward; the ring and its slot are added.
+        request: None in a loop of the caller's own.
         arguments: of the call that made the inputs.
         """
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
@@ -236,7 +241,9 @@ class Attachment:
         if ids is None:
             raise UnsupportedError(_NO_IDS)
         if torch.is_autocast_enabled("cpu"):
-            raise UnsupportedError("torch.autocast changes the dtype of the queries: load the model in that dtype")
+            raise UnsupportedError(
+                "torch.autocast changes the dtype of the queries: load the model in that dtype"
+            )
         batch_size, count = ids.shape
         past = int(cache.get_seq_length())  # a StaticCache returns its live counter
         mask = arguments.get("attention_mask")
@@ -271,22 +278,24 @@ class Attachment:
         state.slot.fill_(past % state.ring.shape[2])
         inputs["query_ring"], inputs["query_slot"] = state.ring, state.slot
 
-    def _begin_request(
-        self, state: _State, request: _Request | None, mask: Tensor | None, past: int
-    ) -> None:
+    def _begin_request(self, state: _State, request: _Request | None, mask: Tensor | None, past: int) -> None:
         """The first forward of a `generate` call, on an empty or on a kept cache."""
         chunked = request is not None and request.chunked
         if past > 0 and chunked:
-            raise UnsupportedError("prefill_chunk_size does not work on a cache that holds a prompt: leave it out")
+            raise UnsupportedError(
+                "prefill_chunk_size does not work on a cache that holds a prompt: leave it out"
+            )
         if state.finished:
             raise InvalidArgumentError(
-                f"row {min(state.finished)} of the kept cache ended before the others and was padded since: continue "
+                f"row {min(state.finished)} of the kept cache ended before the others and was padded since: "
+                "continue "
                 "with a new cache"
             )
         _check_mask(mask, whole_prompt=not chunked)
         if state.detector is not None and (begins := _padding(mask, len(state.begins), past)) != state.begins:
             raise InvalidArgumentError(
-                f"attention_mask pads the rows of the kept cache by {begins}, but they were written with {state.begins}: "
+                f"attention_mask pads the rows of the kept cache by {begins}, but they were written with "
+                f"{state.begins}: "
                 "pass the mask of the whole sequences"
             )
         state.request = request
@@ -369,7 +378,8 @@ class Attachment:
             newest = state.ring[:, :, (state.length - 1) % state.ring.shape[2]]
             for layer in newest.isnan().flatten(1).any(dim=1).nonzero()[:1, 0].tolist():
                 raise UnsupportedError(
-                    f"{type(self.model).__name__} did not pass the queries of layer {layer} on, or they are not numbers"
+                    f"{type(self.model).__name__} did not pass the queries of layer {layer} on, or they are "
+                    "not numbers"
                 )
             state.captured = True
         begin = time.perf_counter()
@@ -401,9 +411,9 @@ class Attachment:
 
 @dataclass(eq=False)
 class _State:
-    """Of one cache object. ring: [layers, batch, window, query heads, head_dim]; position p is in row p % window."""
+    """Of one cache object."""
 
-    ring: Tensor
+    ring: Tensor  # [layers, batch, window, query heads, head_dim]; position p is in row p % window
     slot: Tensor  # [1], where the coming token's query goes
     workspace: bottleneck_ext.Workspace
     request: _Request | None = None  # of the latest `generate`
@@ -420,7 +430,8 @@ class _State:
 class _Request:
     """What of one `generate` call we need later. Travels with the call as a keyword argument.
 
-    It must not hold the call's arguments: the cache may be among them, and a cache's state refers to its request.
+    It must not hold the call's arguments: the cache may be among them, and a cache's state refers to its
+    request.
     """
 
     eos_token_ids: frozenset[int]
@@ -435,7 +446,7 @@ class _Request:
 
 
 def _settings(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The generation settings in force. Precedence as in `generate`: arguments, generation_config, the model's own.
+    """The settings in force, with the precedence of `generate`: arguments, generation_config, the model's.
 
     arguments: of `generate`, flat.
     """
@@ -446,7 +457,7 @@ def _settings(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str,
     return settings | {key: value for key, value in arguments.items() if key in own}
 
 
-def _check_request(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def _check_request(arguments: Mapping[str, Any], settings: Mapping[str, Any], num_layers: int) -> None:
     """Refuse, before the first forward, what `generate` cannot do while a Processor is attached."""
     get = settings.get
     detach = "does not work while a Processor is attached: leave it out, or detach first"
@@ -464,9 +475,12 @@ def _check_request(arguments: Mapping[str, Any], settings: Mapping[str, Any]) ->
         raise UnsupportedError(_NO_CACHE)
     if get("cache_implementation") not in (None, "dynamic", "static"):
         raise UnsupportedError(
-            f"cache_implementation={get('cache_implementation')!r} does not work while a Processor is attached: use "
+            f"cache_implementation={get('cache_implementation')!r} does not work while a Processor is "
+            "attached: use "
             "'dynamic' or 'static'"
         )
+    if isinstance(cache := arguments.get("past_key_values"), Cache):
+        _check_cache(cache, num_layers)
     if arguments.get("custom_generate") is not None:
         raise UnsupportedError(f"custom_generate {detach}")
     if arguments.get("inputs_embeds") is not None:
@@ -478,23 +492,24 @@ def _check_request(arguments: Mapping[str, Any], settings: Mapping[str, Any]) ->
     _check_mask(arguments.get("attention_mask"), whole_prompt=True)
 
 
-
-
-def _check_model(model: Any) -> list[torch.nn.Module]:
+def _check_model(model: Any) -> list[Any]:
     """The attention modules of a model that can be served, in layer order; UnsupportedError for any other."""
     name = type(model).__name__
     if hasattr(model, "peft_config") and type(model).__module__.split(".")[0] == "peft":
         raise UnsupportedError(
-            f"{name} is a PEFT wrapper, which calls methods it saved when it was built: attach the model before "
+            f"{name} is a PEFT wrapper, which calls methods it saved when it was built: attach the model "
+            "before "
             "wrapping it, or merge the adapter (merge_and_unload)"
         )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(
-            f"{name} is not a transformers model: attach the PreTrainedModel itself, before compiling or wrapping it"
+            f"{name} is not a transformers model: attach the PreTrainedModel itself, before compiling or "
+            "wrapping it"
         )
-    if "prepare_inputs_for_generation" in vars(model) and _REQUEST in inspect.signature(
-        model.prepare_inputs_for_generation
-    ).parameters:
+    if (
+        "prepare_inputs_for_generation" in vars(model)
+        and _REQUEST in inspect.signature(model.prepare_inputs_for_generation).parameters
+    ):
         raise InvalidArgumentError(f"this {name} already has a Processor attached: detach that one first")
     config = model.config
     if config.is_encoder_decoder:
@@ -515,19 +530,24 @@ def _check_model(model: Any) -> list[torch.nn.Module]:
         raise UnsupportedError(
             f"{name} uses the attention {implementation!r}: call model.set_attn_implementation('sdpa') first"
         )
-    modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
-    modules.sort(key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+    modules.sort(key=lambda module: int(module.layer_idx))
     if not modules or [m.layer_idx for m in modules] != list(range(config.num_hidden_layers)):
         raise UnsupportedError(
-            f"{name} does not have one attention module per layer: only models with standard attention are supported"
+            f"{name} does not have one attention module per layer: only models with standard attention are "
+            "supported"
         )
     source = vars(sys.modules[type(modules[0]).__module__])
     if len({type(module) for module in modules}) > 1 or source.get("ALL_ATTENTION_FUNCTIONS") is not (
         ALL_ATTENTION_FUNCTIONS
     ):
-        raise UnsupportedError(f"{name} brings its own attention: only transformers' attention interface is supported")
+        raise UnsupportedError(
+            f"{name} brings its own attention: only transformers' attention interface is supported"
+        )
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
-        raise UnsupportedError(f"{name}.forward takes no further keyword arguments, so queries cannot be captured")
+        raise UnsupportedError(
+            f"{name}.forward takes no further keyword arguments, so queries cannot be captured"
+        )
     if getattr(config, "kv_lora_rank", None) is not None:
         raise UnsupportedError(f"{name} has multi-head latent attention: its keys and values differ in size")
     if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -550,7 +570,8 @@ def _check_cache(cache: Cache, num_layers: int) -> None:
     for kind in lazy or [type(layer) for layer in layers or ()]:
         if kind not in (DynamicLayer, StaticLayer):
             raise UnsupportedError(
-                f"{type(cache).__name__} has layers of the kind {getattr(kind, '__name__', kind)}: only DynamicLayer "
+                f"{type(cache).__name__} has layers of the kind {getattr(kind, '__name__', kind)}: only "
+                "DynamicLayer "
                 "and StaticLayer are supported (no sliding windows, quantised or shared layers)"
             )
     if layers and len(layers) != num_layers:
@@ -562,7 +583,9 @@ def _check_mask(mask: Tensor | None, *, whole_prompt: bool) -> None:
     if mask is None or mask.ndim != 2:
         return
     if bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise UnsupportedError("attention_mask has a 0 after a 1: pad on the left (tokenizer.padding_side = 'left')")
+        raise UnsupportedError(
+            "attention_mask has a 0 after a 1: pad on the left (tokenizer.padding_side = 'left')"
+        )
     empty = (mask == 0).all(dim=1).nonzero().flatten().tolist()
     if whole_prompt and empty:
         raise InvalidArgumentError(f"the prompt of row {empty[0]} is empty: give it at least one token")
@@ -597,19 +620,22 @@ def _check_fit(
     }.items():
         if getattr(config, key) != actual[key]:
             raise InvalidArgumentError(
-                f"the Processor is for a backbone with {getattr(config, key)} {words}, but {type(model).__name__} has "
+                f"the Processor is for a backbone with {getattr(config, key)} {words}, but "
+                f"{type(model).__name__} has "
                 f"{actual[key]}: {remedy}"
             )
     for key in ("architecture", "config_hash"):
         wanted, found = config.backbone.get(key), actual["backbone"][key]
         if wanted is not None and wanted != found:
             raise InvalidArgumentError(
-                f"the Processor's backbone has {key} {wanted}, but this {type(model).__name__} has {found}: {remedy}"
+                f"the Processor's backbone has {key} {wanted}, but this {type(model).__name__} has {found}: "
+                f"{remedy}"
             )
     wanted = config.backbone.get("weights_hash")
     if check_weights and wanted is not None and (found := model_weights_hash(model)) not in (None, wanted):
         raise InvalidArgumentError(
-            f"the Processor was made for other weights of this architecture (weights_hash {wanted}, here {found}): "
+            f"the Processor was made for other weights of this architecture (weights_hash {wanted}, here "
+            f"{found}): "
             f"{remedy}, or pass check_weights=False"
         )
     if config.key_space == "unrotated":
@@ -627,13 +653,14 @@ def _check_rope(model: PreTrainedModel, attention: torch.nn.Module, config: Cach
         or not tables
         or any(
             table.inv_freq.shape != expected.shape
-            or not torch.allclose(table.inv_freq.float(), expected, rtol=1e-5, atol=0)  # type: ignore[operator]
+            or not torch.allclose(table.inv_freq.float(), expected, rtol=1e-5, atol=0)
             or getattr(table, "attention_scaling", 1.0) != 1.0
             for table in tables
         )
     ):
         raise InvalidArgumentError(
-            f"rope_parameters of the Processor are {wanted}, but those of {type(model).__name__} are {actual}: use the "
+            f"rope_parameters of the Processor are {wanted}, but those of {type(model).__name__} are "
+            f"{actual}: use the "
             "Processor of this model, or one with key_space 'rotated'"
         )
     rotate_half = vars(sys.modules[type(attention).__module__]).get("rotate_half")
@@ -649,7 +676,8 @@ def _line_ending_ids(
     ids = config.boundary.token_ids
     if not ids and tokenizer is None:
         raise InvalidArgumentError(
-            "the Processor's config.json lists no boundary.token_ids: pass attach the tokenizer, which tells the "
+            "the Processor's config.json lists no boundary.token_ids: pass attach the tokenizer, which tells "
+            "the "
             "tokens with a newline"
         )
     ids = ids or newline_token_ids(tokenizer)
@@ -657,7 +685,8 @@ def _line_ending_ids(
         raise InvalidArgumentError("no token of this tokenizer contains a newline: set boundary.token_ids")
     if max(ids) >= model.config.vocab_size:
         raise InvalidArgumentError(
-            f"boundary token id {max(ids)} is outside the model's vocabulary of {model.config.vocab_size} tokens"
+            f"boundary token id {max(ids)} is outside the model's vocabulary of {model.config.vocab_size} "
+            "tokens"
         )
     return ids
 
@@ -676,7 +705,9 @@ def _register(model: PreTrainedModel, attention: torch.nn.Module) -> str:
         wrapped = ALL_ATTENTION_FUNCTIONS[base]
         name = _PREFIX + base
     if wrapped is None:
-        raise UnsupportedError(f"{type(model).__name__} has no eager attention: set_attn_implementation('sdpa') first")
+        raise UnsupportedError(
+            f"{type(model).__name__} has no eager attention: set_attn_implementation('sdpa') first"
+        )
     with _registry_lock:
         if not _registered[name]:
             AttentionInterface.register(name, _capturing(wrapped))
@@ -696,7 +727,9 @@ def _unregister(name: str) -> None:
                 getattr(interface, "_global_mapping", {}).pop(name, None)
 
 
-def _capturing(wrapped: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _capturing(
+    wrapped: Callable[..., tuple[Tensor, Tensor | None]],
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def capturing_attention(
         module: torch.nn.Module,
         query: Tensor,  # [batch, query heads, tokens, head_dim], after RoPE
@@ -714,7 +747,8 @@ def _capturing(wrapped: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable
             tokens, window = query.shape[2], query_ring.shape[2]
             count = min(tokens, window)
             rows = (query_slot + torch.arange(tokens - count, tokens, device=query.device)) % window
-            query_ring[module.layer_idx].index_copy_(1, rows, query[:, :, -count:].transpose(1, 2))  # type: ignore[index]
+            newest = query[:, :, -count:].transpose(1, 2)
+            query_ring[int(module.layer_idx)].index_copy_(1, rows, newest)  # type: ignore[arg-type]
         return wrapped(module, query, key, value, attention_mask, **kwargs)
 
     return capturing_attention
