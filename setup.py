@@ -1,6 +1,6 @@
 """The only build logic: one abi3 extension in C11, no flag tied to the build machine.
 
-Environment: BOTTLENECKED_WERROR=1 makes warnings errors; BOTTLENECKED_SANITIZE=address,undefined builds with sanitizers.
+Environment: BOTTLENECKED_WERROR=1 makes warnings errors; BOTTLENECKED_SANITIZE=address,undefined adds sanitizers.
 """
 
 import os
@@ -20,7 +20,13 @@ link_args = ["-pthread", "-lm"]
 if os.environ.get("BOTTLENECKED_WERROR") == "1":
     compile_args.append("-Werror")
 if sanitize := os.environ.get("BOTTLENECKED_SANITIZE"):
-    compile_args += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+    compile_args += [
+        f"-fsanitize={sanitize}",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+        "-g",
+        "-O1",
+    ]
     link_args.append(f"-fsanitize={sanitize}")
 
 setup(
@@ -28,7 +34,7 @@ setup(
     ext_modules=[
         Extension(
             "bottleneck_ext._core",
-            sources=sorted(glob("csrc/*.c") + ["kernels/cpu/executor.c"] + glob("kernels/cpu/variant_*.c")),
+            sources=sorted([*glob("csrc/*.c"), "kernels/cpu/executor.c", *glob("kernels/cpu/variant_*.c")]),
             depends=sorted(glob("csrc/*.h") + glob("kernels/cpu/*.[ch]")),
             include_dirs=["csrc"],
             define_macros=[("Py_LIMITED_API", "0x030B0000"), ("_GNU_SOURCE", None)],

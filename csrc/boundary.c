@@ -32,8 +32,7 @@ static btx_status check_queries(const btx_query_cache *cache, const btx_tensor *
                             (int)layer, btx_dtype_name(view->dtype), btx_dtype_name(keys->dtype));
         if (view->device.type != keys->device.type || view->device.index != keys->device.index)
             return btx_fail(error, BTX_INVALID_ARGUMENT,
-                            "queries of layer %d are on another device than the keys; keep them together",
-                            (int)layer);
+                            "queries of layer %d are on another device than the keys; keep them together", (int)layer);
         if (view->shape[2] != num_query_heads || view->shape[3] != head_dim)
             return btx_fail(error, BTX_INVALID_ARGUMENT,
                             "queries of layer %d have %" PRId64 " heads of size %" PRId64
@@ -60,11 +59,11 @@ static btx_status check_table(const btx_tensor *table, const char *name, btx_err
         return status;
     if (table->shape[0] < 1 || table->shape[1] < 1)
         return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "%s is empty: [%" PRId64 ", %" PRId64 "]; it needs a row per sequence", name,
-                        table->shape[0], table->shape[1]);
+                        "%s is empty: [%" PRId64 ", %" PRId64 "]; it needs a row per sequence", name, table->shape[0],
+                        table->shape[1]);
     if (table->shape[1] > 1 && table->stride[1] != 1)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "rows of the %s have stride %" PRId64 "; make them contiguous", name, table->stride[1]);
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "rows of the %s have stride %" PRId64 "; make them contiguous",
+                        name, table->stride[1]);
     return BTX_OK;
 }
 
@@ -108,8 +107,8 @@ static btx_status check_step(const btx_step *step, int64_t index, const btx_plan
     return BTX_OK;
 }
 
-static btx_status lay_out(const btx_boundary *boundary, int32_t top_k, int32_t recent_window,
-                          btx_boundary_plan *out, int64_t *block_owner, int64_t *page_owner, btx_error *error)
+static btx_status lay_out(const btx_boundary *boundary, int32_t top_k, int32_t recent_window, btx_boundary_plan *out,
+                          int64_t *block_owner, int64_t *page_owner, btx_error *error)
 {
     btx_plan *plan = &out->plan;
     int64_t num_sequences = boundary->block_table.shape[0];
@@ -146,10 +145,10 @@ static btx_status lay_out(const btx_boundary *boundary, int32_t top_k, int32_t r
                             "the window of step %" PRId64 " has %" PRId64 " positions; the query cache keeps %" PRId64
                             " of a sequence: make it at least recent_window long",
                             i, planned->num_window, ring);
-        status = claim(plan->block_table + step->sequence * plan->block_table_stride,
-                       step->sequence_begin / plan->block_size, (step->step_end - 1) / plan->block_size + 1, 0,
-                       boundary->kv_cache->keys[0].shape[0], step->sequence, block_owner, "block", "block_table",
-                       error);
+        status =
+            claim(plan->block_table + step->sequence * plan->block_table_stride,
+                  step->sequence_begin / plan->block_size, (step->step_end - 1) / plan->block_size + 1, 0,
+                  boundary->kv_cache->keys[0].shape[0], step->sequence, block_owner, "block", "block_table", error);
         if (status != BTX_OK)
             return status;
         int64_t first_page = planned->window_begin / plan->page_size;
@@ -157,29 +156,26 @@ static btx_status lay_out(const btx_boundary *boundary, int32_t top_k, int32_t r
         if (end_page - first_page > plan->pages_per_sequence) /* the last page wraps into the first one's rows */
             end_page = first_page + plan->pages_per_sequence;
         status = claim(plan->query_table + step->sequence * plan->query_table_stride, first_page, end_page,
-                       plan->pages_per_sequence, boundary->query_cache->queries[0].shape[0], step->sequence,
-                       page_owner, "page", "query_table", error);
+                       plan->pages_per_sequence, boundary->query_cache->queries[0].shape[0], step->sequence, page_owner,
+                       "page", "query_table", error);
         if (status != BTX_OK)
             return status;
     }
     if (plan->total_rows > INT32_MAX || plan->total_prior > INT64_MAX / 16)
-        return btx_fail(error, BTX_INVALID_ARGUMENT, "one call rewrites %" PRId64 " rows; split it",
-                        plan->total_rows);
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "one call rewrites %" PRId64 " rows; split it", plan->total_rows);
     return BTX_OK;
 }
 
-btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_device_type device_type,
-                                    int32_t num_layers, int32_t num_kv_heads, int32_t num_query_heads,
-                                    int32_t head_dim, int32_t top_k, int32_t recent_window, int for_writing,
-                                    btx_boundary_plan *out, btx_error *error)
+btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_device_type device_type, int32_t num_layers,
+                                    int32_t num_kv_heads, int32_t num_query_heads, int32_t head_dim, int32_t top_k,
+                                    int32_t recent_window, int for_writing, btx_boundary_plan *out, btx_error *error)
 {
     int64_t *owners = NULL; /* Owned: blocks, then pages. */
     memset(out, 0, sizeof *out);
     if (boundary == NULL || boundary->kv_cache == NULL || boundary->query_cache == NULL ||
         (boundary->num_steps > 0 && boundary->steps == NULL) || boundary->num_steps < 0)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "the boundary lacks a KV cache, a query cache or its steps");
-    btx_status status = btx_kv_cache_check(boundary->kv_cache, num_layers, num_kv_heads, head_dim, for_writing,
-                                           error);
+    btx_status status = btx_kv_cache_check(boundary->kv_cache, num_layers, num_kv_heads, head_dim, for_writing, error);
     if (status != BTX_OK)
         return status;
     const btx_tensor *keys = boundary->kv_cache->keys;
@@ -236,8 +232,8 @@ btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_devi
     out->steps = calloc((size_t)boundary->num_steps, sizeof *out->steps);
     owners = calloc((size_t)num_blocks + (size_t)num_pages, sizeof *owners);
     if (out->steps == NULL || owners == NULL) {
-        status = btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for the plan of %" PRId64 " steps",
-                          boundary->num_steps);
+        status =
+            btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for the plan of %" PRId64 " steps", boundary->num_steps);
         goto cleanup;
     }
     out->plan.steps = out->steps;

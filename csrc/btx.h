@@ -109,8 +109,8 @@ typedef struct btx_query_cache {
 
 /* Checks a cache against the backbone's shape; for_writing also refuses read-only and self-overlapping views.
  * INVALID_ARGUMENT names the layer and the value. */
-btx_status btx_kv_cache_check(const btx_kv_cache *cache, int32_t num_layers, int32_t num_kv_heads,
-                              int32_t head_dim, int for_writing, btx_error *error);
+btx_status btx_kv_cache_check(const btx_kv_cache *cache, int32_t num_layers, int32_t num_kv_heads, int32_t head_dim,
+                              int for_writing, btx_error *error);
 
 /* ---- Processor ---------------------------------------------------------------------------------- */
 
@@ -125,7 +125,7 @@ typedef struct btx_config {
     int32_t num_kv_heads;
     int32_t num_query_heads; /* a multiple of num_kv_heads */
     int32_t head_dim;
-    int32_t processor_dim;   /* a multiple of processor_heads */
+    int32_t processor_dim; /* a multiple of processor_heads */
     int32_t processor_heads;
     int32_t processor_mlp_dim;
     int32_t top_k;         /* 0 (consolidation only) ... BTX_MAX_TOP_K */
@@ -223,9 +223,9 @@ const char *btx_stage_name(btx_stage stage);
 
 /* What a rewrite did. A view whose data is NULL is not wanted. */
 typedef struct btx_report {
-    btx_tensor recalled;   /* i64 [num_layers, num_steps, top_k]: positions ascending, then -1 */
-    btx_tensor delta_norm; /* f32 [num_layers, num_steps]: Euclidean norm of the gated edit, all rows */
-    btx_tensor row_norm;   /* f32 [num_layers, num_steps]: norm of the selected rows before the edit */
+    btx_tensor recalled;                  /* i64 [num_layers, num_steps, top_k]: positions ascending, then -1 */
+    btx_tensor delta_norm;                /* f32 [num_layers, num_steps]: Euclidean norm of the gated edit, all rows */
+    btx_tensor row_norm;                  /* f32 [num_layers, num_steps]: norm of the selected rows before the edit */
     double stage_seconds[BTX_NUM_STAGES]; /* summed over threads */
 } btx_report;
 
@@ -338,8 +338,8 @@ struct btx_backend {
     btx_status (*rms_norm)(const btx_pass *pass, const float *x, int64_t rows, int64_t dim, const float *weight,
                            float eps, float *out, btx_error *error);
     /* out [layers, rows, out_dim] = x W^T + bias, plus what out held when accumulate is nonzero. */
-    btx_status (*linear)(const btx_pass *pass, const btx_linear *weights, const float *x, int64_t rows,
-                         int accumulate, float *out, btx_error *error);
+    btx_status (*linear)(const btx_pass *pass, const btx_linear *weights, const float *x, int64_t rows, int accumulate,
+                         float *out, btx_error *error);
     /* out [layers, total_rows, dim] = softmax(q k^T / sqrt(dim / heads)) v per step and head, no mask, from
      * qkv [layers, total_rows, 3 * dim]. */
     btx_status (*attention)(const btx_pass *pass, const float *qkv, int64_t dim, int32_t heads, float *out,

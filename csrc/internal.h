@@ -14,10 +14,9 @@ typedef struct btx_boundary_plan {
 } btx_boundary_plan;
 
 /* Checks the whole boundary and lays out its rows. On failure *out owns nothing. */
-btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_device_type device_type,
-                                    int32_t num_layers, int32_t num_kv_heads, int32_t num_query_heads,
-                                    int32_t head_dim, int32_t top_k, int32_t recent_window, int for_writing,
-                                    btx_boundary_plan *out, btx_error *error);
+btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_device_type device_type, int32_t num_layers,
+                                    int32_t num_kv_heads, int32_t num_query_heads, int32_t head_dim, int32_t top_k,
+                                    int32_t recent_window, int for_writing, btx_boundary_plan *out, btx_error *error);
 void btx_boundary_plan_destroy(btx_boundary_plan *plan);
 
 /* Checks one tensor argument: rank, dtype, shape (-1: any), CPU, writable. name is used in the message. */

@@ -17,12 +17,12 @@ static btx_status check_view(const btx_tensor *view, const btx_tensor *first, co
                         btx_dtype_name(view->dtype));
     if (view->shape[2] != num_kv_heads)
         return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "%s of layer %d have %" PRId64 " KV heads; the Processor was made for %d", what,
-                        (int)layer, view->shape[2], (int)num_kv_heads);
+                        "%s of layer %d have %" PRId64 " KV heads; the Processor was made for %d", what, (int)layer,
+                        view->shape[2], (int)num_kv_heads);
     if (view->shape[3] != head_dim)
         return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "%s of layer %d have head size %" PRId64 "; the Processor was made for %d", what,
-                        (int)layer, view->shape[3], (int)head_dim);
+                        "%s of layer %d have head size %" PRId64 "; the Processor was made for %d", what, (int)layer,
+                        view->shape[3], (int)head_dim);
     if (view->shape[0] < 1 || view->shape[1] < 1)
         return btx_fail(error, BTX_INVALID_ARGUMENT,
                         "%s of layer %d are empty: %" PRId64 " blocks of %" PRId64 " positions", what, (int)layer,
@@ -30,9 +30,8 @@ static btx_status check_view(const btx_tensor *view, const btx_tensor *first, co
     if (view->data == NULL)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "%s of layer %d have no data", what, (int)layer);
     if (view->dtype != first->dtype)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "%s of layer %d are %s, keys of layer 0 are %s; use one dtype", what, (int)layer,
-                        btx_dtype_name(view->dtype), btx_dtype_name(first->dtype));
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s of layer %d are %s, keys of layer 0 are %s; use one dtype",
+                        what, (int)layer, btx_dtype_name(view->dtype), btx_dtype_name(first->dtype));
     if (view->device.type != first->device.type || view->device.index != first->device.index)
         return btx_fail(error, BTX_INVALID_ARGUMENT,
                         "%s of layer %d are on another device than keys of layer 0; keep the cache on one", what,
@@ -52,15 +51,15 @@ static btx_status check_view(const btx_tensor *view, const btx_tensor *first, co
     return BTX_OK;
 }
 
-btx_status btx_kv_cache_check(const btx_kv_cache *cache, int32_t num_layers, int32_t num_kv_heads,
-                              int32_t head_dim, int for_writing, btx_error *error)
+btx_status btx_kv_cache_check(const btx_kv_cache *cache, int32_t num_layers, int32_t num_kv_heads, int32_t head_dim,
+                              int for_writing, btx_error *error)
 {
     if (cache->num_layers != num_layers)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "the KV cache has %d layers; the Processor was made for %d",
                         (int)cache->num_layers, (int)num_layers);
     for (int32_t layer = 0; layer < num_layers; layer++) {
-        btx_status status = check_view(&cache->keys[layer], &cache->keys[0], "keys", layer, num_kv_heads,
-                                       head_dim, for_writing, error);
+        btx_status status =
+            check_view(&cache->keys[layer], &cache->keys[0], "keys", layer, num_kv_heads, head_dim, for_writing, error);
         if (status == BTX_OK)
             status = check_view(&cache->values[layer], &cache->keys[0], "values", layer, num_kv_heads, head_dim,
                                 for_writing, error);

@@ -37,10 +37,11 @@ struct btx_processor {
 };
 
 static const char *const weight_names[BTX_NUM_WEIGHTS] = {
-    "input_norm.weight", "in_proj.weight", "in_proj.bias",    "attn_norm.weight", "q_proj.weight",
-    "q_proj.bias",       "k_proj.weight",  "k_proj.bias",     "v_proj.weight",    "v_proj.bias",
-    "o_proj.weight",     "o_proj.bias",    "mlp_norm.weight", "gate_proj.weight", "up_proj.weight",
-    "down_proj.weight",  "out_proj.weight", "out_proj.bias",  "gate",
+    "input_norm.weight", "in_proj.weight",   "in_proj.bias",   "attn_norm.weight",
+    "q_proj.weight",     "q_proj.bias",      "k_proj.weight",  "k_proj.bias",
+    "v_proj.weight",     "v_proj.bias",      "o_proj.weight",  "o_proj.bias",
+    "mlp_norm.weight",   "gate_proj.weight", "up_proj.weight", "down_proj.weight",
+    "out_proj.weight",   "out_proj.bias",    "gate",
 };
 
 static const char *const stage_names[BTX_NUM_STAGES] = {"mass", "top_k", "gather", "processor", "write"};
@@ -187,8 +188,8 @@ static float read_float(const btx_tensor *tensor, int64_t element)
 }
 
 /* One checkpoint tensor as f32, row-major, checked. */
-static btx_status read_weight(const btx_config *config, const btx_tensor *weights, int32_t layer,
-                              btx_weight weight, float *out, btx_error *error)
+static btx_status read_weight(const btx_config *config, const btx_tensor *weights, int32_t layer, btx_weight weight,
+                              float *out, btx_error *error)
 {
     const btx_tensor *tensor = &weights[(int64_t)layer * BTX_NUM_WEIGHTS + weight];
     int64_t shape[2] = {1, 1};
@@ -198,8 +199,8 @@ static btx_status read_weight(const btx_config *config, const btx_tensor *weight
                         "tensor layers.%d.%s is %s; it must be float32, float16 or bfloat16", (int)layer,
                         weight_names[weight], btx_dtype_name(tensor->dtype));
     if (tensor->device.type != BTX_CPU || tensor->data == NULL)
-        return btx_fail(error, BTX_INVALID_ARGUMENT, "tensor layers.%d.%s is missing or not on the CPU",
-                        (int)layer, weight_names[weight]);
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "tensor layers.%d.%s is missing or not on the CPU", (int)layer,
+                        weight_names[weight]);
     int matches = tensor->num_dims == num_dims;
     for (int32_t d = 0; matches && d < num_dims; d++)
         matches = tensor->shape[d] == shape[d];
@@ -401,12 +402,12 @@ typedef struct boundary_run {
     const btx_backend *backend;
     const btx_plan *plan;
     lane_layout layout;
-    char *lanes;          /* [num_threads] of layout.bytes */
-    int32_t *positions;   /* [num_layers, total_rows] */
-    float *delta;         /* [num_layers, total_rows, C] */
-    float *delta_norm;    /* [num_layers, num_steps] */
-    float *row_norm;      /* [num_layers, num_steps] */
-    double *seconds;      /* [num_threads, BTX_NUM_STAGES] */
+    char *lanes;        /* [num_threads] of layout.bytes */
+    int32_t *positions; /* [num_layers, total_rows] */
+    float *delta;       /* [num_layers, total_rows, C] */
+    float *delta_norm;  /* [num_layers, num_steps] */
+    float *row_norm;    /* [num_layers, num_steps] */
+    double *seconds;    /* [num_threads, BTX_NUM_STAGES] */
     const btx_tensor *mass_out;
 } boundary_run;
 
@@ -542,15 +543,16 @@ static btx_status lay_out_run(boundary_run *run, btx_workspace *workspace, int64
     int64_t rows = layers * plan->total_rows;
     int64_t wide = 3 * D > 2 * F ? 3 * D : 2 * F;
     int64_t narrow = D > F ? D : F;
-    int fits = btx_reserve(&lane->bytes, &lane->lse, layers * plan->total_window * plan->num_query_heads, sizeof(float)) &&
-               btx_reserve(&lane->bytes, &lane->mass, layers * plan->total_prior, sizeof(float)) &&
-               btx_reserve(&lane->bytes, &lane->rows, rows * C, sizeof(float)) &&
-               btx_reserve(&lane->bytes, &lane->normed, rows * (C > D ? C : D), sizeof(float)) &&
-               btx_reserve(&lane->bytes, &lane->u, rows * D, sizeof(float)) &&
-               btx_reserve(&lane->bytes, &lane->wide, rows * wide, sizeof(float)) &&
-               btx_reserve(&lane->bytes, &lane->heads, rows * narrow, sizeof(float)) &&
-               btx_reserve(&lane->bytes, &lane->scratch, 1,
-                           run->backend->scratch_bytes(plan, C > narrow ? C : narrow, C > wide ? C : wide));
+    int fits =
+        btx_reserve(&lane->bytes, &lane->lse, layers * plan->total_window * plan->num_query_heads, sizeof(float)) &&
+        btx_reserve(&lane->bytes, &lane->mass, layers * plan->total_prior, sizeof(float)) &&
+        btx_reserve(&lane->bytes, &lane->rows, rows * C, sizeof(float)) &&
+        btx_reserve(&lane->bytes, &lane->normed, rows * (C > D ? C : D), sizeof(float)) &&
+        btx_reserve(&lane->bytes, &lane->u, rows * D, sizeof(float)) &&
+        btx_reserve(&lane->bytes, &lane->wide, rows * wide, sizeof(float)) &&
+        btx_reserve(&lane->bytes, &lane->heads, rows * narrow, sizeof(float)) &&
+        btx_reserve(&lane->bytes, &lane->scratch, 1,
+                    run->backend->scratch_bytes(plan, C > narrow ? C : narrow, C > wide ? C : wide));
     size_t total = 0, lanes = 0, positions = 0, delta = 0, delta_norm = 0, row_norm = 0, seconds = 0;
     int64_t all_rows = plan->num_layers * plan->total_rows, all_steps = plan->num_layers * plan->num_steps;
     fits = fits && btx_reserve(&total, &lanes, num_threads, lane->bytes) &&
@@ -683,8 +685,7 @@ cleanup:
     return status;
 }
 
-static btx_status mass_pass(void *context, int32_t layer_begin, int32_t layer_end, int32_t lane_index,
-                            btx_error *error)
+static btx_status mass_pass(void *context, int32_t layer_begin, int32_t layer_end, int32_t lane_index, btx_error *error)
 {
     boundary_run *run = context;
     const btx_plan *plan = run->plan;
@@ -692,8 +693,8 @@ static btx_status mass_pass(void *context, int32_t layer_begin, int32_t layer_en
     btx_pass pass = make_pass(run, layer_begin, layer_end, lane_index);
     char *lane = run->lanes + (size_t)lane_index * run->layout.bytes;
     const float *mass = (const float *)(lane + run->layout.mass);
-    btx_status status = measure_mass(run, &pass, (float *)(lane + run->layout.lse), (float *)(lane + run->layout.mass),
-                                     error);
+    btx_status status =
+        measure_mass(run, &pass, (float *)(lane + run->layout.lse), (float *)(lane + run->layout.mass), error);
     if (status != BTX_OK)
         return status;
     for (int64_t layer = layer_begin; layer < layer_end; layer++, mass += plan->total_prior) {
@@ -732,9 +733,9 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
                         "%" PRId64 " query heads over %" PRId64 " KV heads of size %" PRId64
                         " make no attention; query heads are a multiple of KV heads",
                         num_query_heads, key_shape[2], key_shape[3]);
-    status = btx_boundary_plan_create(boundary, backend->device_type, boundary->kv_cache->num_layers,
-                                      (int32_t)key_shape[2], (int32_t)num_query_heads, (int32_t)key_shape[3], 0,
-                                      recent_window, 0, &planned, error);
+    status =
+        btx_boundary_plan_create(boundary, backend->device_type, boundary->kv_cache->num_layers, (int32_t)key_shape[2],
+                                 (int32_t)num_query_heads, (int32_t)key_shape[3], 0, recent_window, 0, &planned, error);
     if (status != BTX_OK)
         return status;
     int64_t max_prior = 0;
@@ -781,8 +782,8 @@ btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, 
     for (int64_t row = 0; row < mass->shape[0]; row++) {
         int64_t length = ((const int64_t *)lengths->data)[row * lengths->stride[0]];
         if (length < 0 || length > n)
-            return btx_fail(error, BTX_INVALID_ARGUMENT, "lengths[%" PRId64 "] is %" PRId64 "; it must be 0 to %" PRId64,
-                            row, length, n);
+            return btx_fail(error, BTX_INVALID_ARGUMENT,
+                            "lengths[%" PRId64 "] is %" PRId64 "; it must be 0 to %" PRId64, row, length, n);
     }
     plan.total_prior = n;
     step.num_prior = n;

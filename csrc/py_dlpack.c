@@ -142,7 +142,8 @@ PyObject *borrow_tensor(module_state *state, PyObject *object, const char *name,
         tensor = &((const dl_managed_tensor *)PyCapsule_GetPointer(capsule, "dltensor"))->tensor;
     }
     else {
-        refuse(PyExc_TypeError, name, index, "__dlpack__ of %S returned no DLPack capsule", (PyObject *)Py_TYPE(object));
+        refuse(PyExc_TypeError, name, index, "__dlpack__ of %S returned no DLPack capsule",
+               (PyObject *)Py_TYPE(object));
         goto fail;
     }
 

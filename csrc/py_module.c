@@ -135,8 +135,8 @@ static PyObject *add_exception(PyObject *module, const char *name, const char *d
 
 static int add_exceptions(PyObject *module, module_state *state)
 {
-    state->bottleneck_error = add_exception(module, "BottleneckError", "Base of the package's own errors.",
-                                            PyExc_Exception, NULL);
+    state->bottleneck_error =
+        add_exception(module, "BottleneckError", "Base of the package's own errors.", PyExc_Exception, NULL);
     if (state->bottleneck_error == NULL)
         return -1;
     state->invalid_argument_error =
@@ -150,8 +150,8 @@ static int add_exceptions(PyObject *module, module_state *state)
     state->rebuild_needed_error =
         add_exception(module, "RebuildNeededError", "The write began and failed: discard these sequences.",
                       state->bottleneck_error, PyExc_RuntimeError);
-    return state->invalid_argument_error == NULL || state->unsupported_error == NULL ||
-                   state->device_error == NULL || state->rebuild_needed_error == NULL
+    return state->invalid_argument_error == NULL || state->unsupported_error == NULL || state->device_error == NULL ||
+                   state->rebuild_needed_error == NULL
                ? -1
                : 0;
 }

@@ -42,8 +42,7 @@ const btx_backend *find_backend(module_state *state, const char *name);
 
 /* py_dlpack.c: borrows a tensor. The returned capsule owns the export and must outlive the view. NULL with an
  * exception set on failure; name and index (-1: none) say in the message which argument it was. */
-PyObject *borrow_tensor(module_state *state, PyObject *object, const char *name, Py_ssize_t index,
-                        btx_tensor *view);
+PyObject *borrow_tensor(module_state *state, PyObject *object, const char *name, Py_ssize_t index, btx_tensor *view);
 
 /* A list of tensors borrowed for the duration of a call. */
 typedef struct borrowed_list {

@@ -20,8 +20,8 @@ static PyObject *tuple_of(PyObject *sequence, const char *name)
 
 static int same_view(const btx_tensor *a, const btx_tensor *b)
 {
-    if (a->data != b->data || a->dtype != b->dtype || a->num_dims != b->num_dims ||
-        a->device.type != b->device.type || a->device.index != b->device.index)
+    if (a->data != b->data || a->dtype != b->dtype || a->num_dims != b->num_dims || a->device.type != b->device.type ||
+        a->device.index != b->device.index)
         return 0;
     for (int32_t d = 0; d < a->num_dims; d++) {
         if (a->shape[d] != b->shape[d] || (a->shape[d] > 1 && a->stride[d] != b->stride[d]))
@@ -30,8 +30,8 @@ static int same_view(const btx_tensor *a, const btx_tensor *b)
     return 1;
 }
 
-static int check_unmoved(module_state *state, const borrowed_list *now, const btx_tensor *then,
-                         Py_ssize_t num_layers, const char *const *names)
+static int check_unmoved(module_state *state, const borrowed_list *now, const btx_tensor *then, Py_ssize_t num_layers,
+                         const char *const *names)
 {
     for (Py_ssize_t i = 0; i < now->length; i++) {
         if (!same_view(&now->views[i], &then[i])) {
@@ -67,10 +67,9 @@ static PyObject *new_instance(PyTypeObject *type)
 /* ---- KVCache and QueryCache ----------------------------------------------------------------------- */
 
 typedef struct cache_object {
-    PyObject_HEAD
-    PyObject *tensors;        /* Owned: tuple of num_tensors tensors (keys, then values; or queries). */
-    PyObject *table;          /* Owned: the query table, or NULL. */
-    btx_tensor *views;        /* Owned: as they were when bound. */
+    PyObject_HEAD PyObject *tensors; /* Owned: tuple of num_tensors tensors (keys, then values; or queries). */
+    PyObject *table;                 /* Owned: the query table, or NULL. */
+    btx_tensor *views;               /* Owned: as they were when bound. */
     Py_ssize_t num_layers;
 } cache_object;
 
@@ -251,14 +250,22 @@ PyDoc_STRVAR(query_cache_doc,
              "only one, a ring of page_size rows.");
 
 static PyType_Slot kv_cache_slots[] = {
-    {Py_tp_doc, (void *)kv_cache_doc},       {Py_tp_new, kv_cache_new},         {Py_tp_dealloc, cache_dealloc},
-    {Py_tp_traverse, cache_traverse},        {Py_tp_clear, cache_clear},        {Py_tp_getset, kv_cache_getset},
+    {Py_tp_doc, (void *)kv_cache_doc},
+    {Py_tp_new, kv_cache_new},
+    {Py_tp_dealloc, cache_dealloc},
+    {Py_tp_traverse, cache_traverse},
+    {Py_tp_clear, cache_clear},
+    {Py_tp_getset, kv_cache_getset},
     {0, NULL},
 };
 
 static PyType_Slot query_cache_slots[] = {
-    {Py_tp_doc, (void *)query_cache_doc},    {Py_tp_new, query_cache_new},      {Py_tp_dealloc, cache_dealloc},
-    {Py_tp_traverse, cache_traverse},        {Py_tp_clear, cache_clear},        {Py_tp_getset, query_cache_getset},
+    {Py_tp_doc, (void *)query_cache_doc},
+    {Py_tp_new, query_cache_new},
+    {Py_tp_dealloc, cache_dealloc},
+    {Py_tp_traverse, cache_traverse},
+    {Py_tp_clear, cache_clear},
+    {Py_tp_getset, query_cache_getset},
     {0, NULL},
 };
 
@@ -279,8 +286,7 @@ PyType_Spec query_cache_spec = {
 /* ---- Workspace ------------------------------------------------------------------------------------ */
 
 typedef struct workspace_object {
-    PyObject_HEAD
-    btx_workspace *workspace; /* Owned. */
+    PyObject_HEAD btx_workspace *workspace; /* Owned. */
     const btx_backend *backend;
     int busy; /* a call is running without the GIL */
 } workspace_object;
@@ -315,9 +321,8 @@ static void workspace_dealloc(PyObject *object)
 {
     btx_workspace *workspace = ((workspace_object *)object)->workspace;
     Py_BEGIN_ALLOW_THREADS /* joins the workers */
-    btx_workspace_destroy(workspace);
-    Py_END_ALLOW_THREADS
-    free_instance(object);
+        btx_workspace_destroy(workspace);
+    Py_END_ALLOW_THREADS free_instance(object);
 }
 
 static PyObject *backend_full_name(const btx_backend *backend)
@@ -418,8 +423,8 @@ static int parse_steps(PyObject *steps, boundary_arguments *arguments)
     for (Py_ssize_t i = 0; i < count; i++) {
         long long sequence, sequence_begin, step_begin, step_end;
         PyObject *tuple = PySequence_Tuple(PyTuple_GetItem(fast, i));
-        int parsed = tuple != NULL && PyArg_ParseTuple(tuple, "LLLL:step", &sequence, &sequence_begin, &step_begin,
-                                                       &step_end);
+        int parsed =
+            tuple != NULL && PyArg_ParseTuple(tuple, "LLLL:step", &sequence, &sequence_begin, &step_begin, &step_end);
         Py_XDECREF(tuple);
         if (!parsed) {
             Py_DECREF(fast);
@@ -469,8 +474,8 @@ static int boundary_arguments_parse(module_state *state, boundary_arguments *arg
     }
     for (int64_t i = 0; defaults && i < longest; i++)
         arguments->identity[i] = (int32_t)i;
-    arguments->kv_cache = (btx_kv_cache){(int32_t)kv_cache->num_layers, arguments->kv.views,
-                                         arguments->kv.views + kv_cache->num_layers};
+    arguments->kv_cache =
+        (btx_kv_cache){(int32_t)kv_cache->num_layers, arguments->kv.views, arguments->kv.views + kv_cache->num_layers};
     arguments->query_cache = (btx_query_cache){(int32_t)query_cache->num_layers, arguments->queries.views};
     arguments->boundary.kv_cache = &arguments->kv_cache;
     arguments->boundary.query_cache = &arguments->query_cache;
@@ -494,15 +499,13 @@ static int boundary_arguments_parse(module_state *state, boundary_arguments *arg
                      (long long)rows, (long long)num_pages);
         return -1;
     }
-    return parse_table(state, arguments, 1, query_cache->table, "query_table", rows,
-                       &arguments->boundary.query_table);
+    return parse_table(state, arguments, 1, query_cache->table, "query_table", rows, &arguments->boundary.query_table);
 }
 
 /* ---- Processor -------------------------------------------------------------------------------------- */
 
 typedef struct processor_object {
-    PyObject_HEAD
-    btx_processor *processor; /* Owned. */
+    PyObject_HEAD btx_processor *processor; /* Owned. */
 } processor_object;
 
 static int read_int(PyObject *config, const char *name, int32_t *out)
@@ -649,10 +652,9 @@ static PyObject *processor_new(PyTypeObject *type, PyObject *args, PyObject *key
         goto cleanup;
     }
     btx_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = btx_processor_create(backend, &config, borrowed.views, &processor, &error);
-    Py_END_ALLOW_THREADS
-    if (status != BTX_OK) {
+    Py_BEGIN_ALLOW_THREADS status = btx_processor_create(backend, &config, borrowed.views, &processor, &error);
+    Py_END_ALLOW_THREADS if (status != BTX_OK)
+    {
         raise_status(state, status, &error);
         goto cleanup;
     }
@@ -719,9 +721,8 @@ static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *k
     btx_report report = {0};
     btx_error error = {{0}};
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!O|O$O!dOOO:rewrite", names, state->kv_cache_type, &kv_cache,
-                                     state->query_cache_type, &query_cache, &steps, &block_table,
-                                     state->workspace_type, &workspace, &softmax_scale, &outputs[0], &outputs[1],
-                                     &outputs[2]))
+                                     state->query_cache_type, &query_cache, &steps, &block_table, state->workspace_type,
+                                     &workspace, &softmax_scale, &outputs[0], &outputs[1], &outputs[2]))
         return NULL;
     if (workspace == NULL) {
         PyErr_SetString(PyExc_TypeError, "rewrite() needs the keyword argument workspace");
@@ -744,10 +745,9 @@ static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *k
     if (workspace_enter(state, (workspace_object *)workspace) < 0)
         goto cleanup;
     btx_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = btx_rewrite(processor, ((workspace_object *)workspace)->workspace, &arguments.boundary, &report, &error);
-    Py_END_ALLOW_THREADS
-    ((workspace_object *)workspace)->busy = 0;
+    Py_BEGIN_ALLOW_THREADS status =
+        btx_rewrite(processor, ((workspace_object *)workspace)->workspace, &arguments.boundary, &report, &error);
+    Py_END_ALLOW_THREADS((workspace_object *)workspace)->busy = 0;
     if (status != BTX_OK) {
         raise_status(state, status, &error);
         goto cleanup;
@@ -780,12 +780,8 @@ PyDoc_STRVAR(processor_doc,
              "\"bfloat16\": operands of every product are rounded to bfloat16, sums are float32.");
 
 static PyType_Slot processor_slots[] = {
-    {Py_tp_doc, (void *)processor_doc},
-    {Py_tp_new, processor_new},
-    {Py_tp_dealloc, processor_dealloc},
-    {Py_tp_getset, processor_getset},
-    {Py_tp_methods, processor_methods},
-    {0, NULL},
+    {Py_tp_doc, (void *)processor_doc}, {Py_tp_new, processor_new},         {Py_tp_dealloc, processor_dealloc},
+    {Py_tp_getset, processor_getset},   {Py_tp_methods, processor_methods}, {0, NULL},
 };
 
 PyType_Spec processor_spec = {
@@ -799,7 +795,7 @@ PyType_Spec processor_spec = {
 
 PyObject *module_attention_mass(PyObject *module, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"kv_cache",  "query_cache",   "steps", "block_table", "out",
+    static char *names[] = {"kv_cache",  "query_cache",   "steps",         "block_table", "out",
                             "workspace", "recent_window", "softmax_scale", NULL};
     module_state *state = module_state_of(module);
     PyObject *kv_cache, *query_cache, *steps, *block_table = Py_None, *out = NULL, *workspace = NULL, *result = NULL;
@@ -825,11 +821,9 @@ PyObject *module_attention_mass(PyObject *module, PyObject *args, PyObject *keyw
     if (capsule == NULL || workspace_enter(state, scratch) < 0)
         goto cleanup;
     btx_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = btx_attention_mass(scratch->backend, scratch->workspace, &arguments.boundary, recent_window, &view,
-                                &error);
-    Py_END_ALLOW_THREADS
-    scratch->busy = 0;
+    Py_BEGIN_ALLOW_THREADS status =
+        btx_attention_mass(scratch->backend, scratch->workspace, &arguments.boundary, recent_window, &view, &error);
+    Py_END_ALLOW_THREADS scratch->busy = 0;
     if (status != BTX_OK)
         raise_status(state, status, &error);
     else
@@ -862,13 +856,10 @@ PyObject *module_select_top_k(PyObject *module, PyObject *args, PyObject *keywor
             goto cleanup;
     }
     btx_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = btx_select_top_k(backend, &borrowed.views[0], &borrowed.views[1], &borrowed.views[2], &error);
-    Py_END_ALLOW_THREADS
-    if (status != BTX_OK)
-        raise_status(state, status, &error);
-    else
-        result = Py_NewRef(Py_None);
+    Py_BEGIN_ALLOW_THREADS status =
+        btx_select_top_k(backend, &borrowed.views[0], &borrowed.views[1], &borrowed.views[2], &error);
+    Py_END_ALLOW_THREADS if (status != BTX_OK) raise_status(state, status, &error);
+    else result = Py_NewRef(Py_None);
 
 cleanup:
     borrowed_list_clear(&borrowed);

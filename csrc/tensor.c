@@ -95,8 +95,8 @@ btx_status btx_tensor_check(const btx_tensor *tensor, const char *name, btx_dtyp
                             const int64_t *shape, int for_writing, btx_error *error)
 {
     if (tensor->dtype != dtype)
-        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is %s; it must be %s", name,
-                        btx_dtype_name(tensor->dtype), btx_dtype_name(dtype));
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is %s; it must be %s", name, btx_dtype_name(tensor->dtype),
+                        btx_dtype_name(dtype));
     if (tensor->device.type != BTX_CPU)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is not on the CPU; move it there", name);
     if (tensor->num_dims != num_dims)
@@ -105,9 +105,8 @@ btx_status btx_tensor_check(const btx_tensor *tensor, const char *name, btx_dtyp
     int64_t elements = 1;
     for (int32_t d = 0; d < num_dims; d++) {
         if (shape[d] >= 0 && tensor->shape[d] != shape[d])
-            return btx_fail(error, BTX_INVALID_ARGUMENT,
-                            "dimension %d of %s is %" PRId64 "; it must be %" PRId64, (int)d, name,
-                            tensor->shape[d], shape[d]);
+            return btx_fail(error, BTX_INVALID_ARGUMENT, "dimension %d of %s is %" PRId64 "; it must be %" PRId64,
+                            (int)d, name, tensor->shape[d], shape[d]);
         elements *= tensor->shape[d];
     }
     if (tensor->data == NULL && elements > 0)

@@ -40,6 +40,31 @@ class Shape:
     random_scale: float = 0.5
 
 
+NAMED = {
+    "long prior, paged": Shape(
+        ((0, 4096, 96),), num_layers=1, head_dim=64, top_k=32, recent_window=96, block_size=16
+    ),
+    "long prior, contiguous": Shape(
+        ((7, 4000, 30), (0, 3000, 256)), num_layers=1, head_dim=64, group=3, top_k=256, recent_window=256, layout="hnd"
+    ),
+    "k larger than the prior": Shape(((0, 20, 5),), top_k=32),
+    "no prior": Shape(((0, 5, 5), (9, 1, 1)), top_k=8),
+    "a step of one token": Shape(((0, 50, 1),), block_size=16),
+    "longer than R": Shape(((0, 50, 40),), recent_window=8),
+    "prompt shorter than R": Shape(((0, 3, 3),), recent_window=96),
+    "consolidation only": Shape(((0, 50, 10),), top_k=0),
+    "head_dim 128, group 4": Shape(((0, 300, 30),), head_dim=128, group=4, num_kv_heads=2, top_k=32),
+    "odd head_dim": Shape(((0, 77, 9),), head_dim=7, num_kv_heads=3),
+    "unrotated keys": Shape(
+        ((11, 200, 30), (0, 90, 20)), head_dim=64, key_space="unrotated", top_k=32, recent_window=96
+    ),
+    "the paper's Processor": Shape(
+        ((0, 200, 30),), num_layers=1, head_dim=64, num_kv_heads=3, group=3, processor_dim=512, processor_heads=16,
+        processor_mlp_dim=2240, top_k=32, recent_window=96,
+    ),
+}  # fmt: skip
+
+
 @dataclass
 class Case:
     shape: Shape
@@ -118,7 +143,7 @@ def make_case(shape: Shape) -> Case:
     )
     weights = initial_weights(config, random_scale=shape.random_scale, seed=shape.seed)
     for name, weight in weights.items():  # initial biases are 0 and norms 1: they would hide mistakes
-        if name.endswith("bias") or name.endswith("norm.weight"):
+        if name.endswith(("bias", "norm.weight")):
             weight += rng.normal(0, 0.1, weight.shape).astype(np.float32)
         elif name.endswith("proj.weight") and "out_proj" not in name:
             weight += rng.normal(0, 0.5 / np.sqrt(weight.shape[1]), weight.shape).astype(np.float32)

@@ -1,10 +1,11 @@
 """boundary.py against a simple model that looks at the whole text at once."""
 
 import pytest
-from bottlenecked.boundary import BoundaryDetector, BoundaryEvent, newline_token_ids
-from bottlenecked.config import BoundaryConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bottlenecked.boundary import BoundaryDetector, BoundaryEvent, newline_token_ids
+from bottlenecked.config import BoundaryConfig
 
 NL, NL2 = 7, 8
 IDS = (NL, NL2)

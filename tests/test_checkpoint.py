@@ -8,6 +8,7 @@ import struct
 
 import numpy as np
 import pytest
+
 from bottlenecked import checkpoint
 from bottlenecked.checkpoint import check_weights, initial_weights, load_weights, save_checkpoint
 from bottlenecked.config import CacheProcessorConfig
@@ -134,9 +135,7 @@ def test_every_missing_tensor_is_named(saved):
         refuse(directory, c, f"'{name}' is missing")
 
 
-@pytest.mark.parametrize(
-    "name", ["../../x", "/etc/passwd", "layers.2.gate", "layers.0.q_proj", "", "a" * 5000]
-)
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "layers.2.gate", "layers.0.q_proj", "", "a" * 5000])
 def test_an_unknown_tensor_is_named_and_goes_nowhere(saved, name):
     directory, c, weights = saved
     above = sorted(os.listdir(directory.parent))
@@ -232,6 +231,17 @@ def test_what_is_no_file_is_refused(saved):
     path.rmdir()
     os.mkfifo(path)
     refuse(directory, c, "not a regular file")
+
+
+def test_a_file_that_may_not_be_read_is_named(saved, monkeypatch):
+    directory, c, _ = saved
+
+    def forbidden(*_, **__):
+        raise PermissionError("Permission denied (os error 13)")
+
+    # Not by its mode: root may read everything.
+    monkeypatch.setattr(checkpoint, "safe_open", forbidden)
+    refuse(directory, c, "cannot be read", "Permission denied")
 
 
 def test_an_unknown_version_is_refused(saved):
@@ -416,7 +426,7 @@ def test_initial_weights():
     for name, tensor in weights.items():
         if name.endswith("norm.weight"):
             assert (tensor == 1).all()
-        elif name.endswith(".bias") or name.endswith("out_proj.weight"):
+        elif name.endswith((".bias", "out_proj.weight")):
             assert not tensor.any()
             assert not np.signbit(tensor).any()
         elif name.endswith(".gate"):
@@ -431,9 +441,7 @@ def test_initial_weights_depend_on_seed_layer_and_scale_alone():
     c = config()
     first = initial_weights(c)
     assert_same(initial_weights(c, seed=0), first)
-    assert not np.array_equal(
-        initial_weights(c, seed=1)["layers.0.q_proj.weight"], first["layers.0.q_proj.weight"]
-    )
+    assert not np.array_equal(initial_weights(c, seed=1)["layers.0.q_proj.weight"], first["layers.0.q_proj.weight"])
     assert not np.array_equal(first["layers.0.q_proj.weight"], first["layers.1.q_proj.weight"])
     assert not np.array_equal(first["layers.0.q_proj.weight"], first["layers.0.k_proj.weight"])
     one = initial_weights(config(num_layers=1))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from bottlenecked.config import BoundaryConfig, CacheProcessorConfig
 
 SHAPE = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 8, "num_query_heads": 6}

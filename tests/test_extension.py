@@ -78,7 +78,9 @@ def test_rewrite_changes_exactly_the_selected_rows(case: Case) -> None:
         for now, then in ((case.keys[layer], old.keys[layer]), (case.values[layer], old.values[layer])):
             assert torch.equal(now[~touched].view(torch.int32), then[~touched].view(torch.int32))
             assert (now[touched] != then[touched]).any(-1).all()
-    assert any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
+    assert any(
+        not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True)
+    )
 
 
 # ---- what is refused -----------------------------------------------------------------------------------
@@ -99,7 +101,11 @@ def test_wrong_heads_and_head_size(case: Case) -> None:
 
 def test_wrong_rank_dtype_device(case: Case) -> None:
     refused(case, "keys of layer 1 have 3 dimensions", keys=[case.keys[0], case.keys[1][0]])
-    refused(case, "values of layer 1 are float16, keys of layer 0 are float32", values=[case.values[0], case.values[1].half()])
+    refused(
+        case,
+        "values of layer 1 are float16, keys of layer 0 are float32",
+        values=[case.values[0], case.values[1].half()],
+    )
     refused(case, "queries of layer 0 are bfloat16", queries=[q.bfloat16() for q in case.queries])
     refused(case, r"its dtype \(DLPack code 2, 64 bits\)", keys=[k.double() for k in case.keys])
     refused(case, "keys of layer 0 are int32", keys=[k.int() for k in case.keys])
@@ -119,7 +125,11 @@ def test_overlapping_and_zero_strides(case: Case) -> None:
     flat = torch.zeros(10000)
     overlapping = flat.as_strided(case.keys[0].shape, (200, 16, 8, 1))
     refused(case, "keys of layer 1 have zero or overlapping", keys=[case.keys[0], overlapping])
-    refused(case, "keys of layer 0 and values of layer 1 are the same memory", values=[case.values[0], case.keys[0]])
+    refused(
+        case,
+        "keys of layer 0 and values of layer 1 are the same memory",
+        values=[case.values[0], case.keys[0]],
+    )
 
 
 def test_read_only_arrays_are_refused_where_we_write(case: Case) -> None:
@@ -183,7 +193,10 @@ def test_a_sequence_listed_twice(case: Case) -> None:
 @pytest.mark.parametrize(
     ("event", "match"),
     [
-        (BoundaryEvent(sequence=3, step_begin=0, step_end=4), "step 0 is of sequence 3; the tables have 3 rows"),
+        (
+            BoundaryEvent(sequence=3, step_begin=0, step_end=4),
+            "step 0 is of sequence 3; the tables have 3 rows",
+        ),
         (BoundaryEvent(sequence=-1, step_begin=0, step_end=4), "sequence -1"),
         (BoundaryEvent(sequence=0, step_begin=0, step_end=33), "ends at 33; the block table covers 32"),
         (BoundaryEvent(sequence=0, step_begin=0, step_end=1 << 40), "the block table covers 32"),
@@ -207,7 +220,11 @@ def test_malformed_steps(case: Case, step: tuple[int, int, int, int]) -> None:
 
 def test_query_ring_shorter_than_the_window() -> None:
     case = make_case(Shape(lengths=((0, 60, 40),), recent_window=16))
-    refused(case, "the window of step 0 has 16 positions; the query cache keeps 8", queries=[q[:, :8] for q in case.queries])
+    refused(
+        case,
+        "the window of step 0 has 16 positions; the query cache keeps 8",
+        queries=[q[:, :8] for q in case.queries],
+    )
 
 
 @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
@@ -244,10 +261,8 @@ def test_configuration_out_of_range(case: Case, key: str, value: object, match: 
 
 
 def native_config(case: Case, **changes: object) -> dict[str, object]:
-    names = (
-        "num_layers num_kv_heads num_query_heads head_dim processor_dim processor_heads processor_mlp_dim top_k "
-        "recent_window norm_eps"
-    ).split()
+    names = "num_layers num_kv_heads num_query_heads head_dim processor_dim processor_heads processor_mlp_dim"
+    names = [*names.split(), "top_k", "recent_window", "norm_eps"]
     return {name: getattr(case.config, name) for name in names} | {"rope_inv_freq": None} | changes
 
 
@@ -258,19 +273,25 @@ def test_weights_that_are_wrong(case: Case) -> None:
             CacheProcessor(case.config, {k: v for k, v in weights.items() if v is not None})
 
     refused_weights("tensor layers.1.gate is missing", **{"layers.1.gate": None})
-    refused_weights("layers.0.in_proj.bias has the wrong shape", **{"layers.0.in_proj.bias": np.zeros(31, np.float32)})
+    refused_weights(
+        "layers.0.in_proj.bias has the wrong shape", **{"layers.0.in_proj.bias": np.zeros(31, np.float32)}
+    )
     bad = case.weights["layers.1.o_proj.weight"].copy()
     bad[3, 5] = np.nan
     refused_weights(r"layers.1.o_proj.weight holds nan at \[3, 5\]", **{"layers.1.o_proj.weight": bad})
     bad[3, 5] = -np.inf
     refused_weights("layers.1.o_proj.weight holds -inf", **{"layers.1.o_proj.weight": bad})
-    refused_weights("there are 39 tensors; a Processor of 2 layers has 38", **{"layers.2.gate": np.zeros((), np.float32)})
+    refused_weights(
+        "there are 39 tensors; a Processor of 2 layers has 38", **{"layers.2.gate": np.zeros((), np.float32)}
+    )
     refused_weights("is int64; it must be float32", **{"layers.0.gate": np.zeros((), np.int64)})
 
 
 def test_unknown_backend(case: Case) -> None:
     for name in ("cpu:mmx", "cuda", "", "cp", "cpu:"):
-        with pytest.raises(UnsupportedError, match=f"backend '{name}' is not available here; there is .*cpu:scalar"):
+        with pytest.raises(
+            UnsupportedError, match=f"backend '{name}' is not available here; there is .*cpu:scalar"
+        ):
             case.processor(backend=name)
 
 
@@ -279,7 +300,9 @@ def test_workspace_of_another_backend(case: Case) -> None:
         pytest.skip("one instruction set only")
     processor = case.processor(backend=AVAILABLE[0])
     other = bottleneck_ext.Workspace(1, AVAILABLE[1])
-    bound = processor.bind(case.keys, case.values, case.queries, workspace=other, query_table=case.query_table)
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=other, query_table=case.query_table
+    )
     with pytest.raises(InvalidArgumentError, match="the workspace is of another backend"):
         bound.rewrite(case.events, case.block_table)
 
@@ -298,7 +321,9 @@ def test_no_events_is_a_no_op(case: Case) -> None:
     before = case.snapshot()
     report = case.rewrite(case.processor())
     assert report.recalled == ()
-    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(case.pools, before, strict=True))
+    assert all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(case.pools, before, strict=True)
+    )
 
 
 def test_default_tables_are_one_block_and_page_per_sequence() -> None:
@@ -323,7 +348,9 @@ def test_numpy_enters_without_a_copy(case: Case) -> None:
     case.keys, case.values = [k.numpy() for k in case.keys], [v.numpy() for v in case.values]
     case.queries = [q.numpy() for q in case.queries]
     case.rewrite(case.processor())
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True)
+    )
 
 
 class OldProducer:
@@ -341,7 +368,9 @@ def test_old_dlpack_producers(case: Case) -> None:
     expected.rewrite(expected.processor())
     case.keys = [OldProducer(k) for k in case.keys]
     case.rewrite(case.processor())
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True)
+    )
 
 
 def test_producers_that_misbehave(case: Case) -> None:
@@ -388,7 +417,9 @@ def test_freed_tensors_stay_alive_while_bound(case: Case) -> None:
     case.keys = case.values = case.queries = []
     gc.collect()
     bound.rewrite(case.events, case.block_table)
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(pools, expected.pools, strict=True))
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(pools, expected.pools, strict=True)
+    )
 
 
 def test_no_reference_leaks(case: Case) -> None:
@@ -396,7 +427,11 @@ def test_no_reference_leaks(case: Case) -> None:
 
     def use() -> None:
         bound = processor.bind(
-            case.keys, case.values, case.queries, workspace=processor.workspace(2), query_table=case.query_table
+            case.keys,
+            case.values,
+            case.queries,
+            workspace=processor.workspace(2),
+            query_table=case.query_table,
         )
         bound.rewrite(case.events, case.block_table)
         case.processor()
@@ -404,7 +439,14 @@ def test_no_reference_leaks(case: Case) -> None:
             with pytest.raises((ValueError, TypeError)):
                 processor.bind(bad, case.values, case.queries, workspace=bound.workspace).rewrite(case.events)
 
-    watched = [*case.keys, *case.values, *case.queries, case.block_table, case.query_table, *case.weights.values()]
+    watched = [
+        *case.keys,
+        *case.values,
+        *case.queries,
+        case.block_table,
+        case.query_table,
+        *case.weights.values(),
+    ]
     use()
     gc.collect()
     references = [sys.getrefcount(o) for o in watched]
@@ -424,7 +466,10 @@ def test_results_do_not_depend_on_threads(num_threads: int) -> None:
     shape = Shape(lengths=((0, 90, 20), (5, 50, 17)), num_layers=5, block_size=16, dtype="bfloat16")
     one, many = make_case(shape), make_case(shape)
     a, b = one.rewrite(one.processor()), many.rewrite(many.processor(), num_threads)
-    assert all(torch.equal(x.view(torch.int16), y.view(torch.int16)) for x, y in zip(one.pools, many.pools, strict=True))
+    assert all(
+        torch.equal(x.view(torch.int16), y.view(torch.int16))
+        for x, y in zip(one.pools, many.pools, strict=True)
+    )
     assert (a.delta_norm == b.delta_norm).all()
 
 
@@ -440,7 +485,10 @@ def test_shared_processor_many_threads() -> None:
     for thread in threads:
         thread.join()
     for case in cases:
-        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+        assert all(
+            torch.equal(a.nan_to_num(), b.nan_to_num())
+            for a, b in zip(case.pools, expected.pools, strict=True)
+        )
 
 
 def big_case() -> Case:
@@ -534,7 +582,12 @@ def test_attributes(case: Case) -> None:
     queries = bottleneck_ext.QueryCache(case.queries, case.query_table)
     assert (kv_cache.num_layers, kv_cache.num_blocks, kv_cache.block_size) == (2, 15, 8)
     assert (kv_cache.num_kv_heads, kv_cache.head_dim, kv_cache.dtype) == (2, 16, "float32")
-    assert (queries.num_pages, queries.page_size, queries.num_query_heads, queries.dtype) == (3, 16, 4, "float32")
+    assert (queries.num_pages, queries.page_size, queries.num_query_heads, queries.dtype) == (
+        3,
+        16,
+        4,
+        "float32",
+    )
     processor = case.processor()
     workspace = processor.workspace(2)
     assert (workspace.num_threads, workspace.nbytes, workspace.backend) == (2, 0, processor.backend)

@@ -127,9 +127,7 @@ def test_state_dict_has_the_names_of_the_checkpoint():
 def test_state_dict_inside_another_module():
     c = config()
     parents = [
-        torch.nn.ModuleDict(
-            {"processor": CacheProcessorModule(c, random_weights(c, s)), "head": torch.nn.Linear(2, 2)}
-        )
+        torch.nn.ModuleDict({"processor": CacheProcessorModule(c, random_weights(c, s)), "head": torch.nn.Linear(2, 2)})
         for s in (0, 1)
     ]
     state = parents[0].state_dict()

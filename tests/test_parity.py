@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import bottleneck_ext
 from bottlenecked import reference
 
-from .cases import LAYOUTS, Case, Shape, make_case
+from .cases import LAYOUTS, NAMED, Case, Shape, make_case
 
 AVAILABLE = [b["name"] for b in bottleneck_ext.backends() if b["available"]]
 EXAMPLES = int(os.environ.get("BOTTLENECKED_PARITY_EXAMPLES", "120"))
@@ -31,7 +31,11 @@ EXAMPLES = int(os.environ.get("BOTTLENECKED_PARITY_EXAMPLES", "120"))
 MASS_TOLERANCE = 3e-5
 EDIT_TOLERANCE = {"float32": 2.0**-24 * 256, "bfloat16": 2.0**-8}
 HALF_ULP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-SMALLEST = {"float32": 2.0**-150, "float16": 2.0**-25, "bfloat16": 2.0**-134}  # half of the smallest subnormal
+SMALLEST = {
+    "float32": 2.0**-150,
+    "float16": 2.0**-25,
+    "bfloat16": 2.0**-134,
+}  # half of the smallest subnormal
 
 
 def double(views: list[torch.Tensor]) -> list[np.ndarray]:
@@ -93,7 +97,9 @@ def check_values(case: Case, before: Case, expected: reference.Rewrite, report, 
             allowed_edit = tolerance * np.abs(edit).max()
             norm = np.linalg.norm(edit)
             assert abs(report.delta_norm[layer, i] - norm) <= tolerance * norm + 1e-30
-            rows = np.concatenate([report.recalled[i][layer], np.arange(report.window_begin[i], event.step_end)])
+            rows = np.concatenate(
+                [report.recalled[i][layer], np.arange(report.window_begin[i], event.step_end)]
+            )
             for ours, old, want in (
                 (case.keys, before.keys, expected.keys),
                 (case.values, before.values, expected.values),
@@ -122,13 +128,17 @@ def check_untouched(case: Case, before: Case, report) -> None:
                 touched[case.block_table[event.sequence, p // touched.shape[1]], p % touched.shape[1]] = True
         for now, then in ((case.keys, before.keys), (case.values, before.values)):
             assert torch.equal(now[layer][~touched].view(bits), then[layer][~touched].view(bits))
-            now[layer][touched] = then[layer][touched]  # what is left must be equal, gaps between views included
+            now[layer][touched] = then[layer][
+                touched
+            ]  # what is left must be equal, gaps between views included
     for pool, old in zip(case.pools, before.pools, strict=True):
         assert torch.equal(pool.view(bits), old.view(bits))
 
 
 lengths = st.tuples(
-    st.integers(0, 40), st.one_of(st.integers(1, 60), st.integers(1, 400)), st.one_of(st.integers(1, 40), st.integers(1, 300))
+    st.integers(0, 40),
+    st.one_of(st.integers(1, 60), st.integers(1, 400)),
+    st.one_of(st.integers(1, 40), st.integers(1, 300)),
 ).map(lambda t: (t[0], max(t[1], t[2]), t[2]))
 
 shapes = st.builds(
@@ -154,36 +164,25 @@ shapes = st.builds(
 
 
 @settings(
-    max_examples=EXAMPLES, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=EXAMPLES,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(shape=shapes, backend=st.sampled_from(AVAILABLE), weight_dtype=st.sampled_from(["float32", "float32", "bfloat16"]))
+@given(
+    shape=shapes,
+    backend=st.sampled_from(AVAILABLE),
+    weight_dtype=st.sampled_from(["float32", "float32", "bfloat16"]),
+)
 def test_parity(shape: Shape, backend: str, weight_dtype: str) -> None:
     check_parity(shape, backend, weight_dtype)
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("long prior, paged", Shape(((0, 4096, 96),), num_layers=1, head_dim=64, top_k=32, recent_window=96, block_size=16)),
-        ("long prior, contiguous", Shape(((7, 4000, 30), (0, 3000, 256)), num_layers=1, head_dim=64, group=3, top_k=256,
-                                         recent_window=256, layout="hnd")),
-        ("k larger than the prior", Shape(((0, 20, 5),), top_k=32)),
-        ("no prior", Shape(((0, 5, 5), (9, 1, 1)), top_k=8)),
-        ("a step of one token", Shape(((0, 50, 1),), block_size=16)),
-        ("longer than R", Shape(((0, 50, 40),), recent_window=8)),
-        ("prompt shorter than R", Shape(((0, 3, 3),), recent_window=96)),
-        ("consolidation only", Shape(((0, 50, 10),), top_k=0)),
-        ("head_dim 128, group 4", Shape(((0, 300, 30),), head_dim=128, group=4, num_kv_heads=2, top_k=32)),
-        ("odd head_dim", Shape(((0, 77, 9),), head_dim=7, num_kv_heads=3)),
-        ("unrotated keys", Shape(((11, 200, 30), (0, 90, 20)), head_dim=64, key_space="unrotated", top_k=32, recent_window=96)),
-        ("paper's Processor", Shape(((0, 200, 30),), num_layers=1, head_dim=64, num_kv_heads=3, group=3, processor_dim=512,
-                                    processor_heads=16, processor_mlp_dim=2240, top_k=32, recent_window=96)),
-    ],
-)  # fmt: skip
-def test_parity_of_named_cases(name: str, shape: Shape, dtype: str, backend: str) -> None:
-    check_parity(replace(shape, dtype=dtype, seed=7), backend)
+@pytest.mark.parametrize("name", NAMED)
+def test_parity_of_named_cases(name: str, dtype: str, backend: str) -> None:
+    check_parity(replace(NAMED[name], dtype=dtype, seed=7), backend)
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
@@ -191,7 +190,9 @@ def test_selection_is_exact(backend: str) -> None:
     """Over many selections near ties in float32 are rare: nearly all must be identical, not merely close."""
     same = total = 0
     for seed in range(12):
-        shape = Shape(((0, 700, 30), (5, 400, 60)), num_layers=4, head_dim=32, top_k=32, recent_window=48, seed=seed)
+        shape = Shape(
+            ((0, 700, 30), (5, 400, 60)), num_layers=4, head_dim=32, top_k=32, recent_window=48, seed=seed
+        )
         case, untouched = make_case(shape), make_case(shape)
         report = case.rewrite(case.processor(backend))
         for i, event in enumerate(case.events):
@@ -211,7 +212,9 @@ def test_selection_is_exact(backend: str) -> None:
 @pytest.mark.parametrize("block_size", [None, 5])
 def test_ties_go_to_the_smaller_position(backend: str, layout: str, block_size: int | None) -> None:
     """Equal keys have bit-equal mass wherever they lie, so that ties are real and the smaller position wins."""
-    shape = Shape(((3, 150, 9),), num_layers=1, head_dim=20, top_k=21, layout=layout, block_size=block_size, seed=3)
+    shape = Shape(
+        ((3, 150, 9),), num_layers=1, head_dim=20, top_k=21, layout=layout, block_size=block_size, seed=3
+    )
     case = make_case(shape)
     table = case.block_table[0]
 
@@ -242,7 +245,9 @@ def test_ties_go_to_the_smaller_position(backend: str, layout: str, block_size: 
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_attention_mass_alone(backend: str, dtype: str) -> None:
-    shape = Shape(((0, 500, 96), (4, 33, 7), (0, 5, 5)), num_layers=3, head_dim=48, group=3, block_size=16, dtype=dtype)
+    shape = Shape(
+        ((0, 500, 96), (4, 33, 7), (0, 5, 5)), num_layers=3, head_dim=48, group=3, block_size=16, dtype=dtype
+    )
     case = make_case(replace(shape, recent_window=32))
     out = np.full((3, 3, 468), np.nan, np.float32)
     bottleneck_ext.attention_mass(

@@ -5,6 +5,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 from bottlenecked.boundary import BoundaryEvent
 from bottlenecked.checkpoint import initial_weights
 from bottlenecked.config import CacheProcessorConfig
@@ -17,8 +20,6 @@ from bottlenecked.reference import (
     round_to,
     select_top_k,
 )
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 SHAPE = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 4, "num_query_heads": 6}
 SMALL = {"processor_dim": 8, "processor_heads": 2, "processor_mlp_dim": 12, "top_k": 3, "recent_window": 4}
@@ -173,9 +174,7 @@ def test_softmax_scale_decides_the_selection():
     keys = [np.array([[9.0, 0.0], [3.0, 25.0], [0.0, 0.0], [0.0, 40.0]]).reshape(1, 4, 1, 2)]
     queries = [np.array([[3.0, 0.0], [0.0, 1.0]]).reshape(1, 2, 1, 2)]
     for scale, recalled in ((1.0, 0), (1e-4, 1)):
-        got = rewrite(
-            c, random_weights(c), keys, keys, queries, [BoundaryEvent(0, 2, 4)], softmax_scale=scale
-        )
+        got = rewrite(c, random_weights(c), keys, keys, queries, [BoundaryEvent(0, 2, 4)], softmax_scale=scale)
         assert got.recalled[0].tolist() == [[recalled]]
 
 
@@ -264,9 +263,7 @@ def test_unrotated_sees_and_edits_the_keys_before_rope():
         new_raw = raw[layer][0].copy()
         new_raw[2:] += edit[:, :8].reshape(7, 2, 4)
         np.testing.assert_allclose(result.keys[layer][0], rotated(new_raw), rtol=0, atol=1e-12)
-        np.testing.assert_allclose(
-            result.values[layer][0, 2:], values[layer][0, 2:] + edit[:, 8:].reshape(7, 2, 4)
-        )
+        np.testing.assert_allclose(result.values[layer][0, 2:], values[layer][0, 2:] + edit[:, 8:].reshape(7, 2, 4))
         # What is reported is what was added to the cached keys.
         added = (result.keys[layer][0, 2:] - keys[layer][0, 2:]).reshape(7, -1)
         np.testing.assert_allclose(result.delta[0][layer][:, :8], added, rtol=0, atol=1e-12)
@@ -319,9 +316,7 @@ def test_round_to_of_arrays_and_special_values():
         got = round_to(x, dtype)
         np.testing.assert_array_equal(got, x)
         assert np.array_equal(np.signbit(got[0]), [False, True, False])
-    values = np.random.default_rng(0).normal(size=1000) * 10.0 ** np.random.default_rng(1).integers(
-        -9, 5, 1000
-    )
+    values = np.random.default_rng(0).normal(size=1000) * 10.0 ** np.random.default_rng(1).integers(-9, 5, 1000)
     assert np.array_equal(round_to(values, "float32"), values.astype(np.float32))
     with np.errstate(over="ignore"):
         assert np.array_equal(round_to(values, "float16"), values.astype(np.float16).astype(np.float32))

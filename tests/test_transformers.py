@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from bottlenecked import InvalidArgumentError, RewriteReport
-from bottlenecked.integrations.transformers import attach
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -27,6 +25,9 @@ from transformers import (
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
+
+from bottlenecked import InvalidArgumentError, RewriteReport
+from bottlenecked.integrations.transformers import attach
 
 from . import tiny
 from .plain_loop import generate as plain_loop

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from bottlenecked import BottleneckError, InvalidArgumentError, UnsupportedError
-from bottlenecked.backbones import describe, model_weights_hash
-from bottlenecked.integrations.transformers import attach
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -25,6 +22,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.cache_utils import Cache, DynamicLayer, StaticSlidingWindowLayer
+
+from bottlenecked import BottleneckError, InvalidArgumentError, UnsupportedError
+from bottlenecked.backbones import describe, model_weights_hash
+from bottlenecked.integrations.transformers import attach
 
 from . import tiny
 

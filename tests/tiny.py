@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bottlenecked import BoundaryConfig, CacheProcessor, CacheProcessorConfig
-from bottlenecked.checkpoint import initial_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bottlenecked import BoundaryConfig, CacheProcessor, CacheProcessorConfig
+from bottlenecked.checkpoint import initial_weights
 
 VOCABULARY = 64
 NEWLINES = tuple(range(3, VOCABULARY - 4, 7))

@@ -101,15 +101,17 @@ static void attention_multiply(float *x, int64_t n, float factor)
 static void attention_tile(const attention_head *head, int64_t row_begin, int64_t row_end, int64_t num_keys,
                            int first_block)
 {
-    const btx_tile_function multiply = btx_tiles_f32[row_end - row_begin - 1];
-    btx_tile tile = {.a = head->q + row_begin * head->stride, .a_stride = head->stride, .b = head->packed_k};
+    btx_tile tile = {.rows = (int)(row_end - row_begin),
+                     .a = head->q + row_begin * head->stride,
+                     .a_stride = head->stride,
+                     .b = head->packed_k};
     tile.depth = head->head_dim;
     tile.c_stride = head->key_block;
     tile.columns = BTX_PANEL;
     for (int64_t begin = 0; begin < num_keys; begin += BTX_PANEL) {
         tile.c = head->scores + begin;
         tile.ahead = (const char *)tile.b;
-        multiply(&tile);
+        btx_tile_run(btx_tiles_f32, &tile);
         tile.b += tile.depth * BTX_PANEL;
     }
 
@@ -123,7 +125,8 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
             attention_multiply(head->out + row * head->out_stride, head->head_dim, factor);
     }
 
-    tile = (btx_tile){.a = head->scores, .a_stride = head->key_block, .b = head->packed_v};
+    tile = (btx_tile){
+        .rows = (int)(row_end - row_begin), .a = head->scores, .a_stride = head->key_block, .b = head->packed_v};
     tile.depth = num_keys;
     tile.c_stride = head->out_stride;
     tile.accumulate = !first_block;
@@ -132,7 +135,7 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
         tile.c = head->out + row_begin * head->out_stride + begin;
         tile.columns = n < BTX_PANEL ? (int)n : BTX_PANEL;
         tile.ahead = (const char *)tile.b;
-        multiply(&tile);
+        btx_tile_run(btx_tiles_f32, &tile);
         tile.b += tile.depth * BTX_PANEL;
     }
 }

@@ -13,8 +13,7 @@
 
 /* Scores that a row must not see become -infinity: keys behind the tile's last, and keys behind the row's query.
  * first_row is the block's first row, first_key the tile's first key counted from the window's begin. */
-static void lse_mask(const score_group *group, int64_t lanes, int64_t first_row, int64_t first_key,
-                     int64_t num_keys)
+static void lse_mask(const score_group *group, int64_t lanes, int64_t first_row, int64_t first_key, int64_t num_keys)
 {
     int64_t group_size = score_group_size(group->plan);
     int64_t end = (num_keys + SCORE_KEYS - 1) / SCORE_KEYS * SCORE_KEYS;
@@ -34,7 +33,7 @@ static void lse_add_tile(const score_group *group, int width, int64_t first_row,
     float *reference = group->reference + first_row;
     double *sum = group->sum + first_row;
     int64_t lanes = width * BTX_VL;
-    float found[SCORE_BLOCK * BTX_VL];
+    float found[SCORE_BLOCK * BTX_VL] = {0};
 
     for (int v = 0; v < width; v++) {
         const float *score = scores + v * BTX_VL;

@@ -33,8 +33,7 @@ static void mass_add_block(const score_group *group, int width, int64_t first_ro
 }
 
 /* mass [num_prior] += the group's part, times weight when the last KV head is in. */
-static void mass_of_group(score_group *group, const btx_plan_step *step, int is_first, float weight,
-                          float *mass)
+static void mass_of_group(score_group *group, const btx_plan_step *step, int is_first, float weight, float *mass)
 {
     memset(group->partial, 0, SCORE_TILE * BTX_VL * sizeof *group->partial);
     for (int64_t done = 0; done < step->num_prior; done += SCORE_TILE, mass += SCORE_TILE) {

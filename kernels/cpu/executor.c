@@ -158,8 +158,7 @@ void btx_cpu_executor_destroy(void *memory)
     free(run);
 }
 
-btx_status btx_cpu_executor_run(void *memory, int32_t num_layers, btx_pass_function fn, void *context,
-                                btx_error *error)
+btx_status btx_cpu_executor_run(void *memory, int32_t num_layers, btx_pass_function fn, void *context, btx_error *error)
 {
     executor *run = memory;
     start_workers(run);

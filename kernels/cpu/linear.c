@@ -123,11 +123,12 @@ static void linear_rows(const btx_tile_function *tiles, const float *a, int64_t 
                 tile.columns = (int)linear_min(out_dim - n, BTX_PANEL);
                 for (int64_t t = 0; t < num_tiles; t++) {
                     int64_t row = btx_tile_begin(rows, t);
+                    tile.rows = (int)(btx_tile_begin(rows, t + 1) - row);
                     tile.a = a + row * a_stride + k0 * a_per_word;
                     tile.c = out + row * out_dim + n;
                     tile.ahead_step = t < BTX_PANEL_LINES ? BTX_LINE : 0;
                     tile.ahead = t < BTX_PANEL_LINES ? ahead + t * tile.depth * BTX_LINE : (const char *)tile.b;
-                    tiles[btx_tile_begin(rows, t + 1) - row - 1](&tile);
+                    btx_tile_run(tiles, &tile);
                 }
                 tile.b = next;
             }

@@ -9,16 +9,14 @@
 #include "simd.h"
 
 /* Element (position, head 0, 0) of a key or value view. */
-static inline int64_t btx_kv_offset(const btx_plan *plan, const btx_tensor *view, int64_t sequence,
-                                    int64_t position)
+static inline int64_t btx_kv_offset(const btx_plan *plan, const btx_tensor *view, int64_t sequence, int64_t position)
 {
     const int32_t *blocks = plan->block_table + sequence * plan->block_table_stride;
     return blocks[position / plan->block_size] * view->stride[0] + position % plan->block_size * view->stride[1];
 }
 
 /* Element (position, head 0, 0) of a query view: the pages of a sequence are a ring. */
-static inline int64_t btx_query_offset(const btx_plan *plan, const btx_tensor *view, int64_t sequence,
-                                       int64_t position)
+static inline int64_t btx_query_offset(const btx_plan *plan, const btx_tensor *view, int64_t sequence, int64_t position)
 {
     const int32_t *pages = plan->query_table + sequence * plan->query_table_stride;
     int32_t page = pages[position / plan->page_size % plan->pages_per_sequence];

@@ -10,8 +10,7 @@
 
 /* Cosines and sines of one token position, [head_dim / 2] each. direction 1 turns as the backbone does, -1 back.
  * The angle is rounded to f32 once, as backbones do. */
-static inline void btx_rope_table(const btx_plan *plan, int64_t position, float direction, float *cosines,
-                                  float *sines)
+static inline void btx_rope_table(const btx_plan *plan, int64_t position, float direction, float *cosines, float *sines)
 {
     for (int32_t i = 0; i < plan->head_dim / 2; i++) {
         float angle = (float)position * plan->rope_inv_freq[i];

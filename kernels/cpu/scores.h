@@ -15,7 +15,7 @@
  * depth is head_dim, or half of it (rounded up) where two bf16 make one 32-bit cell of a bf16 dot product.
  *
  * The score of a key and a row is one chain of depth fused multiply-adds in order of depth, whatever the tile,
- * the lane and the layout: equal keys have equal scores, bit for bit. */
+ * the lane and the layout: equal keys have equal scores, bit for bit. The bf16 dot product takes subnormals as zero. */
 #ifndef BTX_SCORES_H
 #define BTX_SCORES_H
 
@@ -202,17 +202,20 @@ static void score_pack_run(const score_group *group, int64_t offset, int64_t fir
             uint16_t *cells = (uint16_t *)(group->tile + (first + key) * group->depth);
             if (depth_stride == 1) {
                 memcpy(cells, from, (size_t)dim * sizeof *cells);
-            } else {
+            }
+            else {
                 for (int64_t i = 0; i < dim; i++)
                     cells[i] = from[i * depth_stride];
             }
             if (dim % 2 != 0)
                 cells[dim] = 0;
         }
-    } else if (group->by_column) {
+    }
+    else if (group->by_column) {
         for (int64_t i = 0; i < dim; i++)
             btx_load_elements(keys, offset + i * depth_stride, 1, n, group->tile + i * SCORE_TILE + first);
-    } else {
+    }
+    else {
         for (int64_t key = 0; key < n; key++)
             btx_load_elements(keys, offset + key * keys->stride[1], depth_stride, dim,
                               group->tile + (first + key) * dim);
@@ -223,8 +226,8 @@ static void score_pack_run(const score_group *group, int64_t offset, int64_t fir
 static inline int64_t score_run(const score_group *group, int64_t position, int64_t n, int64_t *offset)
 {
     int64_t block_size = group->plan->block_size, run = block_size - position % block_size;
-    *offset = btx_kv_offset(group->plan, group->keys, group->sequence, position) +
-              group->kv_head * group->keys->stride[2];
+    *offset =
+        btx_kv_offset(group->plan, group->keys, group->sequence, position) + group->kv_head * group->keys->stride[2];
     return run < n ? run : n;
 }
 
@@ -264,7 +267,8 @@ static void score_prefetch(const score_group *group, int64_t first)
             int64_t column = dim * first / SCORE_TILE, end = dim * (first + SCORE_KEYS) / SCORE_TILE;
             for (; column < end; column++)
                 score_prefetch_bytes(data + (offset + column * keys->stride[3]) * size, run * size);
-        } else if (keys->stride[3] == 1) {
+        }
+        else if (keys->stride[3] == 1) {
             int64_t key = first > seen ? first - seen : 0;
             for (; key < run && seen + key < first + SCORE_KEYS; key++)
                 score_prefetch_bytes(data + (offset + key * keys->stride[1]) * size, dim * size);
@@ -288,8 +292,7 @@ static inline vf score_step(int pairs, vf query, const float *key, vf sum)
 }
 
 /* width and pairs are constants where this is inlined: the loops over them unroll and sum lives in registers. */
-SCORE_INLINE void score_block_of(int width, int pairs, const score_group *group, const float *queries,
-                                 int64_t num_keys)
+SCORE_INLINE void score_block_of(int width, int pairs, const score_group *group, const float *queries, int64_t num_keys)
 {
     int64_t key_stride = group->key_stride, depth_stride = group->depth_stride;
     float *scores = group->scores;

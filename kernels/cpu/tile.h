@@ -24,7 +24,7 @@
 #define BTX_TILE_VECTORS 2
 #else
 #define BTX_TILE_ROWS 4
-#define BTX_TILE_VECTORS 8
+#define BTX_TILE_VECTORS 16
 #endif
 #define BTX_PANEL (BTX_TILE_VECTORS * BTX_VL)
 
@@ -41,6 +41,7 @@ typedef enum btx_word {
 #endif
 
 typedef struct btx_tile {
+    int rows; /* 1 ... BTX_TILE_ROWS */
     const float *a;
     int64_t a_stride;
     const float *b;
@@ -61,6 +62,71 @@ typedef struct btx_tile {
 #define BTX_INLINE static inline
 #define BTX_UNROLL
 #endif
+
+typedef void (*btx_tile_function)(const btx_tile *tile);
+
+#if BTX_VL == 1
+
+/* As separate sums of four rows, a form that compilers vectorise; rows that are not there repeat the first.
+ * word is a constant where this is inlined. */
+BTX_INLINE void btx_tile_multiply(btx_word word, const btx_tile *tile)
+{
+    const int rows = tile->rows;
+    const float *a0 = tile->a, *a1 = rows > 1 ? a0 + tile->a_stride : a0;
+    const float *a2 = rows > 2 ? a0 + 2 * tile->a_stride : a0, *a3 = rows > 3 ? a0 + 3 * tile->a_stride : a0;
+    float sum[BTX_TILE_ROWS][BTX_PANEL];
+    float sum0[BTX_PANEL], sum1[BTX_PANEL], sum2[BTX_PANEL], sum3[BTX_PANEL];
+    for (int j = 0; j < BTX_PANEL; j++)
+        sum0[j] = sum1[j] = sum2[j] = sum3[j] = tile->bias != NULL && j < tile->columns ? tile->bias[j] : 0.0f;
+    for (int64_t k = 0; k < tile->depth; k++) {
+        const float *b = tile->b + k * BTX_PANEL;
+        if (word == BTX_WORD_F32) {
+            float x0 = a0[k], x1 = a1[k], x2 = a2[k], x3 = a3[k];
+            for (int j = 0; j < BTX_PANEL; j++) {
+                sum0[j] += x0 * b[j];
+                sum1[j] += x1 * b[j];
+                sum2[j] += x2 * b[j];
+                sum3[j] += x3 * b[j];
+            }
+        }
+        else {
+            const float *x0 = a0 + 2 * k, *x1 = a1 + 2 * k, *x2 = a2 + 2 * k, *x3 = a3 + 2 * k;
+            for (int j = 0; j < BTX_PANEL; j++) {
+                float low = vf_bf16_low(b[j]), high = vf_bf16_high(b[j]);
+                sum0[j] = sum0[j] + x0[0] * low + x0[1] * high;
+                sum1[j] = sum1[j] + x1[0] * low + x1[1] * high;
+                sum2[j] = sum2[j] + x2[0] * low + x2[1] * high;
+                sum3[j] = sum3[j] + x3[0] * low + x3[1] * high;
+            }
+        }
+    }
+    memcpy(sum[0], sum0, sizeof sum0);
+    memcpy(sum[1], sum1, sizeof sum1);
+    memcpy(sum[2], sum2, sizeof sum2);
+    memcpy(sum[3], sum3, sizeof sum3);
+    for (int i = 0; i < rows; i++) {
+        float *c = tile->c + i * tile->c_stride;
+        for (int j = 0; j < tile->columns; j++)
+            c[j] = tile->accumulate ? sum[i][j] + c[j] : sum[i][j];
+    }
+}
+
+static void btx_tile_f32(const btx_tile *tile)
+{
+    btx_tile_multiply(BTX_WORD_F32, tile);
+}
+
+static void btx_tile_bf16(const btx_tile *tile)
+{
+    btx_tile_multiply(BTX_WORD_BF16, tile);
+}
+
+/* [rows - 1] */
+static const btx_tile_function btx_tiles_f32[BTX_TILE_ROWS] = {btx_tile_f32, btx_tile_f32, btx_tile_f32, btx_tile_f32};
+static const btx_tile_function btx_tiles_bf16[BTX_TILE_ROWS] = {btx_tile_bf16, btx_tile_bf16, btx_tile_bf16,
+                                                                btx_tile_bf16};
+
+#else
 
 /* sum + a b of one word. */
 BTX_INLINE vf btx_word_fma(btx_word word, vf a, vf b, vf sum)
@@ -147,11 +213,9 @@ BTX_TILE_FUNCTIONS(1)
 BTX_TILE_FUNCTIONS(2)
 BTX_TILE_FUNCTIONS(3)
 BTX_TILE_FUNCTIONS(4)
-#if BTX_TILE_ROWS >= 6
 BTX_TILE_FUNCTIONS(5)
 BTX_TILE_FUNCTIONS(6)
-#endif
-#if BTX_TILE_ROWS >= 14
+#if BTX_VL == 16
 BTX_TILE_FUNCTIONS(7)
 BTX_TILE_FUNCTIONS(8)
 BTX_TILE_FUNCTIONS(9)
@@ -163,29 +227,23 @@ BTX_TILE_FUNCTIONS(14)
 #endif
 #undef BTX_TILE_FUNCTIONS
 
-typedef void (*btx_tile_function)(const btx_tile *tile);
-
 /* [rows - 1] */
 static const btx_tile_function btx_tiles_f32[BTX_TILE_ROWS] = {
-    btx_tile_f32_1,  btx_tile_f32_2,  btx_tile_f32_3,  btx_tile_f32_4,
-#if BTX_TILE_ROWS >= 6
-    btx_tile_f32_5,  btx_tile_f32_6,
-#endif
-#if BTX_TILE_ROWS >= 14
-    btx_tile_f32_7,  btx_tile_f32_8,  btx_tile_f32_9,  btx_tile_f32_10,
-    btx_tile_f32_11, btx_tile_f32_12, btx_tile_f32_13, btx_tile_f32_14,
+    btx_tile_f32_1,  btx_tile_f32_2,  btx_tile_f32_3, btx_tile_f32_4,  btx_tile_f32_5,  btx_tile_f32_6,
+#if BTX_VL == 16
+    btx_tile_f32_7,  btx_tile_f32_8,  btx_tile_f32_9, btx_tile_f32_10, btx_tile_f32_11, btx_tile_f32_12,
+    btx_tile_f32_13, btx_tile_f32_14,
 #endif
 };
 static const btx_tile_function btx_tiles_bf16[BTX_TILE_ROWS] = {
-    btx_tile_bf16_1,  btx_tile_bf16_2,  btx_tile_bf16_3,  btx_tile_bf16_4,
-#if BTX_TILE_ROWS >= 6
-    btx_tile_bf16_5,  btx_tile_bf16_6,
-#endif
-#if BTX_TILE_ROWS >= 14
-    btx_tile_bf16_7,  btx_tile_bf16_8,  btx_tile_bf16_9,  btx_tile_bf16_10,
-    btx_tile_bf16_11, btx_tile_bf16_12, btx_tile_bf16_13, btx_tile_bf16_14,
+    btx_tile_bf16_1,  btx_tile_bf16_2,  btx_tile_bf16_3, btx_tile_bf16_4,  btx_tile_bf16_5,  btx_tile_bf16_6,
+#if BTX_VL == 16
+    btx_tile_bf16_7,  btx_tile_bf16_8,  btx_tile_bf16_9, btx_tile_bf16_10, btx_tile_bf16_11, btx_tile_bf16_12,
+    btx_tile_bf16_13, btx_tile_bf16_14,
 #endif
 };
+
+#endif
 
 /* rows in tiles of nearly one height: a lone last row would cost as much as several. */
 static inline int64_t btx_num_tiles(int64_t rows)
@@ -195,6 +253,11 @@ static inline int64_t btx_num_tiles(int64_t rows)
 static inline int64_t btx_tile_begin(int64_t rows, int64_t tile)
 {
     return rows * tile / btx_num_tiles(rows);
+}
+
+static inline void btx_tile_run(const btx_tile_function *tiles, const btx_tile *tile)
+{
+    tiles[tile->rows - 1](tile);
 }
 
 #endif /* BTX_TILE_H */

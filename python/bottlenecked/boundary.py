@@ -119,9 +119,7 @@ class BoundaryDetector:
         if count < 1:
             raise ValueError(f"the prompt of sequence {sequence} has {count} tokens: it needs 1 or more")
         if row.finished:
-            raise ValueError(
-                f"sequence {sequence} finished at position {row.length}: start a new cache for it"
-            )
+            raise ValueError(f"sequence {sequence} finished at position {row.length}: start a new cache for it")
         # Another chunk of the same prompt is no boundary.
         event = self.due(sequence) if row.pending == "line" else None
         row.length += count

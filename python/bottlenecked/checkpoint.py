@@ -45,6 +45,8 @@ def load_weights(directory: str | os.PathLike[str], config: CacheProcessorConfig
             for name in names:
                 tensor = file.get_slice(name)
                 stored[name] = (tuple(tensor.get_shape()), str(tensor.get_dtype()))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}; check its permissions") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): copy or save it again") from None
     for name, shape in expected.items():

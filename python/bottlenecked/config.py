@@ -61,9 +61,7 @@ class BoundaryConfig:
                 "a tuple (in config.json a list) of integers that are 0 or more",
             )
         if self.rule == "token_ids" and not self.token_ids:
-            _refuse(
-                "boundary.token_ids", self.token_ids, 'at least one id, because boundary.rule is "token_ids"'
-            )
+            _refuse("boundary.token_ids", self.token_ids, 'at least one id, because boundary.rule is "token_ids"')
         _check_int("boundary.min_step_length", self.min_step_length, 1, MAX_DIMENSION)
         _check_choice("boundary.timing", self.timing, ("post", "pre"))
         _check_extra("boundary.extra", self.extra, _known_keys(BoundaryConfig))
@@ -274,9 +272,7 @@ class CacheProcessorConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         except OSError as error:
-            raise ValueError(
-                f"{path} cannot be read: {error.strerror}; give a Processor's directory"
-            ) from None
+            raise ValueError(f"{path} cannot be read: {error.strerror}; give a Processor's directory") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         try:

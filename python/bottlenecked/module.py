@@ -31,9 +31,7 @@ class CacheProcessorModule(torch.nn.Module):
         where they do not fit.
     """
 
-    def __init__(
-        self, config: CacheProcessorConfig, weights: Mapping[str, npt.NDArray[Any]] | None = None
-    ) -> None:
+    def __init__(self, config: CacheProcessorConfig, weights: Mapping[str, npt.NDArray[Any]] | None = None) -> None:
         super().__init__()
         self.config = config
         weights = initial_weights(config) if weights is None else check_weights(config, weights)

@@ -1,9 +1,9 @@
 """CacheProcessor: a trained Processor bound to a stack's caches. A facade over ``bottleneck_ext``.
 
-    processor = CacheProcessor.from_pretrained("my-processor")
-    workspace = processor.workspace(num_threads=8)
-    cache = processor.bind(keys, values, queries, workspace=workspace)
-    report = cache.rewrite([BoundaryEvent(sequence=0, step_begin=40, step_end=63)])
+processor = CacheProcessor.from_pretrained("my-processor")
+workspace = processor.workspace(num_threads=8)
+cache = processor.bind(keys, values, queries, workspace=workspace)
+report = cache.rewrite([BoundaryEvent(sequence=0, step_begin=40, step_end=63)])
 """
 
 from __future__ import annotations
@@ -160,9 +160,7 @@ class BoundCache:
         self.workspace = workspace
         self.softmax_scale = softmax_scale
 
-    def rewrite(
-        self, events: Sequence[BoundaryEvent], block_table: SupportsDLPack | None = None
-    ) -> RewriteReport:
+    def rewrite(self, events: Sequence[BoundaryEvent], block_table: SupportsDLPack | None = None) -> RewriteReport:
         """Rewrites, in place, the window and the recalled positions of every event (arXiv 2505.16950, section 3.2).
 
         events: the steps that ended with this engine step, each sequence at most once.

@@ -59,7 +59,7 @@ _OTHER_ATTENTION = ("softcap", "s_aux", "position_bias")
 
 _NO_CACHE = "use_cache=False leaves no KV cache to rewrite: leave use_cache on, or detach first"
 _NO_IDS = "inputs_embeds hides the token ids that end a step: pass input_ids, or detach first"
-_ABSENT = object()
+_ABSENT: Any = object()
 
 # How many attached models use each attention name: transformers' registries are global, so is their upkeep.
 _registered: Counter[str] = Counter()
@@ -211,8 +211,7 @@ class Attachment:
         def refuse(*args: Any, **kwargs: Any) -> Any:
             raise UnsupportedError(
                 "continuous batching (generate_batch) does not work while a Processor is attached: call "
-                "generate, or "
-                "detach first"
+                "generate, or detach first"
             )
 
         # A compiled forward belongs to the attention it was compiled with.
@@ -288,15 +287,13 @@ class Attachment:
         if state.finished:
             raise InvalidArgumentError(
                 f"row {min(state.finished)} of the kept cache ended before the others and was padded since: "
-                "continue "
-                "with a new cache"
+                "continue with a new cache"
             )
         _check_mask(mask, whole_prompt=not chunked)
         if state.detector is not None and (begins := _padding(mask, len(state.begins), past)) != state.begins:
             raise InvalidArgumentError(
                 f"attention_mask pads the rows of the kept cache by {begins}, but they were written with "
-                f"{state.begins}: "
-                "pass the mask of the whole sequences"
+                f"{state.begins}: pass the mask of the whole sequences"
             )
         state.request = request
         state.fresh = True
@@ -416,7 +413,7 @@ class _State:
     ring: Tensor  # [layers, batch, window, query heads, head_dim]; position p is in row p % window
     slot: Tensor  # [1], where the coming token's query goes
     workspace: bottleneck_ext.Workspace
-    request: _Request | None = None  # of the latest `generate`
+    request: object = _ABSENT  # the _Request of the latest `generate`, or None
     fresh: bool = False  # no forward of this request has been prepared yet
     length: int = 0  # positions the cache holds once the prepared forward has run
     detector: BoundaryDetector | None = None  # None until the first prompt is complete
@@ -476,8 +473,7 @@ def _check_request(arguments: Mapping[str, Any], settings: Mapping[str, Any], nu
     if get("cache_implementation") not in (None, "dynamic", "static"):
         raise UnsupportedError(
             f"cache_implementation={get('cache_implementation')!r} does not work while a Processor is "
-            "attached: use "
-            "'dynamic' or 'static'"
+            "attached: use 'dynamic' or 'static'"
         )
     if isinstance(cache := arguments.get("past_key_values"), Cache):
         _check_cache(cache, num_layers)
@@ -498,8 +494,7 @@ def _check_model(model: Any) -> list[Any]:
     if hasattr(model, "peft_config") and type(model).__module__.split(".")[0] == "peft":
         raise UnsupportedError(
             f"{name} is a PEFT wrapper, which calls methods it saved when it was built: attach the model "
-            "before "
-            "wrapping it, or merge the adapter (merge_and_unload)"
+            "before wrapping it, or merge the adapter (merge_and_unload)"
         )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(
@@ -571,8 +566,7 @@ def _check_cache(cache: Cache, num_layers: int) -> None:
         if kind not in (DynamicLayer, StaticLayer):
             raise UnsupportedError(
                 f"{type(cache).__name__} has layers of the kind {getattr(kind, '__name__', kind)}: only "
-                "DynamicLayer "
-                "and StaticLayer are supported (no sliding windows, quantised or shared layers)"
+                "DynamicLayer and StaticLayer are supported (no sliding windows, quantised or shared layers)"
             )
     if layers and len(layers) != num_layers:
         raise UnsupportedError(f"the cache has {len(layers)} layers for the {num_layers} layers of the model")
@@ -621,8 +615,7 @@ def _check_fit(
         if getattr(config, key) != actual[key]:
             raise InvalidArgumentError(
                 f"the Processor is for a backbone with {getattr(config, key)} {words}, but "
-                f"{type(model).__name__} has "
-                f"{actual[key]}: {remedy}"
+                f"{type(model).__name__} has {actual[key]}: {remedy}"
             )
     for key in ("architecture", "config_hash"):
         wanted, found = config.backbone.get(key), actual["backbone"][key]
@@ -635,8 +628,7 @@ def _check_fit(
     if check_weights and wanted is not None and (found := model_weights_hash(model)) not in (None, wanted):
         raise InvalidArgumentError(
             f"the Processor was made for other weights of this architecture (weights_hash {wanted}, here "
-            f"{found}): "
-            f"{remedy}, or pass check_weights=False"
+            f"{found}): {remedy}, or pass check_weights=False"
         )
     if config.key_space == "unrotated":
         _check_rope(model, attention[0], config)
@@ -660,8 +652,7 @@ def _check_rope(model: PreTrainedModel, attention: torch.nn.Module, config: Cach
     ):
         raise InvalidArgumentError(
             f"rope_parameters of the Processor are {wanted}, but those of {type(model).__name__} are "
-            f"{actual}: use the "
-            "Processor of this model, or one with key_space 'rotated'"
+            f"{actual}: use the Processor of this model, or one with key_space 'rotated'"
         )
     rotate_half = vars(sys.modules[type(attention).__module__]).get("rotate_half")
     if rotate_half is None or rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
@@ -676,9 +667,8 @@ def _line_ending_ids(
     ids = config.boundary.token_ids
     if not ids and tokenizer is None:
         raise InvalidArgumentError(
-            "the Processor's config.json lists no boundary.token_ids: pass attach the tokenizer, which tells "
-            "the "
-            "tokens with a newline"
+            "the Processor's config.json lists no boundary.token_ids: pass attach the tokenizer, which "
+            "tells the tokens with a newline"
         )
     ids = ids or newline_token_ids(tokenizer)
     if not ids:
