@@ -531,7 +531,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
-    say(f"{about['cpu']}, {about['usable_cores']} cores, {options.threads} threads, {about['backends']}")
+    say(f"{about['cpu']}, {about['usable_cores']} cores, {options.threads} threads, {about['backend']}")
     say(f"{about['versions']}, commit {about['commit']}, {about['date']}, {options.dtype}")
 
     described = backbones.describe(options.model)

@@ -12,11 +12,11 @@ from typing import Any
 
 import bottleneck_ext
 
-PACKAGES = ("bottlenecked", "numpy", "torch", "transformers")
+PACKAGES = ("numpy", "torch", "transformers")
 
 
 def describe() -> dict[str, Any]:
-    """The processor, its cores, our backends with their instruction sets, versions, commit and date.
+    """The processor, its cores, our backend and its instruction set, versions, commit and date.
 
     `load_average` (one minute) tells whether the machine was busy; `commit` ends in "+changes" where the
     checkout differs from it and is None outside a git checkout.
@@ -26,10 +26,10 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "backends": bottleneck_ext.backends(),
+        "backend": bottleneck_ext.default_backend(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"bottlenecked": bottleneck_ext.__version__, **{name: version(name) for name in PACKAGES}},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -133,7 +133,7 @@ typedef struct btx_config {
     float norm_eps;
     btx_key_space key_space;
     const float *rope_inv_freq; /* [head_dim / 2] for BTX_KEYS_UNROTATED (copied at creation), else NULL */
-    btx_dtype weight_dtype;     /* BTX_F32; BTX_BF16: operands of every product rounded to bf16, f32 sums */
+    btx_dtype weight_dtype;     /* BTX_F32; BTX_BF16: operands of products with a weight rounded to bf16, f32 sums */
 } btx_config;
 
 /* The tensors of one layer, in checkpoint order ([out, in] row-major in PyTorch's manner). */

@@ -20,7 +20,19 @@ from transformers import (
     AttentionMaskInterface,
     CompileConfig,
     DynamicCache,
+    GraniteConfig,
+    GraniteForCausalLM,
     LogitsProcessor,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     StaticCache,
     pipeline,
 )
@@ -201,9 +213,40 @@ def test_equals_a_plain_loop(changes: dict[str, Any], length: int) -> None:
     assert [r.window_begin[0] for r in recorder.reports] == [b["begin"] for b in boundaries]
     assert recorder.recalled() == [b["recalled"] for b in boundaries]
     norms = torch.tensor([b["delta_norm"] for b in boundaries])
-    assert torch.allclose(
-        torch.stack([torch.from_numpy(r.delta_norm[:, 0]) for r in recorder.reports]), norms, 1e-3
-    )
+    assert torch.allclose(torch.stack([torch.from_numpy(r.delta_norm[:, 0]) for r in recorder.reports]), norms, 1e-3)
+
+
+ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "Granite": (GraniteForCausalLM, GraniteConfig, {"attention_multiplier": 0.5}),
+    "Mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "Olmo2": (Olmo2ForCausalLM, Olmo2Config, {}),
+    "Phi3": (Phi3ForCausalLM, Phi3Config, {}),
+    "Qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "Qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures(name: str) -> None:
+    """Each has its own attention module: queries normed or not, other scales, fused projections."""
+    make, make_config, changes = ARCHITECTURES[name]
+    settings = {key: value for key, value in tiny.model().config.to_dict().items() if key in tiny.SHAPE} | changes
+    torch.manual_seed(0)
+    model = make(make_config(**settings)).eval()
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    ids, mask = tiny.prompts((20, 9))
+    stock = generate(model, ids, mask)
+    with attach(model, tiny.processor(0.0)) as attachment:
+        assert_same(generate(model, ids, mask), stock)
+    assert attachment.stats.boundaries > 2
+    processor = tiny.processor()
+    with attach(model, processor):
+        ours = generate(model, ids[:1]).sequences[0, 20:].tolist()
+    weights = {name: torch.as_tensor(weight) for name, weight in processor.weights.items()}
+    tokens, boundaries = plain_loop(eager, processor.config.to_dict(), weights, tiny.NEWLINES, ids[:1], NEW, None)
+    assert ours == tokens
+    assert len(boundaries) > 1
 
 
 def test_dynamic_equals_static() -> None:
@@ -375,9 +418,7 @@ def test_newlines_in_a_row() -> None:
     ("backend", "lengths"),
     [
         ("aot_eager", (20,)),
-        pytest.param(
-            "inductor", (20, 9), marks=pytest.mark.skipif(not which("g++"), reason="inductor needs g++")
-        ),
+        pytest.param("inductor", (20, 9), marks=pytest.mark.skipif(not which("g++"), reason="inductor needs g++")),
     ],
 )
 def test_compiled_equals_eager(backend: str, lengths: tuple[int, ...]) -> None:
@@ -417,9 +458,7 @@ def test_kept_cache_goes_on(kind: str, timing: str, split: int) -> None:
         kept = cache()
         first = generate(model, ids, mask, past_key_values=kept, max_new_tokens=split)
         whole_mask = torch.cat([mask, mask.new_ones(2, split)], dim=1)
-        second = generate(
-            model, first.sequences, whole_mask, past_key_values=kept, max_new_tokens=NEW - split
-        )
+        second = generate(model, first.sequences, whole_mask, past_key_values=kept, max_new_tokens=NEW - split)
     assert torch.equal(second.sequences, at_once.sequences)
     assert_same_cache(kept, at_once.past_key_values)
     for row in range(2):
@@ -487,6 +526,27 @@ def test_streamer_in_a_thread() -> None:
     assert streamer.ended.is_set()
     assert streamer.tokens == expected
     assert attachment.stats.boundaries == 2 * boundaries > 4
+
+
+def test_generations_at_the_same_time() -> None:
+    """State belongs to the cache: threads that share an attached model do not meet."""
+    model = tiny.model()
+    prompts = [tiny.prompts((length,), seed=length)[0] for length in (20, 11, 5)]
+    results: dict[int, torch.Tensor] = {}
+
+    def work(index: int) -> None:
+        results[index] = generate(model, prompts[index]).sequences
+
+    with attach(model, tiny.processor()) as attachment:
+        expected = [generate(model, ids).sequences for ids in prompts]
+        boundaries = attachment.stats.boundaries
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(results[index], expected[index]) for index in range(3))
+    assert attachment.stats.boundaries == 2 * boundaries > 6
 
 
 def test_pipeline_and_newlines_of_a_tokenizer() -> None:
@@ -665,9 +725,7 @@ def test_smollm2(smollm2: Any) -> None:
     other = CacheProcessor(config, initial_weights(config, random_scale=2.0, seed=3))
     questions = ["Count from one to five, a number a line.", "List three fruits."]
     texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False
-        )
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False)
         for q in questions
     ]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")

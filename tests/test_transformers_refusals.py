@@ -179,9 +179,7 @@ def test_other_pairing_of_rotated_elements(monkeypatch: pytest.MonkeyPatch) -> N
     from transformers.models.llama import modeling_llama
 
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    monkeypatch.setattr(
-        modeling_llama, "rotate_half", lambda x: torch.stack([-x[1::2], x[::2]], -1).flatten()
-    )
+    monkeypatch.setattr(modeling_llama, "rotate_half", lambda x: torch.stack([-x[1::2], x[::2]], -1).flatten())
     processor = tiny.processor(key_space="unrotated", rope_parameters=rope)
     refuses(UnsupportedError, "rotate halves", lambda: attach(tiny.model(), processor))
 
@@ -370,9 +368,7 @@ def test_quantised_cache_object() -> None:
 # --- a kept cache -------------------------------------------------------------------------------------------
 
 
-def kept(
-    model: LlamaForCausalLM, lengths: tuple[int, ...] = (5,), **settings: Any
-) -> tuple[Cache, torch.Tensor]:
+def kept(model: LlamaForCausalLM, lengths: tuple[int, ...] = (5,), **settings: Any) -> tuple[Cache, torch.Tensor]:
     cache = DynamicCache(config=model.config)
     ids, mask = tiny.prompts(lengths)
     settings = {"max_new_tokens": 4, "do_sample": False, "attention_mask": mask} | settings
@@ -472,9 +468,7 @@ def test_static_cache_reset_is_a_new_one() -> None:
     with attach(model, tiny.processor()) as attachment:
         once = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
         cache.reset()
-        assert torch.equal(
-            model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False), once
-        )
+        assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False), once)
     assert attachment.stats.boundaries > 2
 
 
@@ -487,9 +481,7 @@ def test_positions_that_do_not_count_from_the_first_token() -> None:
         refuses(
             UnsupportedError,
             "position_ids numbers position 5 of row 0 as 15",
-            lambda: model.generate(
-                tiny.prompts((5,))[0], position_ids=torch.arange(10, 15)[None], max_new_tokens=4
-            ),
+            lambda: model.generate(tiny.prompts((5,))[0], position_ids=torch.arange(10, 15)[None], max_new_tokens=4),
         )
 
 

@@ -14,27 +14,27 @@ from bottlenecked.checkpoint import initial_weights
 VOCABULARY = 64
 NEWLINES = tuple(range(3, VOCABULARY - 4, 7))
 EOS = VOCABULARY - 1
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.3,  # large enough for text that does not repeat itself at once
+    "bos_token_id": None,
+    "eos_token_id": None,  # nothing ends the text by itself
+    "pad_token_id": EOS,
+}
 
 
 def model(
     dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0, **config: Any
 ) -> LlamaForCausalLM:
-    """Random weights, large enough for text that does not repeat itself; nothing ends the text by itself."""
-    settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.3,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": EOS,
-    }
+    """A Llama of `SHAPE` with random weights."""
     torch.manual_seed(seed)
-    made = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+    made = LlamaForCausalLM(LlamaConfig(**(SHAPE | config)))
     made.set_attn_implementation(attention)
     return made.to(dtype).eval()
 
@@ -63,7 +63,7 @@ def processor(random_scale: float = 5.0, **changes: Any) -> CacheProcessor:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words a, b, ... for ids 0, 1, ...; those in NEWLINES end with a newline."""
+    """Words w0, w1, ... for ids 0, 1, ...; those in NEWLINES end with a newline."""
     words = {f"w{i}\n" if i in NEWLINES else f"w{i}": i for i in range(VOCABULARY)}
     made = Tokenizer(models.WordLevel(words, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.Split(" ", "removed")

@@ -9,9 +9,9 @@
  *             for each panel of BTX_PANEL columns   its words stay in the first-level cache for all rows
  *                 [words][BTX_PANEL]
  *
- * Columns behind out_dim and the half word behind an odd in_dim are zero. While the first
- * tiles of rows pass by a panel, the next is prefetched, one line for each word of depth and none twice: the
- * weights of a layer are used once in a boundary, so they come from memory. */
+ * Columns behind out_dim and the half word behind an odd in_dim are zero. While the first tiles of rows pass by a
+ * panel, the next is prefetched, one line for each word of depth and none twice: the weights of a layer are used
+ * once in a boundary, so they come from memory. */
 #include "btx.h"
 #include "tile.h"
 

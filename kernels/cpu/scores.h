@@ -37,14 +37,6 @@
 #endif
 #define SCORE_TILE 64 /* a multiple of SCORE_KEYS, which is a multiple of 4 */
 
-#if defined(__GNUC__)
-#define SCORE_UNROLL _Pragma("GCC unroll 16")
-#define SCORE_INLINE static inline __attribute__((always_inline))
-#else
-#define SCORE_UNROLL
-#define SCORE_INLINE static inline
-#endif
-
 #ifdef BTX_BF16_DOT
 #define SCORE_PAIRS 1
 #else
@@ -292,7 +284,7 @@ static inline vf score_step(int pairs, vf query, const float *key, vf sum)
 }
 
 /* width and pairs are constants where this is inlined: the loops over them unroll and sum lives in registers. */
-SCORE_INLINE void score_block_of(int width, int pairs, const score_group *group, const float *queries, int64_t num_keys)
+BTX_INLINE void score_block_of(int width, int pairs, const score_group *group, const float *queries, int64_t num_keys)
 {
     int64_t key_stride = group->key_stride, depth_stride = group->depth_stride;
     float *scores = group->scores;
@@ -301,28 +293,28 @@ SCORE_INLINE void score_block_of(int width, int pairs, const score_group *group,
         vf sum[SCORE_KEYS][SCORE_BLOCK], q[SCORE_BLOCK];
         if (queries == group->queries) /* once per tile */
             score_prefetch(group, first);
-        SCORE_UNROLL
+        BTX_UNROLL
         for (int k = 0; k < SCORE_KEYS; k++) {
-            SCORE_UNROLL
+            BTX_UNROLL
             for (int v = 0; v < width; v++)
                 sum[k][v] = vf_zero();
         }
         for (int64_t i = 0; i < group->depth; i++) {
-            SCORE_UNROLL
+            BTX_UNROLL
             for (int v = 0; v < width; v++)
                 q[v] = vf_load(query + v * BTX_VL);
-            SCORE_UNROLL
+            BTX_UNROLL
             for (int k = 0; k < SCORE_KEYS; k++) {
-                SCORE_UNROLL
+                BTX_UNROLL
                 for (int v = 0; v < width; v++)
                     sum[k][v] = score_step(pairs, q[v], key + k * key_stride, sum[k][v]);
             }
             query += width * BTX_VL;
             key += depth_stride;
         }
-        SCORE_UNROLL
+        BTX_UNROLL
         for (int k = 0; k < SCORE_KEYS; k++) {
-            SCORE_UNROLL
+            BTX_UNROLL
             for (int v = 0; v < width; v++)
                 vf_store(scores + v * BTX_VL, sum[k][v]);
             scores += width * BTX_VL;

@@ -55,14 +55,6 @@ typedef struct btx_tile {
     int64_t ahead_step;
 } btx_tile;
 
-#if defined(__GNUC__)
-#define BTX_INLINE static inline __attribute__((always_inline))
-#define BTX_UNROLL _Pragma("GCC unroll 16")
-#else
-#define BTX_INLINE static inline
-#define BTX_UNROLL
-#endif
-
 typedef void (*btx_tile_function)(const btx_tile *tile);
 
 #if BTX_VL == 1
@@ -144,6 +136,7 @@ BTX_INLINE void btx_tile_multiply(int rows, btx_word word, const btx_tile *tile)
 {
     const float *a = tile->a, *b = tile->b;
     const int64_t a_stride = tile->a_stride, depth = tile->depth;
+    const int parts = word == BTX_WORD_BF16_WIDENED ? 2 : 1; /* one after the other, to save registers */
     vf sum[BTX_TILE_ROWS][BTX_TILE_VECTORS];
     BTX_UNROLL
     for (int v = 0; v < BTX_TILE_VECTORS; v++) {
@@ -155,31 +148,21 @@ BTX_INLINE void btx_tile_multiply(int rows, btx_word word, const btx_tile *tile)
             sum[i][v] = start;
     }
     for (int64_t k = 0; k < depth; k++) {
-        vf low[BTX_TILE_VECTORS], high[BTX_TILE_VECTORS];
         vf_prefetch(tile->ahead + k * tile->ahead_step);
         BTX_UNROLL
-        for (int v = 0; v < BTX_TILE_VECTORS; v++) {
-            vf pair = vf_load(b + k * BTX_PANEL + v * BTX_VL);
-            low[v] = word == BTX_WORD_BF16_WIDENED ? vf_bf16_low(pair) : pair;
-            high[v] = word == BTX_WORD_BF16_WIDENED ? vf_bf16_high(pair) : pair;
-        }
-        BTX_UNROLL
-        for (int i = 0; i < rows; i++) {
-            if (word == BTX_WORD_BF16_WIDENED) {
-                const float *pair = a + i * a_stride + 2 * k;
-                vf first = vf_set1(pair[0]), second = vf_set1(pair[1]);
-                BTX_UNROLL
-                for (int v = 0; v < BTX_TILE_VECTORS; v++)
-                    sum[i][v] = vf_fma(first, low[v], sum[i][v]);
-                BTX_UNROLL
-                for (int v = 0; v < BTX_TILE_VECTORS; v++)
-                    sum[i][v] = vf_fma(second, high[v], sum[i][v]);
+        for (int part = 0; part < parts; part++) {
+            vf values[BTX_TILE_VECTORS];
+            BTX_UNROLL
+            for (int v = 0; v < BTX_TILE_VECTORS; v++) {
+                vf words = vf_load(b + k * BTX_PANEL + v * BTX_VL);
+                values[v] = parts == 1 ? words : part == 0 ? vf_bf16_low(words) : vf_bf16_high(words);
             }
-            else {
-                vf value = vf_set1(a[i * a_stride + k]);
+            BTX_UNROLL
+            for (int i = 0; i < rows; i++) {
+                vf value = vf_set1(a[i * a_stride + k * parts + part]);
                 BTX_UNROLL
                 for (int v = 0; v < BTX_TILE_VECTORS; v++)
-                    sum[i][v] = btx_word_fma(word, value, low[v], sum[i][v]);
+                    sum[i][v] = btx_word_fma(word, value, values[v], sum[i][v]);
             }
         }
     }

@@ -206,9 +206,9 @@ def generate(
     processor: Annotated[Path | None, typer.Option(help="A Processor's directory; without it: stock text.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What to say to the model.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="The same, from a UTF-8 file; - is standard input.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper limit of the answer's length.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Upper limit of the answer's length.")] = 256,
     dtype: Annotated[DType, typer.Option(help="Of weights and KV cache.")] = DType.float32,
-    threads: Annotated[int | None, typer.Option(min=1, help="For model and rewrite; default: torch's.")] = None,
+    threads: Annotated[int | None, typer.Option(help="For model and rewrite; default: torch's.")] = None,
     cache: Annotated[CacheKind, typer.Option(help="Kind of KV cache.")] = CacheKind.dynamic,
     raw: Annotated[bool, typer.Option("--raw", help="Send the prompt as it is, without the chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message of the chat template.")] = None,
@@ -219,6 +219,9 @@ def generate(
 ) -> None:
     """Generate text while a Processor rewrites the KV cache after every step; marks where and how much."""
     text = _prompt(prompt, prompt_file)
+    for option, value in (("--max-new-tokens", max_new_tokens), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise typer.BadParameter(f"{value} is not positive", param_hint=option)
     if temperature is not None and not temperature > 0:
         raise typer.BadParameter(f"{temperature} is not positive; leave it out for greedy", param_hint="--temperature")
     if top_p is not None and not 0 < top_p <= 1:
@@ -469,8 +472,9 @@ def _check_output(output: Path, *, force: bool) -> None:
 
 def _print_size(config: CacheProcessorConfig, output: Path | None, kind: str, dry_run: bool) -> None:
     parameters = config.num_parameters()
+    done = f"would write {output}" if dry_run and output else "not written" if dry_run else f"wrote {output}"
     print(
-        f"{'would write' if dry_run else 'wrote'} {output or 'nothing'}: {kind} Processor for "
+        f"{done}: {kind} Processor for "
         f"{config.backbone.get('architecture') or 'a backbone'} with {config.num_layers} layers, "
         f"{parameters:,} parameters ({parameters / 1e6:.2f}M)"
     )

