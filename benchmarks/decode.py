@@ -121,15 +121,11 @@ def boundary_rule(every: int, backbone: Backbone) -> BoundaryConfig:
     return BoundaryConfig(rule="token_ids", token_ids=vocabulary, min_step_length=every)
 
 
-def eager_of(
-    config: CacheProcessorConfig, weights: Mapping[str, np.ndarray], dtype: torch.dtype
-) -> EagerBottleneck:
+def eager_of(config: CacheProcessorConfig, weights: Mapping[str, np.ndarray], dtype: torch.dtype) -> EagerBottleneck:
     return EagerBottleneck(config, {name: torch.from_numpy(w) for name, w in weights.items()}, dtype)
 
 
-def ours_of(
-    config: CacheProcessorConfig, weights: Mapping[str, np.ndarray], dtype: torch.dtype
-) -> CacheProcessor:
+def ours_of(config: CacheProcessorConfig, weights: Mapping[str, np.ndarray], dtype: torch.dtype) -> CacheProcessor:
     weight_dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
     return CacheProcessor(config, dict(weights), weight_dtype=weight_dtype)
 
@@ -145,9 +141,7 @@ def generate_stock(backbone: Backbone, input_ids: Tensor, tokens: int) -> Run:
     return Run(output[0, input_ids.shape[1] :].tolist(), seconds, clock.times[-1] - clock.times[0])
 
 
-def generate_ours(
-    backbone: Backbone, processor: CacheProcessor, input_ids: Tensor, tokens: int, threads: int
-) -> Run:
+def generate_ours(backbone: Backbone, processor: CacheProcessor, input_ids: Tensor, tokens: int, threads: int) -> Run:
     reports: list[RewriteReport] = []
     with attach(backbone.model, processor, num_threads=threads, on_boundary=reports.append) as attachment:
         run = generate_stock(backbone, input_ids, tokens)
@@ -167,9 +161,7 @@ def generate_eager(backbone: Backbone, eager: EagerBottleneck, input_ids: Tensor
     backbone.model.set_attn_implementation("eager")
     try:
         start = time.perf_counter()
-        out = eager.generate(
-            backbone.model, input_ids, tokens, rule.token_ids, min_step_length=rule.min_step_length
-        )
+        out = eager.generate(backbone.model, input_ids, tokens, rule.token_ids, min_step_length=rule.min_step_length)
         seconds = time.perf_counter() - start
     finally:
         backbone.model.set_attn_implementation("sdpa")
@@ -194,9 +186,7 @@ def check(options: argparse.Namespace, backbone: Backbone, shape: Mapping[str, A
             weights = initial_weights(config, random_scale=options.random_scale, seed=options.seed)
             processor = ours_of(config, weights, torch.float32)
             ours = generate_ours(backbone, processor, input_ids, CHECK_TOKENS, options.threads)
-            eager = generate_eager(
-                backbone, eager_of(config, weights, torch.float32), input_ids, CHECK_TOKENS
-            )
+            eager = generate_eager(backbone, eager_of(config, weights, torch.float32), input_ids, CHECK_TOKENS)
             if ours.token_ids != eager.token_ids or ours.recalled != eager.recalled:
                 what = "tokens" if ours.token_ids != eager.token_ids else "recalled positions"
                 raise SystemExit(f"ours and eager differ in {what} (processor_dim {dim}): not measured")
@@ -212,9 +202,7 @@ def check(options: argparse.Namespace, backbone: Backbone, shape: Mapping[str, A
     return results
 
 
-def measure_decode(
-    options: argparse.Namespace, backbone: Backbone, shape: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def measure_decode(options: argparse.Namespace, backbone: Backbone, shape: Mapping[str, Any]) -> list[dict[str, Any]]:
     """tokens/s of whole generations: one row per prompt length and implementation."""
     dtype = DTYPES[options.dtype]
     implementations: dict[tuple[str, int], Callable[[Tensor], Run]] = {
@@ -248,12 +236,8 @@ def measure_decode(
                     "prior": prior,
                     "boundaries": len(of_this[0].boundaries),
                     "tokens_per_second": spread([options.tokens / r.seconds for r in of_this]),
-                    "decode_tokens_per_second": spread(
-                        [(options.tokens - 1) / r.decode_seconds for r in of_this]
-                    ),
-                    "ratio": spread(
-                        [r.decode_seconds / s.decode_seconds for r, s in zip(of_this, stock, strict=True)]
-                    ),
+                    "decode_tokens_per_second": spread([(options.tokens - 1) / r.decode_seconds for r in of_this]),
+                    "ratio": spread([r.decode_seconds / s.decode_seconds for r, s in zip(of_this, stock, strict=True)]),
                     "boundary_share": statistics.median(r.boundary_seconds for r in of_this) / stock_seconds,
                     "boundary_ms": stage_ms([b for r in of_this for b in r.boundaries]),
                 }
@@ -263,14 +247,10 @@ def measure_decode(
 
 def measure_boundary(options: argparse.Namespace, shape: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One boundary call at several prior lengths: one row per Processor width and prior length."""
-    return [
-        boundary_row(options, shape, dim, prior) for dim in options.processor_dim for prior in options.prior
-    ]
+    return [boundary_row(options, shape, dim, prior) for dim in options.processor_dim for prior in options.prior]
 
 
-def boundary_row(
-    options: argparse.Namespace, shape: Mapping[str, Any], dim: int, prior: int
-) -> dict[str, Any]:
+def boundary_row(options: argparse.Namespace, shape: Mapping[str, Any], dim: int, prior: int) -> dict[str, Any]:
     dtype = DTYPES[options.dtype]
     config = processor_config(shape, dim, BoundaryConfig())
     weights = initial_weights(config, random_scale=options.random_scale, seed=options.seed)

@@ -4,13 +4,15 @@ Positions count cache positions of a sequence from 0. A step is ``(sequence, seq
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypedDict, final
+from typing import Any, Protocol, TypedDict, final, type_check_only
 
 __version__: str
 
+@type_check_only
 class SupportsDLPack(Protocol):
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
 
+@type_check_only
 class BackendInfo(TypedDict):
     name: str
     backend: str
@@ -18,6 +20,7 @@ class BackendInfo(TypedDict):
     device: str
     available: bool
 
+@type_check_only
 class BuildInfo(TypedDict):
     version: str
     abi_version: int
@@ -59,9 +62,7 @@ class KVCache:
 @final
 class QueryCache:
     """Per layer a tensor ``[num_pages, page_size, num_query_heads, head_dim]`` of captured post-RoPE queries."""
-    def __new__(
-        cls, queries: Iterable[SupportsDLPack], query_table: SupportsDLPack | None = None
-    ) -> QueryCache: ...
+    def __new__(cls, queries: Iterable[SupportsDLPack], query_table: SupportsDLPack | None = None) -> QueryCache: ...
     @property
     def num_layers(self) -> int: ...
     @property
@@ -129,9 +130,7 @@ def attention_mass(
 ) -> None:
     """Exact attention mass of every prior position into out, float32 [num_layers, num_steps, max_prior]."""
 
-def select_top_k(
-    mass: SupportsDLPack, lengths: SupportsDLPack, out: SupportsDLPack, *, backend: str = "cpu"
-) -> None:
+def select_top_k(mass: SupportsDLPack, lengths: SupportsDLPack, out: SupportsDLPack, *, backend: str = "cpu") -> None:
     """The largest entries of each row of mass [rows, n] into out, int64 [rows, top_k], ascending, then -1."""
 
 def backends() -> list[BackendInfo]:

@@ -40,9 +40,7 @@ def identity_processor(model) -> CacheProcessor:
     return CacheProcessor(config, initial_weights(config))
 
 
-def compare(
-    model, tokenizer, prompts: list[str], *, batch: int, cache: str, tokens: int
-) -> tuple[int, int, int]:
+def compare(model, tokenizer, prompts: list[str], *, batch: int, cache: str, tokens: int) -> tuple[int, int, int]:
     """(prompts, prompts whose tokens differ from stock, boundaries)."""
     processor = identity_processor(model)
     differing = boundaries = 0
@@ -63,9 +61,7 @@ def compare(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="JSONL with a question per line")
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=200)

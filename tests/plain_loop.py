@@ -46,7 +46,9 @@ def generate(
     boundary = config.get("boundary", {})
     assert boundary.get("timing", "post") == "post", "this loop knows only the timing 'post'"
     assert model.config._attn_implementation == "eager", "load the model with attn_implementation='eager'"
-    assert model.dtype == torch.float32 and input_ids.shape[0] == 1 and input_ids.shape[1] >= 1
+    assert model.dtype == torch.float32, "load the model in float32"
+    assert input_ids.shape[0] == 1, "one sequence"
+    assert input_ids.shape[1] >= 1, "a prompt"
     ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     newlines = set(newline_ids)
     min_step_length = boundary.get("min_step_length", 1)
@@ -78,9 +80,7 @@ def generate(
         step_ended = token in newlines and length - step_begin >= min_step_length
 
 
-def forward(
-    model: PreTrainedModel, cache: DynamicCache, input_ids: Tensor
-) -> tuple[list[list[Tensor]], Tensor]:
+def forward(model: PreTrainedModel, cache: DynamicCache, input_ids: Tensor) -> tuple[list[list[Tensor]], Tensor]:
     """Feed input_ids [1, S]; return per layer S attention weights [H, T], and the last logits [V]."""
     output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, output_attentions=True)
     attention = [[a[0, :, j, :].clone() for j in range(input_ids.shape[1])] for a in output.attentions]

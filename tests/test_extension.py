@@ -78,9 +78,7 @@ def test_rewrite_changes_exactly_the_selected_rows(case: Case) -> None:
         for now, then in ((case.keys[layer], old.keys[layer]), (case.values[layer], old.values[layer])):
             assert torch.equal(now[~touched].view(torch.int32), then[~touched].view(torch.int32))
             assert (now[touched] != then[touched]).any(-1).all()
-    assert any(
-        not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True)
-    )
+    assert any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
 
 
 # ---- what is refused -----------------------------------------------------------------------------------
@@ -213,9 +211,7 @@ def test_malformed_steps(case: Case, step: tuple[int, int, int, int]) -> None:
         case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
     )
     with pytest.raises(InvalidArgumentError, match=r"spans \["):
-        processor.native.rewrite(
-            bound.kv_cache, bound.query_cache, [step], case.block_table, workspace=bound.workspace
-        )
+        processor.native.rewrite(bound.kv_cache, bound.query_cache, [step], case.block_table, workspace=bound.workspace)
 
 
 def test_query_ring_shorter_than_the_window() -> None:
@@ -273,9 +269,7 @@ def test_weights_that_are_wrong(case: Case) -> None:
             CacheProcessor(case.config, {k: v for k, v in weights.items() if v is not None})
 
     refused_weights("tensor layers.1.gate is missing", **{"layers.1.gate": None})
-    refused_weights(
-        "layers.0.in_proj.bias has the wrong shape", **{"layers.0.in_proj.bias": np.zeros(31, np.float32)}
-    )
+    refused_weights("layers.0.in_proj.bias has the wrong shape", **{"layers.0.in_proj.bias": np.zeros(31, np.float32)})
     bad = case.weights["layers.1.o_proj.weight"].copy()
     bad[3, 5] = np.nan
     refused_weights(r"layers.1.o_proj.weight holds nan at \[3, 5\]", **{"layers.1.o_proj.weight": bad})
@@ -289,9 +283,7 @@ def test_weights_that_are_wrong(case: Case) -> None:
 
 def test_unknown_backend(case: Case) -> None:
     for name in ("cpu:mmx", "cuda", "", "cp", "cpu:"):
-        with pytest.raises(
-            UnsupportedError, match=f"backend '{name}' is not available here; there is .*cpu:scalar"
-        ):
+        with pytest.raises(UnsupportedError, match=f"backend '{name}' is not available here; there is .*cpu:scalar"):
             case.processor(backend=name)
 
 
@@ -300,9 +292,7 @@ def test_workspace_of_another_backend(case: Case) -> None:
         pytest.skip("one instruction set only")
     processor = case.processor(backend=AVAILABLE[0])
     other = bottleneck_ext.Workspace(1, AVAILABLE[1])
-    bound = processor.bind(
-        case.keys, case.values, case.queries, workspace=other, query_table=case.query_table
-    )
+    bound = processor.bind(case.keys, case.values, case.queries, workspace=other, query_table=case.query_table)
     with pytest.raises(InvalidArgumentError, match="the workspace is of another backend"):
         bound.rewrite(case.events, case.block_table)
 
@@ -321,9 +311,7 @@ def test_no_events_is_a_no_op(case: Case) -> None:
     before = case.snapshot()
     report = case.rewrite(case.processor())
     assert report.recalled == ()
-    assert all(
-        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(case.pools, before, strict=True)
-    )
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(case.pools, before, strict=True))
 
 
 def test_default_tables_are_one_block_and_page_per_sequence() -> None:
@@ -348,9 +336,7 @@ def test_numpy_enters_without_a_copy(case: Case) -> None:
     case.keys, case.values = [k.numpy() for k in case.keys], [v.numpy() for v in case.values]
     case.queries = [q.numpy() for q in case.queries]
     case.rewrite(case.processor())
-    assert all(
-        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True)
-    )
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
 
 
 class OldProducer:
@@ -368,9 +354,7 @@ def test_old_dlpack_producers(case: Case) -> None:
     expected.rewrite(expected.processor())
     case.keys = [OldProducer(k) for k in case.keys]
     case.rewrite(case.processor())
-    assert all(
-        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True)
-    )
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
 
 
 def test_producers_that_misbehave(case: Case) -> None:
@@ -417,9 +401,7 @@ def test_freed_tensors_stay_alive_while_bound(case: Case) -> None:
     case.keys = case.values = case.queries = []
     gc.collect()
     bound.rewrite(case.events, case.block_table)
-    assert all(
-        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(pools, expected.pools, strict=True)
-    )
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(pools, expected.pools, strict=True))
 
 
 def test_no_reference_leaks(case: Case) -> None:
@@ -467,8 +449,7 @@ def test_results_do_not_depend_on_threads(num_threads: int) -> None:
     one, many = make_case(shape), make_case(shape)
     a, b = one.rewrite(one.processor()), many.rewrite(many.processor(), num_threads)
     assert all(
-        torch.equal(x.view(torch.int16), y.view(torch.int16))
-        for x, y in zip(one.pools, many.pools, strict=True)
+        torch.equal(x.view(torch.int16), y.view(torch.int16)) for x, y in zip(one.pools, many.pools, strict=True)
     )
     assert (a.delta_norm == b.delta_norm).all()
 
@@ -485,10 +466,7 @@ def test_shared_processor_many_threads() -> None:
     for thread in threads:
         thread.join()
     for case in cases:
-        assert all(
-            torch.equal(a.nan_to_num(), b.nan_to_num())
-            for a, b in zip(case.pools, expected.pools, strict=True)
-        )
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
 
 
 def big_case() -> Case:
@@ -555,14 +533,12 @@ def test_after_fork() -> None:
     case = make_case(shape)
     processor = case.processor()
     workspace = processor.workspace(3)
-    bound = processor.bind(
-        case.keys, case.values, case.queries, workspace=workspace, query_table=case.query_table
-    )
+    bound = processor.bind(case.keys, case.values, case.queries, workspace=workspace, query_table=case.query_table)
     bound.rewrite([], case.block_table)
     warm = make_case(shape)
-    processor.bind(
-        warm.keys, warm.values, warm.queries, workspace=workspace, query_table=warm.query_table
-    ).rewrite(warm.events, warm.block_table)  # the threads are running when the process forks
+    processor.bind(warm.keys, warm.values, warm.queries, workspace=workspace, query_table=warm.query_table).rewrite(
+        warm.events, warm.block_table
+    )  # the threads are running when the process forks
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     child = context.Process(target=_rewrite_in_child, args=(theirs, bound, case))
@@ -591,9 +567,9 @@ def test_attributes(case: Case) -> None:
     processor = case.processor()
     workspace = processor.workspace(2)
     assert (workspace.num_threads, workspace.nbytes, workspace.backend) == (2, 0, processor.backend)
-    processor.bind(
-        case.keys, case.values, case.queries, workspace=workspace, query_table=case.query_table
-    ).rewrite(case.events, case.block_table)
+    processor.bind(case.keys, case.values, case.queries, workspace=workspace, query_table=case.query_table).rewrite(
+        case.events, case.block_table
+    )
     assert workspace.nbytes > 0
     assert processor.nbytes >= 4 * case.config.num_parameters()
 

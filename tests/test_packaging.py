@@ -69,9 +69,7 @@ def test_sdist_holds_every_source(distributions: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
-def test_installs_into_an_empty_environment(
-    distributions: tuple[Path, Path], tmp_path: Path, kind: str
-) -> None:
+def test_installs_into_an_empty_environment(distributions: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
     run(sys.executable, "-m", "venv", tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", distributions[0 if kind == "sdist" else 1])
@@ -100,11 +98,7 @@ def test_unknown_attribute() -> None:
 
 
 def test_no_flag_ties_the_build_to_this_machine() -> None:
-    text = (
-        (ROOT / "setup.py").read_text()
-        + (ROOT / "pyproject.toml").read_text()
-        + (ROOT / "Makefile").read_text()
-    )
+    text = (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text() + (ROOT / "Makefile").read_text()
     assert "march=native" not in text
     assert "mtune=native" not in text
     assert "native" not in os.environ.get("CFLAGS", "") + str(sysconfig.get_config_var("CFLAGS"))

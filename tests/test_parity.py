@@ -97,9 +97,7 @@ def check_values(case: Case, before: Case, expected: reference.Rewrite, report, 
             allowed_edit = tolerance * np.abs(edit).max()
             norm = np.linalg.norm(edit)
             assert abs(report.delta_norm[layer, i] - norm) <= tolerance * norm + 1e-30
-            rows = np.concatenate(
-                [report.recalled[i][layer], np.arange(report.window_begin[i], event.step_end)]
-            )
+            rows = np.concatenate([report.recalled[i][layer], np.arange(report.window_begin[i], event.step_end)])
             for ours, old, want in (
                 (case.keys, before.keys, expected.keys),
                 (case.values, before.values, expected.values),
@@ -128,9 +126,7 @@ def check_untouched(case: Case, before: Case, report) -> None:
                 touched[case.block_table[event.sequence, p // touched.shape[1]], p % touched.shape[1]] = True
         for now, then in ((case.keys, before.keys), (case.values, before.values)):
             assert torch.equal(now[layer][~touched].view(bits), then[layer][~touched].view(bits))
-            now[layer][touched] = then[layer][
-                touched
-            ]  # what is left must be equal, gaps between views included
+            now[layer][touched] = then[layer][touched]  # what is left must be equal, gaps between views included
     for pool, old in zip(case.pools, before.pools, strict=True):
         assert torch.equal(pool.view(bits), old.view(bits))
 
@@ -190,9 +186,7 @@ def test_selection_is_exact(backend: str) -> None:
     """Over many selections near ties in float32 are rare: nearly all must be identical, not merely close."""
     same = total = 0
     for seed in range(12):
-        shape = Shape(
-            ((0, 700, 30), (5, 400, 60)), num_layers=4, head_dim=32, top_k=32, recent_window=48, seed=seed
-        )
+        shape = Shape(((0, 700, 30), (5, 400, 60)), num_layers=4, head_dim=32, top_k=32, recent_window=48, seed=seed)
         case, untouched = make_case(shape), make_case(shape)
         report = case.rewrite(case.processor(backend))
         for i, event in enumerate(case.events):
@@ -212,9 +206,7 @@ def test_selection_is_exact(backend: str) -> None:
 @pytest.mark.parametrize("block_size", [None, 5])
 def test_ties_go_to_the_smaller_position(backend: str, layout: str, block_size: int | None) -> None:
     """Equal keys have bit-equal mass wherever they lie, so that ties are real and the smaller position wins."""
-    shape = Shape(
-        ((3, 150, 9),), num_layers=1, head_dim=20, top_k=21, layout=layout, block_size=block_size, seed=3
-    )
+    shape = Shape(((3, 150, 9),), num_layers=1, head_dim=20, top_k=21, layout=layout, block_size=block_size, seed=3)
     case = make_case(shape)
     table = case.block_table[0]
 
@@ -245,9 +237,7 @@ def test_ties_go_to_the_smaller_position(backend: str, layout: str, block_size: 
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_attention_mass_alone(backend: str, dtype: str) -> None:
-    shape = Shape(
-        ((0, 500, 96), (4, 33, 7), (0, 5, 5)), num_layers=3, head_dim=48, group=3, block_size=16, dtype=dtype
-    )
+    shape = Shape(((0, 500, 96), (4, 33, 7), (0, 5, 5)), num_layers=3, head_dim=48, group=3, block_size=16, dtype=dtype)
     case = make_case(replace(shape, recent_window=32))
     out = np.full((3, 3, 468), np.nan, np.float32)
     bottleneck_ext.attention_mass(

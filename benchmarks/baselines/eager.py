@@ -108,9 +108,7 @@ class EagerBottleneck:
     weights: the checkpoint's tensors by name. dtype: of the Processor's weights and activations.
     """
 
-    def __init__(
-        self, config: Config, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, config: Config, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
         if config.key_space != "rotated":
             raise ValueError(f"key_space is {config.key_space!r}; this baseline knows only 'rotated'")
         self.config = config
