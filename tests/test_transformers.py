@@ -22,7 +22,6 @@ from transformers import (
     DynamicCache,
     GraniteConfig,
     GraniteForCausalLM,
-    LogitsProcessor,
     MistralConfig,
     MistralForCausalLM,
     Olmo2Config,
@@ -216,6 +215,17 @@ def test_equals_a_plain_loop(changes: dict[str, Any], length: int) -> None:
     assert torch.allclose(torch.stack([torch.from_numpy(r.delta_norm[:, 0]) for r in recorder.reports]), norms, 1e-3)
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_change_nothing(threads: int) -> None:
+    model = tiny.model()
+    ids, mask = tiny.prompts((20, 9))
+    with attach(model, tiny.processor(), num_threads=1):
+        expected = generate(model, ids, mask)
+    with attach(model, tiny.processor(), num_threads=threads) as attachment:
+        assert_same(generate(model, ids, mask), expected)
+    assert attachment.stats.boundaries > 4
+
+
 ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "Granite": (GraniteForCausalLM, GraniteConfig, {"attention_multiplier": 0.5}),
     "Mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
@@ -320,22 +330,6 @@ def test_prompt_not_rewritten_is_counted() -> None:
 # --- ends ---------------------------------------------------------------------------------------------------
 
 
-class Script(LogitsProcessor):
-    """Forces the tokens of each row; after its script a row is free."""
-
-    def __init__(self, *rows: list[int]) -> None:
-        self.rows = rows
-        self.step = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for row, tokens in enumerate(self.rows):
-            if self.step < len(tokens):
-                scores[row] = -torch.inf
-                scores[row, tokens[self.step]] = 0
-        self.step += 1
-        return scores
-
-
 LINE = tiny.NEWLINES[0]
 LONG_ROW = [1, LINE, 2, 4, 5, LINE, 6, 7, LINE, 8, 9]
 
@@ -354,7 +348,7 @@ def test_finished_rows_are_frozen() -> None:
                     ids,
                     mask,
                     max_new_tokens=new,
-                    logits_processor=[Script([1, LINE, 2, 60], LONG_ROW)],
+                    logits_processor=[tiny.Script([1, LINE, 2, 60], LONG_ROW)],
                     eos_token_id=[60, 61],
                     pad_token_id=LINE,
                 )
@@ -377,7 +371,7 @@ def test_end_of_text_after_a_newline() -> None:
     ids, mask = tiny.prompts((20, 9))
     recorder = Recorder()
     with attach(model, tiny.processor(), on_boundary=recorder) as attachment:
-        script = Script([1, LINE, 60], LONG_ROW)
+        script = tiny.Script([1, LINE, 60], LONG_ROW)
         generate(model, ids, mask, max_new_tokens=11, logits_processor=[script], eos_token_id=60)
     assert recorder.steps(0) == [(0, 20)]
     assert recorder.steps(1) == [(0, 9), (9, 11), (11, 15), (15, 18)]
@@ -391,7 +385,7 @@ def test_end_of_text_that_is_a_newline(timing: str) -> None:
     recorder = Recorder()
     other = tiny.NEWLINES[1]
     with attach(model, tiny.processor(boundary={"timing": timing}), on_boundary=recorder):
-        script = Script([1, 2, other], LONG_ROW)
+        script = tiny.Script([1, 2, other], LONG_ROW)
         generate(model, ids, mask, max_new_tokens=11, logits_processor=[script], eos_token_id=other)
     assert recorder.steps(0) == [(0, 20)]
     assert len(recorder.steps(1)) == 4
@@ -406,7 +400,7 @@ def test_newlines_in_a_row() -> None:
     }.items():
         recorder = Recorder()
         with attach(model, tiny.processor(boundary={"timing": timing}), on_boundary=recorder):
-            script = Script([LINE, LINE, LINE, 1, LINE, 2])
+            script = tiny.Script([LINE, LINE, LINE, 1, LINE, 2])
             generate(model, ids, max_new_tokens=6, logits_processor=[script])
         assert recorder.steps() == steps
 

@@ -439,13 +439,12 @@ def test_kept_cache_in_chunks() -> None:
 def test_kept_cache_with_a_finished_row() -> None:
     model = tiny.model()
     with attach(model, tiny.processor()):
-        _, free = kept(model, (5, 5))
-        eos = next(int(t) for t in free[0, 5:7] if t not in free[1, 5:])
-        cache, tokens = kept(model, (5, 5), eos_token_id=eos)
+        script = tiny.Script([60, 1, 1, 1], [1, 2, 4, 5])
+        cache, tokens = kept(model, (5, 5), eos_token_id=60, logits_processor=[script])
         refuses(
             InvalidArgumentError,
             "row 0 of the kept cache ended before the others",
-            lambda: model.generate(tokens, past_key_values=cache, max_new_tokens=2, eos_token_id=eos),
+            lambda: model.generate(tokens, past_key_values=cache, max_new_tokens=2, eos_token_id=60),
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
 
 from bottlenecked import BoundaryConfig, CacheProcessor, CacheProcessorConfig
 from bottlenecked.checkpoint import initial_weights
@@ -80,3 +80,19 @@ def prompts(lengths: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, torc
         ids[row, -length:] = torch.randint(0, VOCABULARY - 4, (length,), generator=generator)
         mask[row, -length:] = 1
     return ids, mask
+
+
+class Script(LogitsProcessor):
+    """Forces the tokens of each row; after its script a row is free."""
+
+    def __init__(self, *rows: list[int]) -> None:
+        self.rows = rows
+        self.step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for row, tokens in enumerate(self.rows):
+            if self.step < len(tokens):
+                scores[row] = -torch.inf
+                scores[row, tokens[self.step]] = 0
+        self.step += 1
+        return scores
