@@ -45,7 +45,7 @@ btx_status btx_backend_find(const char *name, const btx_backend **backend, btx_e
             return BTX_OK;
         }
     }
-    return btx_fail(error, BTX_UNSUPPORTED, "backend '%s' is not available here; there is %s", name, known);
+    return btx_fail(error, BTX_UNSUPPORTED, "backend '%.64s' is not available here; there is %s", name, known);
 }
 
 btx_status btx_backend_check(const btx_backend *backend, btx_error *error)

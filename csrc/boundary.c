@@ -67,23 +67,37 @@ static btx_status check_table(const btx_tensor *table, const char *name, btx_err
     return BTX_OK;
 }
 
-/* Marks entries [begin, end) of one table row as used, modulo ring when ring > 0. owner[e] is 1 + the sequence
- * that uses entry e. */
-static btx_status claim(const int32_t *row, int64_t begin, int64_t end, int64_t ring, int64_t num_entries,
-                        int64_t sequence, int64_t *owner, const char *what, const char *table, btx_error *error)
+/* One table: the caller's rows, and the plan's own copy of what is used of them, which is what gets checked. The
+ * caller's memory may change while the plan is in use. */
+typedef struct table_copy {
+    const btx_tensor *from; /* i32 [num_sequences, n] */
+    int32_t *to;            /* [num_sequences, n] */
+    const char *name, *entry_name;
+    int64_t num_entries; /* entries are in [0, num_entries) */
+    int64_t *owner;      /* [num_entries], 1 + the sequence that uses an entry; NULL: sequences may share */
+} table_copy;
+
+/* Copies and checks entries [begin, end), modulo the row's length, of one sequence. */
+static btx_status claim(const table_copy *table, int64_t sequence, int64_t begin, int64_t end, btx_error *error)
 {
+    const int32_t *from = (const int32_t *)table->from->data + sequence * table->from->stride[0];
+    int64_t length = table->from->shape[1];
     for (int64_t i = begin; i < end; i++) {
-        int32_t entry = row[ring > 0 ? i % ring : i];
-        if (entry < 0 || entry >= num_entries)
+        int64_t column = i % length;
+        int32_t entry = from[column];
+        table->to[sequence * length + column] = entry;
+        if (entry < 0 || entry >= table->num_entries)
             return btx_fail(error, BTX_INVALID_ARGUMENT,
-                            "%s[%" PRId64 ", %" PRId64 "] is %d; there are %" PRId64 " %ss", table, sequence,
-                            ring > 0 ? i % ring : i, (int)entry, num_entries, what);
-        if (owner[entry] != 0)
+                            "%s[%" PRId64 ", %" PRId64 "] is %d; there are %" PRId64 " %ss", table->name, sequence,
+                            column, (int)entry, table->num_entries, table->entry_name);
+        if (table->owner == NULL)
+            continue;
+        if (table->owner[entry] != 0)
             return btx_fail(error, BTX_INVALID_ARGUMENT,
-                            "%s %d belongs to sequences %" PRId64 " and %" PRId64 "; each rewritten sequence needs "
-                            "%ss of its own, listed once",
-                            what, (int)entry, owner[entry] - 1, sequence, what);
-        owner[entry] = sequence + 1;
+                            "%s %d belongs to sequences %" PRId64 " and %" PRId64
+                            "; each rewritten sequence needs %ss of its own, listed once",
+                            table->entry_name, (int)entry, table->owner[entry] - 1, sequence, table->entry_name);
+        table->owner[entry] = sequence + 1;
     }
     return BTX_OK;
 }
@@ -100,7 +114,10 @@ static btx_status check_step(const btx_step *step, int64_t index, const btx_plan
                         "step %" PRId64 " spans [%" PRId64 ", %" PRId64 ") of a sequence that begins at %" PRId64
                         "; a step is not empty and lies within its sequence",
                         index, step->step_begin, step->step_end, step->sequence_begin);
-    if (step->step_end > INT32_MAX || (step->step_end - 1) / plan->block_size >= max_blocks)
+    if (step->step_end > INT32_MAX)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "step %" PRId64 " ends at %" PRId64 "; positions are below 2^31",
+                        index, step->step_end);
+    if ((step->step_end - 1) / plan->block_size >= max_blocks)
         return btx_fail(error, BTX_INVALID_ARGUMENT,
                         "step %" PRId64 " ends at %" PRId64 "; the block table covers %" PRId64 " positions", index,
                         step->step_end, max_blocks * plan->block_size);
@@ -108,12 +125,14 @@ static btx_status check_step(const btx_step *step, int64_t index, const btx_plan
 }
 
 static btx_status lay_out(const btx_boundary *boundary, int32_t top_k, int32_t recent_window, btx_boundary_plan *out,
-                          int64_t *block_owner, int64_t *page_owner, btx_error *error)
+                          const table_copy *blocks, const table_copy *pages, btx_error *error)
 {
     btx_plan *plan = &out->plan;
     int64_t num_sequences = boundary->block_table.shape[0];
     int64_t max_blocks = boundary->block_table.shape[1];
-    int64_t ring = plan->pages_per_sequence * plan->page_size;
+    int64_t ring;
+    if (__builtin_mul_overflow(plan->pages_per_sequence, plan->page_size, &ring))
+        ring = INT64_MAX;
     for (int64_t i = 0; i < boundary->num_steps; i++) {
         const btx_step *step = &boundary->steps[i];
         btx_status status = check_step(step, i, plan, num_sequences, max_blocks, error);
@@ -145,19 +164,15 @@ static btx_status lay_out(const btx_boundary *boundary, int32_t top_k, int32_t r
                             "the window of step %" PRId64 " has %" PRId64 " positions; the query cache keeps %" PRId64
                             " of a sequence: make it at least recent_window long",
                             i, planned->num_window, ring);
-        status =
-            claim(plan->block_table + step->sequence * plan->block_table_stride,
-                  step->sequence_begin / plan->block_size, (step->step_end - 1) / plan->block_size + 1, 0,
-                  boundary->kv_cache->keys[0].shape[0], step->sequence, block_owner, "block", "block_table", error);
+        status = claim(blocks, step->sequence, step->sequence_begin / plan->block_size,
+                       (step->step_end - 1) / plan->block_size + 1, error);
         if (status != BTX_OK)
             return status;
         int64_t first_page = planned->window_begin / plan->page_size;
         int64_t end_page = (step->step_end - 1) / plan->page_size + 1;
         if (end_page - first_page > plan->pages_per_sequence) /* the last page wraps into the first one's rows */
             end_page = first_page + plan->pages_per_sequence;
-        status = claim(plan->query_table + step->sequence * plan->query_table_stride, first_page, end_page,
-                       plan->pages_per_sequence, boundary->query_cache->queries[0].shape[0], step->sequence, page_owner,
-                       "page", "query_table", error);
+        status = claim(pages, step->sequence, first_page, end_page, error);
         if (status != BTX_OK)
             return status;
     }
@@ -171,6 +186,7 @@ btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_devi
                                     int32_t recent_window, int for_writing, btx_boundary_plan *out, btx_error *error)
 {
     int64_t *owners = NULL; /* Owned: blocks, then pages. */
+    size_t table_bytes = 0, block_table_at = 0, query_table_at = 0;
     memset(out, 0, sizeof *out);
     if (boundary == NULL || boundary->kv_cache == NULL || boundary->query_cache == NULL ||
         (boundary->num_steps > 0 && boundary->steps == NULL) || boundary->num_steps < 0)
@@ -207,10 +223,8 @@ btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_devi
         .keys = keys,
         .values = boundary->kv_cache->values,
         .queries = queries,
-        .block_table = boundary->block_table.data,
-        .block_table_stride = boundary->block_table.stride[0],
-        .query_table = boundary->query_table.data,
-        .query_table_stride = boundary->query_table.stride[0],
+        .block_table_stride = boundary->block_table.shape[1],
+        .query_table_stride = boundary->query_table.shape[1],
         .pages_per_sequence = boundary->query_table.shape[1],
         .block_size = keys[0].shape[1],
         .page_size = queries[0].shape[1],
@@ -229,15 +243,29 @@ btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_devi
         return btx_fail(error, BTX_INVALID_ARGUMENT,
                         "%" PRId64 " steps for %" PRId64 " sequences; one call rewrites one step of a sequence",
                         boundary->num_steps, boundary->block_table.shape[0]);
+    const btx_tensor *block_table = &boundary->block_table, *query_table = &boundary->query_table;
+    if (!btx_reserve(&table_bytes, &block_table_at, block_table->shape[0], (size_t)block_table->shape[1] * 4) ||
+        !btx_reserve(&table_bytes, &query_table_at, query_table->shape[0], (size_t)query_table->shape[1] * 4)) {
+        status = btx_fail(error, BTX_OUT_OF_MEMORY, "the tables exceed the address space");
+        goto cleanup;
+    }
     out->steps = calloc((size_t)boundary->num_steps, sizeof *out->steps);
-    owners = calloc((size_t)num_blocks + (size_t)num_pages, sizeof *owners);
-    if (out->steps == NULL || owners == NULL) {
+    out->tables = malloc(table_bytes); /* only what steps use is written, the rest never becomes real memory */
+    if (for_writing)
+        owners = calloc((size_t)num_blocks + (size_t)num_pages, sizeof *owners);
+    if (out->steps == NULL || out->tables == NULL || (for_writing && owners == NULL)) {
         status =
             btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for the plan of %" PRId64 " steps", boundary->num_steps);
         goto cleanup;
     }
     out->plan.steps = out->steps;
-    status = lay_out(boundary, top_k, recent_window, out, owners, owners + num_blocks, error);
+    out->plan.block_table = (int32_t *)(out->tables + block_table_at);
+    out->plan.query_table = (int32_t *)(out->tables + query_table_at);
+    const table_copy blocks = {
+        block_table, (int32_t *)(out->tables + block_table_at), "block_table", "block", num_blocks, owners};
+    const table_copy pages = {query_table, (int32_t *)(out->tables + query_table_at), "query_table", "page",
+                              num_pages,   for_writing ? owners + num_blocks : NULL};
+    status = lay_out(boundary, top_k, recent_window, out, &blocks, &pages, error);
 
 cleanup:
     free(owners);
@@ -249,5 +277,6 @@ cleanup:
 void btx_boundary_plan_destroy(btx_boundary_plan *plan)
 {
     free(plan->steps);
+    free(plan->tables);
     memset(plan, 0, sizeof *plan);
 }

@@ -43,7 +43,7 @@ typedef enum btx_status {
     BTX_REBUILD_NEEDED    /* the write began and failed: discard the sequences of this boundary */
 } btx_status;
 
-/* One sentence: what is wrong, with the value, and the remedy. Empty after success. */
+/* One sentence: what is wrong, with the value, and the remedy. Unspecified after success. */
 typedef struct btx_error {
     char message[512];
 } btx_error;
@@ -83,13 +83,14 @@ const char *btx_dtype_name(btx_dtype dtype);
 /* A row-major view of [shape[0], ..., shape[num_dims - 1]] on the CPU. */
 btx_tensor btx_tensor_contiguous(void *data, btx_dtype dtype, int32_t num_dims, const int64_t *shape);
 
-/* True (1) when two different indices can reach the same element: a zero or overlapping stride. */
+/* 1 when two different indices reach the same element, or when that cannot be excluded (strides that do not nest). */
 int btx_tensor_overlaps(const btx_tensor *tensor);
 
 /* ---- KV cache, query cache ---------------------------------------------------------------------- */
 
 /* The stack's cache: one key and one value view per layer, each
  * [num_blocks, block_size, num_kv_heads, head_dim], all of one dtype (f32, f16, bf16), shape and device.
+ * Views must not overlap each other; equal starts are refused, more is the caller's to see to.
  * A contiguous cache has one block per sequence. Position p of a sequence lies in block
  * block_table[sequence, p / block_size], row p % block_size. */
 typedef struct btx_kv_cache {
@@ -119,7 +120,8 @@ typedef enum btx_key_space {
     BTX_KEYS_UNROTATED    /* RoPE is undone before and redone after (half-split pairing) */
 } btx_key_space;
 
-/* Shape of backbone and Processor (arXiv 2505.16950, section 3). */
+/* Shape of backbone and Processor (arXiv 2505.16950, section 3). All are at least 1 (top_k 0); at most 4096 layers, KV
+ * heads and head_dim, 65536 query heads, processor_dim and processor_heads, 2^20 processor_mlp_dim. */
 typedef struct btx_config {
     int32_t num_layers;
     int32_t num_kv_heads;
@@ -180,7 +182,7 @@ const btx_config *btx_processor_config(const btx_processor *processor);
 const btx_backend *btx_processor_backend(const btx_processor *processor);
 size_t btx_processor_bytes(const btx_processor *processor); /* memory held by packed weights */
 
-/* num_threads >= 1: how many threads a call with this workspace may use, the caller's own included. They are
+/* num_threads, 1 to 1024: how many threads a call with this workspace may use, the caller's own included. They are
  * started at the first use and sleep between calls; a forked child starts its own. */
 btx_status btx_workspace_create(const btx_backend *backend, int32_t num_threads, btx_workspace **workspace,
                                 btx_error *error);
@@ -205,8 +207,10 @@ typedef struct btx_boundary {
     const btx_query_cache *query_cache;
     const btx_step *steps; /* [num_steps], each sequence at most once */
     int64_t num_steps;
-    btx_tensor block_table; /* i32 [num_sequences, max_blocks], CPU */
-    btx_tensor query_table; /* i32 [num_sequences, pages_per_sequence], CPU */
+    /* i32 on the CPU, rows contiguous. What the steps use of them is copied before it is checked. When the cache is
+     * rewritten, no block and no page may belong to two of the steps. */
+    btx_tensor block_table; /* [num_sequences, max_blocks] */
+    btx_tensor query_table; /* [num_sequences, pages_per_sequence] */
     float softmax_scale;    /* of the backbone's attention; 0 means 1 / sqrt(head_dim) */
 } btx_boundary;
 
@@ -291,7 +295,7 @@ typedef struct btx_linear {
 typedef struct btx_pass {
     const btx_plan *plan;
     int32_t layer_begin, layer_end;
-    void *scratch; /* scratch_size bytes for the operation's own use */
+    void *scratch; /* scratch_bytes() for the operation's own use */
 } btx_pass;
 
 typedef btx_status (*btx_pass_function)(void *context, int32_t layer_begin, int32_t layer_end, int32_t lane,
@@ -320,10 +324,12 @@ struct btx_backend {
     size_t (*packed_bytes)(int64_t out_dim, int64_t in_dim, btx_dtype dtype);
     void (*pack)(const float *weight, int64_t out_dim, int64_t in_dim, btx_dtype dtype, void *packed);
 
-    /* Scratch every operation below may use, per lane, for this plan and these widest in/out dimensions. */
-    size_t (*scratch_bytes)(const btx_plan *plan, int64_t max_in_dim, int64_t max_out_dim);
+    /* Scratch every operation below may use, per lane, for this plan and the widest input of a product (0: no
+     * products, selection alone). */
+    size_t (*scratch_bytes)(const btx_plan *plan, int64_t max_in_dim);
 
-    /* lse [layers, total_window, num_query_heads]: natural log-sum-exp of each window query's causal scores. */
+    /* lse [layers, total_window, num_query_heads]: natural log-sum-exp of each window query's causal scores.
+     * INVALID_ARGUMENT where one is not finite: queries or keys hold NaN or infinity, or were never captured. */
     btx_status (*attention_lse)(const btx_pass *pass, float *lse, btx_error *error);
     /* mass [layers, total_prior]: 1 / (num_window * num_query_heads) * sum of exp(score - lse). */
     btx_status (*attention_mass)(const btx_pass *pass, const float *lse, float *mass, btx_error *error);
@@ -348,7 +354,8 @@ struct btx_backend {
     btx_status (*swiglu)(const btx_pass *pass, const float *gate_up, int64_t rows, int64_t dim, float *out,
                          btx_error *error);
     /* delta [layers, total_rows, C] *= gate (sigmoid already applied), RoPE redone on its key half when the
-     * plan says so; norms f32 [layers, num_steps] each, of the gated delta and of rows. */
+     * plan says so; norms f32 [layers, num_steps] each, of the gated delta and of rows. A delta_norm is infinite
+     * where cache + delta would not be finite in the cache's dtype: such a boundary is refused before the write. */
     btx_status (*gate_delta)(const btx_pass *pass, const int32_t *positions, const float *rows, const float *gate,
                              float *delta, float *delta_norm, float *row_norm, btx_error *error);
     /* cache += delta, in f32, one rounding into the cache's dtype; a zero edit keeps the element's bits. */

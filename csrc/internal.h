@@ -11,9 +11,11 @@
 typedef struct btx_boundary_plan {
     btx_plan plan;
     btx_plan_step *steps; /* Owned. */
+    char *tables;         /* Owned: the entries of block and query table that the steps use. */
 } btx_boundary_plan;
 
-/* Checks the whole boundary and lays out its rows. On failure *out owns nothing. */
+/* Checks the whole boundary and lays out its rows. for_writing: views must be writable and no block may belong to two
+ * steps. On failure *out owns nothing. */
 btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_device_type device_type, int32_t num_layers,
                                     int32_t num_kv_heads, int32_t num_query_heads, int32_t head_dim, int32_t top_k,
                                     int32_t recent_window, int for_writing, btx_boundary_plan *out, btx_error *error);

@@ -16,13 +16,11 @@ static btx_status check_view(const btx_tensor *view, const btx_tensor *first, co
                         "%s of layer %d are %s; a KV cache is float32, float16 or bfloat16", what, (int)layer,
                         btx_dtype_name(view->dtype));
     if (view->shape[2] != num_kv_heads)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "%s of layer %d have %" PRId64 " KV heads; the Processor was made for %d", what, (int)layer,
-                        view->shape[2], (int)num_kv_heads);
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s of layer %d have %" PRId64 " KV heads; expected %d", what,
+                        (int)layer, view->shape[2], (int)num_kv_heads);
     if (view->shape[3] != head_dim)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "%s of layer %d have head size %" PRId64 "; the Processor was made for %d", what, (int)layer,
-                        view->shape[3], (int)head_dim);
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s of layer %d have head size %" PRId64 "; expected %d", what,
+                        (int)layer, view->shape[3], (int)head_dim);
     if (view->shape[0] < 1 || view->shape[1] < 1)
         return btx_fail(error, BTX_INVALID_ARGUMENT,
                         "%s of layer %d are empty: %" PRId64 " blocks of %" PRId64 " positions", what, (int)layer,
@@ -42,7 +40,8 @@ static btx_status check_view(const btx_tensor *view, const btx_tensor *first, co
                         " of %" PRId64 "; all layers share one block table",
                         what, (int)layer, view->shape[0], view->shape[1], first->shape[0], first->shape[1]);
     if (for_writing && view->read_only)
-        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s of layer %d are read-only; pass writable tensors", what,
+        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                        "%s of layer %d are read-only (or copies that their library made); pass writable tensors", what,
                         (int)layer);
     if (for_writing && btx_tensor_overlaps(view))
         return btx_fail(error, BTX_INVALID_ARGUMENT,

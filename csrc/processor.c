@@ -14,10 +14,12 @@
  * This file names no backend. arXiv 2505.16950, section 3; the arithmetic is stated in docs/processor.md. */
 #include <inttypes.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
+#include "half.h"
 #include "internal.h"
 
 /* The products of one layer. Those of one input are merged: q, k, v; gate, up. */
@@ -164,27 +166,22 @@ btx_status btx_config_check(const btx_config *config, btx_error *error)
     return BTX_OK;
 }
 
-static float read_float(const btx_tensor *tensor, int64_t element)
+static float read_element(const btx_tensor *tensor, int64_t element)
 {
-    uint32_t bits;
-    float value;
     if (tensor->dtype == BTX_F32)
         return ((const float *)tensor->data)[element];
     uint16_t half = ((const uint16_t *)tensor->data)[element];
-    if (tensor->dtype == BTX_BF16) {
-        bits = (uint32_t)half << 16;
-        memcpy(&value, &bits, sizeof value);
-        return value;
-    }
-    /* binary16: a subnormal is its mantissa times 2^-24, everything else only changes its bias. */
-    uint32_t sign = (uint32_t)(half & 0x8000u) << 16, exponent = (half >> 10) & 31u, mantissa = half & 0x3ffu;
-    if (exponent == 0) {
-        value = (float)mantissa * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112u) << 23) | mantissa << 13;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+    return tensor->dtype == BTX_BF16 ? btx_bf16_to_f32(half) : btx_f16_to_f32(half);
+}
+
+/* "[16, 32]", or "[]" for a scalar. */
+static void format_shape(int32_t num_dims, const int64_t *shape, char *out, size_t size)
+{
+    size_t used = (size_t)snprintf(out, size, "[");
+    for (int32_t d = 0; d < num_dims && used < size; d++)
+        used += (size_t)snprintf(out + used, size - used, d ? ", %" PRId64 : "%" PRId64, shape[d]);
+    if (used < size)
+        snprintf(out + used, size - used, "]");
 }
 
 /* One checkpoint tensor as f32, row-major, checked. */
@@ -204,17 +201,19 @@ static btx_status read_weight(const btx_config *config, const btx_tensor *weight
     int matches = tensor->num_dims == num_dims;
     for (int32_t d = 0; matches && d < num_dims; d++)
         matches = tensor->shape[d] == shape[d];
-    if (!matches)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "tensor layers.%d.%s has the wrong shape; the configuration asks for %d dimensions, "
-                        "[%" PRId64 ", %" PRId64 "] where present",
-                        (int)layer, weight_names[weight], (int)num_dims, shape[0], shape[1]);
+    if (!matches) {
+        char is[96], must[96];
+        format_shape(tensor->num_dims, tensor->shape, is, sizeof is);
+        format_shape(num_dims, shape, must, sizeof must);
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "tensor layers.%d.%s has the wrong shape %s; it must be %s",
+                        (int)layer, weight_names[weight], is, must);
+    }
     int64_t row_stride = num_dims == 2 ? tensor->stride[0] : 0;
     int64_t column_stride = num_dims == 2 ? tensor->stride[1] : num_dims == 1 ? tensor->stride[0] : 0;
     int64_t rows = num_dims == 2 ? shape[0] : 1, columns = num_dims == 2 ? shape[1] : shape[0];
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t c = 0; c < columns; c++) {
-            float value = read_float(tensor, r * row_stride + c * column_stride);
+            float value = read_element(tensor, r * row_stride + c * column_stride);
             if (!isfinite(value))
                 return btx_fail(error, BTX_INVALID_ARGUMENT,
                                 "tensor layers.%d.%s holds %g at [%" PRId64 ", %" PRId64 "]; weights must be finite",
@@ -551,8 +550,7 @@ static btx_status lay_out_run(boundary_run *run, btx_workspace *workspace, int64
         btx_reserve(&lane->bytes, &lane->u, rows * D, sizeof(float)) &&
         btx_reserve(&lane->bytes, &lane->wide, rows * wide, sizeof(float)) &&
         btx_reserve(&lane->bytes, &lane->heads, rows * narrow, sizeof(float)) &&
-        btx_reserve(&lane->bytes, &lane->scratch, 1,
-                    run->backend->scratch_bytes(plan, C > narrow ? C : narrow, C > wide ? C : wide));
+        btx_reserve(&lane->bytes, &lane->scratch, 1, run->backend->scratch_bytes(plan, C > narrow ? C : narrow));
     size_t total = 0, lanes = 0, positions = 0, delta = 0, delta_norm = 0, row_norm = 0, seconds = 0;
     int64_t all_rows = plan->num_layers * plan->total_rows, all_steps = plan->num_layers * plan->num_steps;
     fits = fits && btx_reserve(&total, &lanes, num_threads, lane->bytes) &&
@@ -761,6 +759,7 @@ btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, 
     const int64_t any[2] = {-1, -1};
     btx_plan_step step = {0};
     btx_plan plan = {.steps = &step, .num_steps = 1, .num_layers = 1};
+    int64_t *counts = NULL;
     float *row_mass = NULL;
     int32_t *positions = NULL;
     void *scratch = NULL;
@@ -779,17 +778,23 @@ btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, 
     int64_t n = mass->shape[1], top_k = out->shape[1];
     if (n > INT32_MAX)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "mass has %" PRId64 " columns; at most %d fit", n, INT32_MAX);
+    /* Copied first: another thread may write the caller's tensor after it was checked. */
+    counts = malloc(((size_t)mass->shape[0] + 1) * sizeof *counts);
+    if (counts == NULL)
+        return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for %" PRId64 " lengths", mass->shape[0]);
     for (int64_t row = 0; row < mass->shape[0]; row++) {
-        int64_t length = ((const int64_t *)lengths->data)[row * lengths->stride[0]];
-        if (length < 0 || length > n)
-            return btx_fail(error, BTX_INVALID_ARGUMENT,
-                            "lengths[%" PRId64 "] is %" PRId64 "; it must be 0 to %" PRId64, row, length, n);
+        counts[row] = ((const int64_t *)lengths->data)[row * lengths->stride[0]];
+        if (counts[row] < 0 || counts[row] > n) {
+            status = btx_fail(error, BTX_INVALID_ARGUMENT,
+                              "lengths[%" PRId64 "] is %" PRId64 "; it must be 0 to %" PRId64, row, counts[row], n);
+            goto cleanup;
+        }
     }
     plan.total_prior = n;
     step.num_prior = n;
     row_mass = malloc((size_t)(n + 1) * sizeof *row_mass);
     positions = malloc((size_t)(n + 1) * sizeof *positions);
-    scratch = malloc(backend->scratch_bytes(&plan, 0, 0) + 1);
+    scratch = malloc(backend->scratch_bytes(&plan, 0) + 1);
     if (row_mass == NULL || positions == NULL || scratch == NULL) {
         status = btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for selecting among %" PRId64 " positions", n);
         goto cleanup;
@@ -797,7 +802,7 @@ btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, 
     for (int64_t row = 0; row < mass->shape[0] && status == BTX_OK; row++) {
         const float *from = (const float *)mass->data + row * mass->stride[0];
         int64_t *to = (int64_t *)out->data + row * out->stride[0];
-        int64_t length = ((const int64_t *)lengths->data)[row * lengths->stride[0]];
+        int64_t length = counts[row];
         for (int64_t i = 0; i < length; i++)
             row_mass[i] = from[i * mass->stride[1]];
         step.num_prior = plan.total_prior = length;
@@ -809,6 +814,7 @@ btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, 
     }
 
 cleanup:
+    free(counts);
     free(row_mass);
     free(positions);
     free(scratch);

@@ -43,6 +43,7 @@ typedef struct dl_managed_tensor_versioned {
 } dl_managed_tensor_versioned;
 
 #define DL_FLAG_READ_ONLY ((uint64_t)1)
+#define DL_FLAG_IS_COPIED ((uint64_t)2) /* what is written to a copy is lost */
 
 /* "keys of layer 3" or "mass". */
 static PyObject *argument_name(const char *name, Py_ssize_t index)
@@ -136,7 +137,7 @@ PyObject *borrow_tensor(module_state *state, PyObject *object, const char *name,
             goto fail;
         }
         tensor = &managed->tensor;
-        read_only = (managed->flags & DL_FLAG_READ_ONLY) != 0;
+        read_only = (managed->flags & (DL_FLAG_READ_ONLY | DL_FLAG_IS_COPIED)) != 0;
     }
     else if (PyCapsule_IsValid(capsule, "dltensor")) {
         tensor = &((const dl_managed_tensor *)PyCapsule_GetPointer(capsule, "dltensor"))->tensor;
@@ -170,7 +171,8 @@ PyObject *borrow_tensor(module_state *state, PyObject *object, const char *name,
     for (int32_t d = tensor->ndim - 1; d >= 0; d--) {
         view->shape[d] = tensor->shape[d];
         view->stride[d] = tensor->strides != NULL ? tensor->strides[d] : stride;
-        stride *= tensor->shape[d];
+        if (tensor->strides == NULL)
+            stride *= tensor->shape[d];
     }
     view->data = tensor->data == NULL ? NULL : (char *)tensor->data + tensor->byte_offset;
     if (view->data != NULL && (uintptr_t)view->data % btx_dtype_size(view->dtype) != 0) {

@@ -36,7 +36,11 @@ PyObject *raise_status(module_state *state, btx_status status, const btx_error *
         exception = state->rebuild_needed_error;
         break;
     }
-    PyErr_SetString(exception, error->message);
+    /* The sentence may end within a character of a name it quotes. */
+    PyObject *message = PyUnicode_DecodeUTF8(error->message, (Py_ssize_t)strlen(error->message), "replace");
+    if (message != NULL)
+        PyErr_SetObject(exception, message);
+    Py_XDECREF(message);
     return NULL;
 }
 

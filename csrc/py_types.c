@@ -5,6 +5,7 @@
  * touched. */
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "py_module.h"
 
@@ -145,7 +146,7 @@ cleanup:
 static int cache_borrow(module_state *state, cache_object *self, borrowed_list *list, const char *const *names)
 {
     Py_ssize_t size = PyTuple_Size(self->tensors);
-    if (borrowed_list_init(list, size) < 0)
+    if (size < 0 || borrowed_list_init(list, size) < 0)
         return -1;
     for (Py_ssize_t i = 0; i < size; i++) {
         list->capsules[i] = borrow_tensor(state, PyTuple_GetItem(self->tensors, i), names[i / self->num_layers],
@@ -288,7 +289,7 @@ PyType_Spec query_cache_spec = {
 typedef struct workspace_object {
     PyObject_HEAD btx_workspace *workspace; /* Owned. */
     const btx_backend *backend;
-    int busy; /* a call is running without the GIL */
+    pid_t busy; /* the process in which a call is running without the GIL, or 0 */
 } workspace_object;
 
 static PyObject *workspace_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
@@ -321,8 +322,9 @@ static void workspace_dealloc(PyObject *object)
 {
     btx_workspace *workspace = ((workspace_object *)object)->workspace;
     Py_BEGIN_ALLOW_THREADS /* joins the workers */
-        btx_workspace_destroy(workspace);
-    Py_END_ALLOW_THREADS free_instance(object);
+    btx_workspace_destroy(workspace);
+    Py_END_ALLOW_THREADS
+    free_instance(object);
 }
 
 static PyObject *backend_full_name(const btx_backend *backend)
@@ -377,12 +379,14 @@ PyType_Spec workspace_spec = {
 /* Marks the workspace as in use; the GIL is about to be released. */
 static int workspace_enter(module_state *state, workspace_object *workspace)
 {
-    if (workspace->busy) {
+    if (workspace->busy != 0) {
         PyErr_SetString(state->invalid_argument_error,
-                        "the workspace is in use by another thread; give each thread its own");
+                        workspace->busy == getpid()
+                            ? "the workspace is in use by another thread; give each thread its own"
+                            : "the workspace was in use when this process was forked; make a new one");
         return -1;
     }
-    workspace->busy = 1;
+    workspace->busy = getpid();
     return 0;
 }
 
@@ -508,15 +512,23 @@ typedef struct processor_object {
     PyObject_HEAD btx_processor *processor; /* Owned. */
 } processor_object;
 
-static int read_int(PyObject *config, const char *name, int32_t *out)
+/* config[name] as a new reference; KeyError with a sentence where it is missing. */
+static PyObject *get_setting(PyObject *config, const char *name)
 {
     PyObject *value = PyMapping_GetItemString(config, name);
-    if (value == NULL) {
-        if (PyErr_ExceptionMatches(PyExc_KeyError))
-            PyErr_Format(PyExc_KeyError, "the configuration lacks %s", name);
+    if (value == NULL && PyErr_ExceptionMatches(PyExc_KeyError))
+        PyErr_Format(PyExc_KeyError, "the configuration lacks %s", name);
+    return value;
+}
+
+static int read_int(PyObject *config, const char *name, int32_t *out)
+{
+    PyObject *value = get_setting(config, name);
+    if (value == NULL)
         return -1;
-    }
     long long number = PyLong_AsLongLong(value);
+    if (number == -1 && PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_TypeError))
+        PyErr_Format(PyExc_TypeError, "%s is %R; it must be an integer", name, value);
     Py_DECREF(value);
     if (number == -1 && PyErr_Occurred())
         return -1;
@@ -528,12 +540,14 @@ static int read_int(PyObject *config, const char *name, int32_t *out)
     return 0;
 }
 
-static int read_float(PyObject *config, const char *name, float *out)
+static int read_number(PyObject *config, const char *name, float *out)
 {
-    PyObject *value = PyMapping_GetItemString(config, name);
+    PyObject *value = get_setting(config, name);
     if (value == NULL)
         return -1;
     double number = PyFloat_AsDouble(value);
+    if (number == -1.0 && PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_TypeError))
+        PyErr_Format(PyExc_TypeError, "%s is %R; it must be a number", name, value);
     Py_DECREF(value);
     if (number == -1.0 && PyErr_Occurred())
         return -1;
@@ -544,7 +558,7 @@ static int read_float(PyObject *config, const char *name, float *out)
 /* rope_inv_freq: None, or a sequence of head_dim / 2 numbers. */
 static int read_inv_freq(module_state *state, PyObject *config, btx_config *out, float **owned)
 {
-    PyObject *value = PyMapping_GetItemString(config, "rope_inv_freq");
+    PyObject *value = get_setting(config, "rope_inv_freq");
     if (value == NULL)
         return -1;
     out->key_space = value == Py_None ? BTX_KEYS_ROTATED : BTX_KEYS_UNROTATED;
@@ -555,8 +569,10 @@ static int read_inv_freq(module_state *state, PyObject *config, btx_config *out,
         return missing ? -1 : 0;
     Py_ssize_t count = PyTuple_Size(tuple);
     if (count * 2 != out->head_dim) {
-        PyErr_Format(state->invalid_argument_error, "rope_inv_freq has %zd entries; head_dim %d needs %d", count,
-                     (int)out->head_dim, (int)(out->head_dim / 2));
+        PyErr_Format(state->invalid_argument_error,
+                     "rope_inv_freq has %zd entries for head_dim %d; it must have half "
+                     "as many",
+                     count, (int)out->head_dim);
         Py_DECREF(tuple);
         return -1;
     }
@@ -593,7 +609,7 @@ static int read_config(module_state *state, PyObject *config, const char *weight
         read_int(config, "processor_heads", &out->processor_heads) < 0 ||
         read_int(config, "processor_mlp_dim", &out->processor_mlp_dim) < 0 ||
         read_int(config, "top_k", &out->top_k) < 0 || read_int(config, "recent_window", &out->recent_window) < 0 ||
-        read_float(config, "norm_eps", &out->norm_eps) < 0 || read_inv_freq(state, config, out, inv_freq) < 0)
+        read_number(config, "norm_eps", &out->norm_eps) < 0 || read_inv_freq(state, config, out, inv_freq) < 0)
         return -1;
     btx_error error = {{0}};
     btx_status status = btx_config_check(out, &error);
@@ -645,16 +661,20 @@ static PyObject *processor_new(PyTypeObject *type, PyObject *args, PyObject *key
     if (backend == NULL || read_config(state, config_mapping, weight_dtype, &config, &inv_freq) < 0 ||
         borrow_weights(state, weights, config.num_layers, &borrowed) < 0)
         goto cleanup;
-    if (PyMapping_Size(weights) != borrowed.length) {
+    Py_ssize_t num_tensors = PyMapping_Size(weights);
+    if (num_tensors < 0)
+        goto cleanup;
+    if (num_tensors != borrowed.length) {
         PyErr_Format(state->invalid_argument_error,
-                     "there are %zd tensors; a Processor of %d layers has %zd: remove what is not its own",
-                     PyMapping_Size(weights), (int)config.num_layers, borrowed.length);
+                     "there are %zd tensors; a Processor of %d layers has %zd: remove what is not its own", num_tensors,
+                     (int)config.num_layers, borrowed.length);
         goto cleanup;
     }
     btx_status status;
-    Py_BEGIN_ALLOW_THREADS status = btx_processor_create(backend, &config, borrowed.views, &processor, &error);
-    Py_END_ALLOW_THREADS if (status != BTX_OK)
-    {
+    Py_BEGIN_ALLOW_THREADS
+    status = btx_processor_create(backend, &config, borrowed.views, &processor, &error);
+    Py_END_ALLOW_THREADS
+    if (status != BTX_OK) {
         raise_status(state, status, &error);
         goto cleanup;
     }
@@ -718,6 +738,8 @@ static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *k
     double softmax_scale = 0.0;
     boundary_arguments arguments = {0};
     borrowed_list borrowed = {0};
+    char nothing = 0;
+    PyObject *too_late = NULL; /* made before the write: there may be no memory after it */
     btx_report report = {0};
     btx_error error = {{0}};
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!O|O$O!dOOO:rewrite", names, state->kv_cache_type, &kv_cache,
@@ -728,6 +750,7 @@ static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *k
         PyErr_SetString(PyExc_TypeError, "rewrite() needs the keyword argument workspace");
         return NULL;
     }
+    workspace_object *scratch = (workspace_object *)workspace;
     if (boundary_arguments_parse(state, &arguments, (cache_object *)kv_cache, (cache_object *)query_cache, steps,
                                  block_table, softmax_scale) < 0 ||
         borrowed_list_init(&borrowed, 3) < 0)
@@ -738,29 +761,41 @@ static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *k
         borrowed.capsules[i] = borrow_tensor(state, outputs[i], output_names[i], -1, &borrowed.views[i]);
         if (borrowed.capsules[i] == NULL)
             goto cleanup;
+        if (borrowed.views[i].data == NULL) /* an empty tensor is to be checked, not taken for "not wanted" */
+            borrowed.views[i].data = &nothing;
     }
     report.recalled = borrowed.views[0];
     report.delta_norm = borrowed.views[1];
     report.row_norm = borrowed.views[2];
-    if (workspace_enter(state, (workspace_object *)workspace) < 0)
+    result = PyDict_New();
+    too_late = PyObject_CallFunction(state->rebuild_needed_error, "s",
+                                     "out of memory after the caches were rewritten: discard these sequences");
+    if (result == NULL || too_late == NULL || workspace_enter(state, scratch) < 0) {
+        Py_CLEAR(result);
         goto cleanup;
+    }
     btx_status status;
-    Py_BEGIN_ALLOW_THREADS status =
-        btx_rewrite(processor, ((workspace_object *)workspace)->workspace, &arguments.boundary, &report, &error);
-    Py_END_ALLOW_THREADS((workspace_object *)workspace)->busy = 0;
+    Py_BEGIN_ALLOW_THREADS
+    status = btx_rewrite(processor, scratch->workspace, &arguments.boundary, &report, &error);
+    Py_END_ALLOW_THREADS
+    scratch->busy = 0;
     if (status != BTX_OK) {
+        Py_CLEAR(result);
         raise_status(state, status, &error);
         goto cleanup;
     }
-    result = PyDict_New();
     for (int stage = 0; result != NULL && stage < BTX_NUM_STAGES; stage++) {
         PyObject *seconds = PyFloat_FromDouble(report.stage_seconds[stage]);
-        if (seconds == NULL || PyDict_SetItemString(result, btx_stage_name((btx_stage)stage), seconds) < 0)
+        if (seconds == NULL || PyDict_SetItemString(result, btx_stage_name((btx_stage)stage), seconds) < 0) {
             Py_CLEAR(result);
+            PyErr_Clear();
+            PyErr_SetObject(state->rebuild_needed_error, too_late);
+        }
         Py_XDECREF(seconds);
     }
 
 cleanup:
+    Py_XDECREF(too_late);
     borrowed_list_clear(&borrowed);
     boundary_arguments_clear(&arguments);
     return result;
@@ -821,9 +856,11 @@ PyObject *module_attention_mass(PyObject *module, PyObject *args, PyObject *keyw
     if (capsule == NULL || workspace_enter(state, scratch) < 0)
         goto cleanup;
     btx_status status;
-    Py_BEGIN_ALLOW_THREADS status =
+    Py_BEGIN_ALLOW_THREADS
+    status =
         btx_attention_mass(scratch->backend, scratch->workspace, &arguments.boundary, recent_window, &view, &error);
-    Py_END_ALLOW_THREADS scratch->busy = 0;
+    Py_END_ALLOW_THREADS
+    scratch->busy = 0;
     if (status != BTX_OK)
         raise_status(state, status, &error);
     else
@@ -856,10 +893,13 @@ PyObject *module_select_top_k(PyObject *module, PyObject *args, PyObject *keywor
             goto cleanup;
     }
     btx_status status;
-    Py_BEGIN_ALLOW_THREADS status =
-        btx_select_top_k(backend, &borrowed.views[0], &borrowed.views[1], &borrowed.views[2], &error);
-    Py_END_ALLOW_THREADS if (status != BTX_OK) raise_status(state, status, &error);
-    else result = Py_NewRef(Py_None);
+    Py_BEGIN_ALLOW_THREADS
+    status = btx_select_top_k(backend, &borrowed.views[0], &borrowed.views[1], &borrowed.views[2], &error);
+    Py_END_ALLOW_THREADS
+    if (status != BTX_OK)
+        raise_status(state, status, &error);
+    else
+        result = Py_NewRef(Py_None);
 
 cleanup:
     borrowed_list_clear(&borrowed);

@@ -60,9 +60,9 @@ btx_tensor btx_tensor_contiguous(void *data, btx_dtype dtype, int32_t num_dims, 
     return tensor;
 }
 
-static int64_t magnitude(int64_t value)
+static uint64_t magnitude(int64_t value)
 {
-    return value < 0 ? -value : value;
+    return value < 0 ? 0 - (uint64_t)value : (uint64_t)value;
 }
 
 /* Dimensions are visited from the smallest stride up; each must step over all that the smaller ones reach.
@@ -70,7 +70,7 @@ static int64_t magnitude(int64_t value)
 int btx_tensor_overlaps(const btx_tensor *tensor)
 {
     int visited[BTX_MAX_DIMS] = {0};
-    int64_t reach = 0;
+    uint64_t reach = 0;
     for (int32_t d = 0; d < tensor->num_dims; d++) {
         if (tensor->shape[d] == 0)
             return 0;
@@ -86,7 +86,10 @@ int btx_tensor_overlaps(const btx_tensor *tensor)
             continue;
         if (magnitude(tensor->stride[smallest]) <= reach)
             return 1;
-        reach += magnitude(tensor->stride[smallest]) * (tensor->shape[smallest] - 1);
+        uint64_t span;
+        if (__builtin_mul_overflow(magnitude(tensor->stride[smallest]), (uint64_t)tensor->shape[smallest] - 1, &span) ||
+            __builtin_add_overflow(reach, span, &reach))
+            return 1;
     }
     return 0;
 }
@@ -102,17 +105,18 @@ btx_status btx_tensor_check(const btx_tensor *tensor, const char *name, btx_dtyp
     if (tensor->num_dims != num_dims)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "%s has %d dimensions; it must have %d", name,
                         (int)tensor->num_dims, (int)num_dims);
-    int64_t elements = 1;
+    int empty = 0;
     for (int32_t d = 0; d < num_dims; d++) {
         if (shape[d] >= 0 && tensor->shape[d] != shape[d])
             return btx_fail(error, BTX_INVALID_ARGUMENT, "dimension %d of %s is %" PRId64 "; it must be %" PRId64,
                             (int)d, name, tensor->shape[d], shape[d]);
-        elements *= tensor->shape[d];
+        empty = empty || tensor->shape[d] == 0;
     }
-    if (tensor->data == NULL && elements > 0)
+    if (tensor->data == NULL && !empty)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "%s has no data", name);
     if (for_writing && tensor->read_only)
-        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is read-only; pass a writable tensor", name);
+        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                        "%s is read-only (or a copy that its library made); pass a writable tensor", name);
     if (for_writing && btx_tensor_overlaps(tensor))
         return btx_fail(error, BTX_INVALID_ARGUMENT,
                         "%s has zero or overlapping strides; pass a tensor whose elements are distinct", name);

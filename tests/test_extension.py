@@ -92,8 +92,8 @@ def test_wrong_layer_count(case: Case) -> None:
 
 
 def test_wrong_heads_and_head_size(case: Case) -> None:
-    refused(case, "keys of layer 0 have 1 KV heads; .* 2", keys=[k[:, :, :1] for k in case.keys])
-    refused(case, "values of layer 0 have head size 8; .* 16", values=[v[..., :8] for v in case.values])
+    refused(case, "keys of layer 0 have 1 KV heads; expected 2", keys=[k[:, :, :1] for k in case.keys])
+    refused(case, "values of layer 0 have head size 8; expected 16", values=[v[..., :8] for v in case.values])
     refused(case, "queries of layer 0 have 3 heads of size 16", queries=[q[:, :, :3] for q in case.queries])
 
 
@@ -197,7 +197,10 @@ def test_a_sequence_listed_twice(case: Case) -> None:
         ),
         (BoundaryEvent(sequence=-1, step_begin=0, step_end=4), "sequence -1"),
         (BoundaryEvent(sequence=0, step_begin=0, step_end=33), "ends at 33; the block table covers 32"),
-        (BoundaryEvent(sequence=0, step_begin=0, step_end=1 << 40), "the block table covers 32"),
+        (
+            BoundaryEvent(sequence=0, step_begin=0, step_end=1 << 40),
+            "ends at 1099511627776; positions are below 2\\^31",
+        ),
     ],
 )
 def test_steps_outside_the_cache(case: Case, event: BoundaryEvent, match: str) -> None:
@@ -236,6 +239,148 @@ def test_nan_in_the_cache_is_refused_before_the_write(case: Case) -> None:
     refused(case, "the edit of sequence 1 in layer 1 is not finite")
 
 
+@pytest.mark.parametrize("key_space", ["rotated", "unrotated"])
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 65504.0), ("bfloat16", 3.38e38), ("float32", 3.4e38)])
+def test_an_edit_that_would_overflow_the_cache_is_refused(dtype: str, value: float, key_space: str) -> None:
+    """Not the edit but its sum with the old value, rounded, is infinite."""
+    case = make_case(Shape(lengths=((0, 30, 9),), dtype=dtype, key_space=key_space))
+    for name, weight in case.weights.items():
+        if "out_proj" in name:
+            weight[...] = 0
+        if name.endswith("layers.1.out_proj.bias"):
+            weight[-1] = value / 16
+        if name.endswith("gate"):
+            weight[...] = 30  # sigmoid 1
+    case.values[1][0, 25, 1, 15] = value
+    refused(case, "the edit of sequence 0 in layer 1 is not finite")
+
+
+def test_nan_that_only_the_selection_sees_is_refused(case: Case) -> None:
+    case.keys[0][case.block_table[0, 1], 2] = float("nan")  # position 10: prior, it need not be selected
+    refused(case, "the attention of sequence 0 in layer 0 is not finite")
+
+
+def test_queries_never_captured_are_refused(case: Case) -> None:
+    refused(case, "never captured", queries=[torch.full_like(q, float("nan")) for q in case.queries])
+
+
+class CopyingProducer:
+    """A library that cannot share its memory and exports a copy, as DLPack allows."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.tensor.numpy().__dlpack__(**{**options, "copy": True})
+
+
+def test_copies_are_refused_where_we_write(case: Case) -> None:
+    refused(case, "keys of layer 0 are read-only .or copies", keys=[CopyingProducer(k) for k in case.keys])
+    case.queries = [CopyingProducer(q) for q in case.queries]
+    case.rewrite(case.processor())  # reading from a copy is fine
+
+
+def test_tables_are_copied_before_they_are_checked(case: Case) -> None:
+    """A block table in the memory that is rewritten: the call uses what it checked."""
+    case = make_case(Shape(lengths=((0, 16, 9),), num_layers=3, top_k=0))
+    expected = make_case(case.shape)
+    memory = case.values[0][0, 15, 1, 14:16].view(torch.int32)  # in the window: its bits change
+    memory[:] = torch.tensor([0, 1])
+    expected.values[0].copy_(case.values[0])
+    expected.rewrite(expected.processor())
+    case.block_table = memory[:, None]
+    case.rewrite(case.processor())
+    assert memory[0] != 0
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+
+
+def test_lengths_are_copied_before_they_are_checked() -> None:
+    mass, out = np.ones((400, 8), np.float32), np.zeros((400, 2), np.int64)
+    lengths = np.full(400, 8, np.int64)
+    done = threading.Event()
+
+    def flip() -> None:
+        while not done.is_set():
+            lengths[-1] = 1 << 40
+            lengths[-1] = 8
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    refusals = 0
+    for _ in range(3000):
+        try:
+            bottleneck_ext.select_top_k(mass, lengths, out)
+        except InvalidArgumentError:
+            refusals += 1
+    done.set()
+    thread.join()
+    assert refusals < 3000
+
+
+def test_shared_blocks_may_be_read(case: Case) -> None:
+    """Prefix-cached blocks: selection alone writes nothing, so two sequences may share them."""
+    case = make_case(Shape(lengths=((0, 30, 9), (0, 30, 9)), block_size=8))
+    table = np.stack([case.block_table[0]] * 3)
+    query_table = np.stack([case.query_table[0]] * 3)
+    out = np.zeros((2, 2, 21), np.float32)
+    bottleneck_ext.attention_mass(
+        bottleneck_ext.KVCache(case.keys, case.values),
+        bottleneck_ext.QueryCache(case.queries, query_table),
+        [(0, 0, 21, 30), (1, 0, 21, 30)],
+        table,
+        out=out,
+        workspace=bottleneck_ext.Workspace(),
+    )
+    assert (out[:, 0] == out[:, 1]).all()
+    assert (out > 0).all()
+
+
+def test_empty_outputs_are_checked(case: Case) -> None:
+    processor = case.processor()
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    for name, match in (("delta_norm", "delta_norm has 1 dimensions"), ("recalled", "recalled is float32")):
+        with pytest.raises(InvalidArgumentError, match=match):
+            processor.native.rewrite(
+                bound.kv_cache,
+                bound.query_cache,
+                [(0, 0, 21, 30)],
+                case.block_table,
+                workspace=bound.workspace,
+                **{name: torch.empty(0)},
+            )
+
+
+def test_out_of_memory_is_never_reported_as_nothing_written(case: Case) -> None:
+    """Every Python allocation of a call fails once: MemoryError means that the caches are as they were."""
+    testcapi = pytest.importorskip("_testcapi")
+    processor = case.processor()
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    steps = [(0, 0, 21, 30)]
+
+    def rewrite() -> None:
+        processor.native.rewrite(bound.kv_cache, bound.query_cache, steps, case.block_table, workspace=bound.workspace)
+
+    rewrite()
+    seen = set()
+    for n in range(150):
+        before = case.snapshot()
+        error = None
+        testcapi.set_nomemory(n, n + 1)
+        try:
+            rewrite()
+        except BaseException as raised:
+            error = raised
+        testcapi.remove_mem_hooks()
+        same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
+        seen.add(type(error))
+        assert same == isinstance(error, MemoryError), (n, error)
+    assert {MemoryError, RebuildNeededError} <= seen
+
+
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
@@ -248,7 +393,7 @@ def test_nan_in_the_cache_is_refused_before_the_write(case: Case) -> None:
         ("processor_heads", 5, "processor_dim 32 is not a multiple of processor_heads 5"),
         ("norm_eps", 0.0, "norm_eps is 0"),
         ("norm_eps", float("nan"), "norm_eps is nan"),
-        ("rope_inv_freq", [1.0], "rope_inv_freq has 1 entries; head_dim 16 needs 8"),
+        ("rope_inv_freq", [1.0], "rope_inv_freq has 1 entries for head_dim 16; it must have half as many"),
     ],
 )
 def test_configuration_out_of_range(case: Case, key: str, value: object, match: str) -> None:
@@ -269,7 +414,10 @@ def test_weights_that_are_wrong(case: Case) -> None:
             CacheProcessor(case.config, {k: v for k, v in weights.items() if v is not None})
 
     refused_weights("tensor layers.1.gate is missing", **{"layers.1.gate": None})
-    refused_weights("layers.0.in_proj.bias has the wrong shape", **{"layers.0.in_proj.bias": np.zeros(31, np.float32)})
+    refused_weights(
+        r"layers.0.in_proj.bias has the wrong shape \[31\]; it must be \[32\]",
+        **{"layers.0.in_proj.bias": np.zeros(31, np.float32)},
+    )
     bad = case.weights["layers.1.o_proj.weight"].copy()
     bad[3, 5] = np.nan
     refused_weights(r"layers.1.o_proj.weight holds nan at \[3, 5\]", **{"layers.1.o_proj.weight": bad})
@@ -369,8 +517,8 @@ def test_producers_that_misbehave(case: Case) -> None:
 
     refused(case, "returned no DLPack capsule", TypeError, keys=[Producer(1), case.keys[1]])
     refused(case, "not today", keys=[Producer(BufferError("not today")), case.keys[1]])
-    refused(case, "", KeyboardInterrupt, keys=[Producer(KeyboardInterrupt()), case.keys[1]])
-    refused(case, "", MemoryError, keys=[Producer(MemoryError()), case.keys[1]])
+    refused(case, "^$", KeyboardInterrupt, keys=[Producer(KeyboardInterrupt()), case.keys[1]])
+    refused(case, "^$", MemoryError, keys=[Producer(MemoryError()), case.keys[1]])
 
 
 def test_misaligned_data(case: Case) -> None:
@@ -402,6 +550,22 @@ def test_freed_tensors_stay_alive_while_bound(case: Case) -> None:
     gc.collect()
     bound.rewrite(case.events, case.block_table)
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(pools, expected.pools, strict=True))
+
+
+def test_messages_quote_odd_names() -> None:
+    with pytest.raises(UnsupportedError, match=r"there is .*cpu:scalar"):
+        bottleneck_ext.Workspace(1, "x" + "é" * 400)
+
+
+def test_configuration_of_the_wrong_kind(case: Case) -> None:
+    with pytest.raises(TypeError, match=r"top_k is 4.0; it must be an integer"):
+        bottleneck_ext.Processor(native_config(case, top_k=4.0), case.weights)
+    with pytest.raises(TypeError, match=r"norm_eps is 'small'; it must be a number"):
+        bottleneck_ext.Processor(native_config(case, norm_eps="small"), case.weights)
+    config = native_config(case)
+    for key in list(config):
+        with pytest.raises(KeyError, match=f"the configuration lacks {key}"):
+            bottleneck_ext.Processor({k: v for k, v in config.items() if k != key}, case.weights)
 
 
 def test_no_reference_leaks(case: Case) -> None:
@@ -452,6 +616,36 @@ def test_results_do_not_depend_on_threads(num_threads: int) -> None:
         torch.equal(x.view(torch.int16), y.view(torch.int16)) for x, y in zip(one.pools, many.pools, strict=True)
     )
     assert (a.delta_norm == b.delta_norm).all()
+
+
+def test_results_do_not_depend_on_flushed_subnormals() -> None:
+    """Edits of 1e-39: a host that flushes them to zero, even after our threads started, gets the same bits."""
+    shape = Shape(lengths=((0, 40, 20),), num_layers=8, random_scale=1e-39)
+    expected = make_case(shape)
+    workspace = expected.processor().workspace(3)
+
+    def rewrite(case: Case) -> None:
+        for view in (*case.keys, *case.values):
+            view[view.isfinite()] = 0.0
+        for name, weight in case.weights.items():
+            if name.endswith("out_proj.bias"):
+                weight[...] = 0
+        case.processor().bind(
+            case.keys, case.values, case.queries, workspace=workspace, query_table=case.query_table
+        ).rewrite(case.events, case.block_table)
+
+    rewrite(expected)
+    assert any((pool.view(torch.int32) & 0x7FFFFF).any() for pool in expected.pools)
+    flushed = [make_case(shape) for _ in range(10)]
+    assert torch.set_flush_denormal(True)
+    try:
+        for case in flushed:
+            rewrite(case)
+    finally:
+        torch.set_flush_denormal(False)
+    for case in flushed:
+        for a, b in zip(case.pools, expected.pools, strict=True):
+            assert torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
 def test_shared_processor_many_threads() -> None:
@@ -628,7 +822,7 @@ def test_select_top_k_against_sorting() -> None:
                 assert out[row].tolist() == best.tolist() + [-1] * (k - len(best)), (backend, n, k, row)
 
 
-def test_struct_sizes_match_the_header() -> None:
-    """The C API is callable without Python.h: its symbols are hidden in the module, so nothing leaks."""
+def test_the_c_api_stays_hidden_in_the_module() -> None:
+    """Two libraries that both compile the core into themselves do not meet."""
     library = ctypes.CDLL(bottleneck_ext._core.__file__)
     assert not hasattr(library, "btx_rewrite")

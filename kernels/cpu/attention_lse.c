@@ -94,7 +94,6 @@ static btx_status btx_cpu_attention_lse(const btx_pass *pass, float *lse, btx_er
     const btx_plan *plan = pass->plan;
     int64_t group_size = score_group_size(plan);
     score_group group;
-    (void)error;
     score_lay_out(plan, score_max_rows(plan), btx_scratch(pass), &group);
     for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
         for (int64_t s = 0; s < plan->num_steps; s++) {
@@ -103,9 +102,15 @@ static btx_status btx_cpu_attention_lse(const btx_pass *pass, float *lse, btx_er
                 float *to = lse + step->window_offset * plan->num_query_heads + kv_head * group_size;
                 score_pack_queries(&group, pass, layer, step, kv_head);
                 lse_of_group(&group, step);
-                for (int64_t row = 0; row < group.num_rows; row++)
-                    to[row / group_size * plan->num_query_heads + row % group_size] =
-                        (float)((double)group.reference[row] + log(group.sum[row]));
+                for (int64_t row = 0; row < group.num_rows; row++) {
+                    float value = (float)((double)group.reference[row] + log(group.sum[row]));
+                    if (!isfinite(value))
+                        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                                        "the attention of sequence %lld in layer %d is not finite: its queries or keys "
+                                        "hold NaN or infinity, or were never captured; nothing was written",
+                                        (long long)step->sequence, (int)layer);
+                    to[row / group_size * plan->num_query_heads + row % group_size] = value;
+                }
             }
         }
         lse += plan->total_window * plan->num_query_heads;

@@ -5,6 +5,7 @@
  *
  * The threads of an executor start at its first use and sleep between runs. A forked child inherits the memory
  * but none of the threads: it notices by its process id and starts its own. */
+#include <fenv.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -84,6 +85,7 @@ static void *worker_main(void *argument)
     worker *self = argument;
     executor *run = self->owner;
     uint64_t seen = 0;
+    fesetenv(FE_DFL_ENV);
     pthread_mutex_lock(&run->mutex);
     for (;;) {
         while (run->generation == seen && !run->stopping)
@@ -116,6 +118,9 @@ static void start_workers(executor *run)
         return;
     sigset_t all, callers; /* signals are the host's business, on the host's threads */
     sigfillset(&all);
+    const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT}; /* these are the thread's own */
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
+        sigdelset(&all, faults[i]);
     pthread_sigmask(SIG_SETMASK, &all, &callers);
     while (run->num_started < run->num_threads - 1) {
         worker *next = &run->workers[run->num_started];
@@ -175,7 +180,12 @@ btx_status btx_cpu_executor_run(void *memory, int32_t num_layers, btx_pass_funct
         pthread_cond_broadcast(&run->work_ready);
         pthread_mutex_unlock(&run->mutex);
     }
+    /* A host that flushes subnormals to zero gets the same bits as one that does not, on any number of threads. */
+    fenv_t host;
+    fegetenv(&host);
+    fesetenv(FE_DFL_ENV);
     work(run, 0);
+    fesetenv(&host);
     if (run->num_started > 0 && num_layers > 1) {
         pthread_mutex_lock(&run->mutex);
         while (run->num_running > 0)

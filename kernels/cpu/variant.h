@@ -23,13 +23,12 @@
 #include "write_kv.c"
 
 /* One operation runs at a time on a lane, so they share one scratch. */
-static size_t btx_cpu_scratch_bytes(const btx_plan *plan, int64_t max_in_dim, int64_t max_out_dim)
+static size_t btx_cpu_scratch_bytes(const btx_plan *plan, int64_t max_in_dim)
 {
     size_t bytes = btx_cpu_selection_scratch_bytes(plan);
     size_t linear = btx_cpu_linear_scratch_bytes(plan->total_rows, max_in_dim);
     /* The attention is max_in_dim wide at most: its output is a product's input. */
-    size_t attention = btx_cpu_attention_scratch_bytes(plan->total_rows, max_in_dim);
-    (void)max_out_dim;
+    size_t attention = max_in_dim > 0 ? btx_cpu_attention_scratch_bytes(plan->total_rows, max_in_dim) : 0;
     bytes = linear > bytes ? linear : bytes;
     return attention > bytes ? attention : bytes;
 }
