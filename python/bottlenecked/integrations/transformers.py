@@ -716,10 +716,12 @@ def _capturing(
                 if kwargs.get(name) is not None:
                     raise UnsupportedError(f"the model's attention uses {name}: not supported")
             tokens, window = query.shape[2], query_ring.shape[2]
-            count = min(tokens, window)
-            rows = (query_slot + torch.arange(tokens - count, tokens, device=query.device)) % window
-            newest = query[:, :, -count:].transpose(1, 2)
-            query_ring[int(module.layer_idx)].index_copy_(1, rows, newest)  # type: ignore[arg-type]
+            rows, newest = query_slot, query
+            if tokens > 1:  # of a prompt only the last queries fit
+                count = min(tokens, window)
+                rows = (query_slot + torch.arange(tokens - count, tokens, device=query.device)) % window
+                newest = query[:, :, -count:]
+            query_ring[int(module.layer_idx)].index_copy_(1, rows, newest.transpose(1, 2))  # type: ignore[arg-type]
         return wrapped(module, query, key, value, attention_mask, **kwargs)
 
     return capturing_attention
