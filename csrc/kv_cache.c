@@ -40,8 +40,7 @@ static btx_status check_view(const btx_tensor *view, const btx_tensor *first, co
                         " of %" PRId64 "; all layers share one block table",
                         what, (int)layer, view->shape[0], view->shape[1], first->shape[0], first->shape[1]);
     if (for_writing && view->read_only)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "%s of layer %d are read-only (or copies that their library made); pass writable tensors", what,
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s of layer %d are read-only; pass writable tensors", what,
                         (int)layer);
     if (for_writing && btx_tensor_overlaps(view))
         return btx_fail(error, BTX_INVALID_ARGUMENT,

@@ -43,7 +43,7 @@ typedef struct dl_managed_tensor_versioned {
 } dl_managed_tensor_versioned;
 
 #define DL_FLAG_READ_ONLY ((uint64_t)1)
-#define DL_FLAG_IS_COPIED ((uint64_t)2) /* what is written to a copy is lost */
+#define DL_FLAG_IS_COPIED ((uint64_t)2)
 
 /* "keys of layer 3" or "mass". */
 static PyObject *argument_name(const char *name, Py_ssize_t index)
@@ -137,7 +137,12 @@ PyObject *borrow_tensor(module_state *state, PyObject *object, const char *name,
             goto fail;
         }
         tensor = &managed->tensor;
-        read_only = (managed->flags & (DL_FLAG_READ_ONLY | DL_FLAG_IS_COPIED)) != 0;
+        read_only = (managed->flags & DL_FLAG_READ_ONLY) != 0;
+        if ((managed->flags & DL_FLAG_IS_COPIED) != 0) {
+            refuse(state->invalid_argument_error, name, index,
+                   "its library exported a copy, in which writes are lost; pass a tensor that shares its memory");
+            goto fail;
+        }
     }
     else if (PyCapsule_IsValid(capsule, "dltensor")) {
         tensor = &((const dl_managed_tensor *)PyCapsule_GetPointer(capsule, "dltensor"))->tensor;

@@ -115,8 +115,7 @@ btx_status btx_tensor_check(const btx_tensor *tensor, const char *name, btx_dtyp
     if (tensor->data == NULL && !empty)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "%s has no data", name);
     if (for_writing && tensor->read_only)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "%s is read-only (or a copy that its library made); pass a writable tensor", name);
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is read-only; pass a writable tensor", name);
     if (for_writing && btx_tensor_overlaps(tensor))
         return btx_fail(error, BTX_INVALID_ARGUMENT,
                         "%s has zero or overlapping strides; pass a tensor whose elements are distinct", name);
