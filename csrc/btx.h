@@ -305,7 +305,7 @@ struct btx_backend {
     uint32_t abi_version; /* BTX_ABI_VERSION */
     uint32_t struct_size; /* sizeof(btx_backend) */
     const char *name;     /* "cpu" */
-    const char *variant;  /* "scalar", "avx2", "avx512", "avx512_bf16" */
+    const char *variant;  /* "scalar", "neon", "avx2", "avx512", "avx512_bf16" */
     btx_device_type device_type;
     int32_t layers_per_pass; /* 1 on the CPU; 0: all layers in one pass */
     int (*available)(void);  /* can this machine run it? */

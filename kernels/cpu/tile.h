@@ -22,6 +22,9 @@
 #elif BTX_VL == 8
 #define BTX_TILE_ROWS 6 /* 12 sums, 2 of B, 1 of A: 15 of 16 registers */
 #define BTX_TILE_VECTORS 2
+#elif BTX_VL == 4
+#define BTX_TILE_ROWS 5 /* 20 sums, 4 of B, 5 of A (compilers load a column of them at once): 29 of 32 registers */
+#define BTX_TILE_VECTORS 4
 #else
 #define BTX_TILE_ROWS 4
 #define BTX_TILE_VECTORS 16
@@ -197,8 +200,10 @@ BTX_TILE_FUNCTIONS(2)
 BTX_TILE_FUNCTIONS(3)
 BTX_TILE_FUNCTIONS(4)
 BTX_TILE_FUNCTIONS(5)
+#if BTX_TILE_ROWS > 5
 BTX_TILE_FUNCTIONS(6)
-#if BTX_VL == 16
+#endif
+#if BTX_TILE_ROWS > 6
 BTX_TILE_FUNCTIONS(7)
 BTX_TILE_FUNCTIONS(8)
 BTX_TILE_FUNCTIONS(9)
@@ -212,17 +217,23 @@ BTX_TILE_FUNCTIONS(14)
 
 /* [rows - 1] */
 static const btx_tile_function btx_tiles_f32[BTX_TILE_ROWS] = {
-    btx_tile_f32_1,  btx_tile_f32_2,  btx_tile_f32_3, btx_tile_f32_4,  btx_tile_f32_5,  btx_tile_f32_6,
-#if BTX_VL == 16
-    btx_tile_f32_7,  btx_tile_f32_8,  btx_tile_f32_9, btx_tile_f32_10, btx_tile_f32_11, btx_tile_f32_12,
-    btx_tile_f32_13, btx_tile_f32_14,
+    btx_tile_f32_1,  btx_tile_f32_2,  btx_tile_f32_3,  btx_tile_f32_4,  btx_tile_f32_5,
+#if BTX_TILE_ROWS > 5
+    btx_tile_f32_6,
+#endif
+#if BTX_TILE_ROWS > 6
+    btx_tile_f32_7,  btx_tile_f32_8,  btx_tile_f32_9,  btx_tile_f32_10, btx_tile_f32_11,
+    btx_tile_f32_12, btx_tile_f32_13, btx_tile_f32_14,
 #endif
 };
 static const btx_tile_function btx_tiles_bf16[BTX_TILE_ROWS] = {
-    btx_tile_bf16_1,  btx_tile_bf16_2,  btx_tile_bf16_3, btx_tile_bf16_4,  btx_tile_bf16_5,  btx_tile_bf16_6,
-#if BTX_VL == 16
-    btx_tile_bf16_7,  btx_tile_bf16_8,  btx_tile_bf16_9, btx_tile_bf16_10, btx_tile_bf16_11, btx_tile_bf16_12,
-    btx_tile_bf16_13, btx_tile_bf16_14,
+    btx_tile_bf16_1,  btx_tile_bf16_2,  btx_tile_bf16_3,  btx_tile_bf16_4,  btx_tile_bf16_5,
+#if BTX_TILE_ROWS > 5
+    btx_tile_bf16_6,
+#endif
+#if BTX_TILE_ROWS > 6
+    btx_tile_bf16_7,  btx_tile_bf16_8,  btx_tile_bf16_9,  btx_tile_bf16_10, btx_tile_bf16_11,
+    btx_tile_bf16_12, btx_tile_bf16_13, btx_tile_bf16_14,
 #endif
 };
 
