@@ -54,7 +54,7 @@ static const btx_step steps[NUM_SEQUENCES] = {
     {.sequence = 1, .sequence_begin = 5, .step_begin = 50, .step_end = 77},
 };
 
-/* Caches in the case's dtype, in bytes; what a backend made of them, in f32. */
+/* The memory of a cache in the dtype of the case, and what a backend made of it. */
 typedef struct cache {
     _Alignas(64) unsigned char keys[NUM_LAYERS][MAX_CACHE * sizeof(float)];
     unsigned char values[NUM_LAYERS][MAX_CACHE * sizeof(float)];
@@ -69,7 +69,7 @@ typedef struct result {
 
 /* The inputs of one case. */
 static cache original;
-static unsigned char queries[NUM_LAYERS][MAX_QUERIES * sizeof(float)];
+static _Alignas(64) unsigned char queries[NUM_LAYERS][MAX_QUERIES * sizeof(float)];
 static float weight_data[MAX_WEIGHTS], inv_freq[MAX_HEAD_DIM / 2];
 static btx_tensor weights[NUM_LAYERS * BTX_NUM_WEIGHTS];
 static int32_t block_table[NUM_SEQUENCES][MAX_BLOCKS];
