@@ -307,7 +307,7 @@ struct btx_backend {
     uint32_t abi_version; /* BTX_ABI_VERSION */
     uint32_t struct_size; /* sizeof(btx_backend) */
     const char *name;     /* "cpu" */
-    const char *variant;  /* "scalar", "avx2", "avx512", "avx512_bf16", "neon" */
+    const char *variant;  /* "scalar", "neon", "avx2", "avx512", "avx512_bf16" */
     btx_device_type device_type;
     /* How large a pass is best: layers (0: all), and rows: whole steps until there are that many (0: all). */
     int32_t layers_per_pass;

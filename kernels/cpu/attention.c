@@ -14,6 +14,7 @@
 #include "operand.h"
 #include "tile.h"
 
+#define NO_SCORE (-1e30f)                /* less than any score; finite, for differences are taken of it */
 #define BTX_KEY_BLOCK 256                /* keys at most */
 #define BTX_KEY_WORDS ((int64_t)1 << 16) /* of packed k and v, where a panel of keys is less */
 
@@ -70,18 +71,18 @@ static void attention_pack(const attention_head *head, int64_t key_begin, int64_
     }
 }
 
-/* scores [num_scores], whole vectors, become exp(scale * (score - max)), and *max and *sum go on to include
- * them. Returns what the sum so far, and so the output, was multiplied by. */
+/* scores [num_scores], whole vectors, become 2^(scale * (score - max)), and *max and *sum go on to include them.
+ * Returns what the sum so far, and so the output, was multiplied by. scale includes log2(e). */
 static float attention_softmax(float *scores, int64_t num_scores, float scale, float *max, float *sum)
 {
     vf largest = vf_set1(*max);
     for (int64_t j = 0; j < num_scores; j += BTX_VL)
         largest = vf_max(largest, vf_load(scores + j));
     float new_max = vf_reduce_max(largest);
-    float factor = vf_reduce_max(vf_exp(vf_set1((*max - new_max) * scale)));
+    float factor = vf_reduce_max(vf_exp2_from(vf_set1((*max - new_max) * scale), vf_zero()));
     vf total = vf_zero();
     for (int64_t j = 0; j < num_scores; j += BTX_VL) {
-        vf value = vf_exp(vf_mul(vf_sub(vf_load(scores + j), vf_set1(new_max)), vf_set1(scale)));
+        vf value = vf_exp2_from(vf_mul(vf_sub(vf_load(scores + j), vf_set1(new_max)), vf_set1(scale)), vf_zero());
         vf_store(scores + j, value);
         total = vf_add(total, value);
     }
@@ -120,7 +121,7 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
     for (int64_t row = row_begin; row < row_end; row++) {
         float *scores = head->scores + (row - row_begin) * head->key_block;
         for (int64_t j = num_keys; j < num_scores; j++)
-            scores[j] = -INFINITY;
+            scores[j] = NO_SCORE;
         float factor = attention_softmax(scores, num_scores, head->scale, &head->max[row], &head->sum[row]);
         if (!first_block && factor != 1.0f)
             attention_multiply(head->out + row * head->head_dim, head->head_dim, factor);
@@ -144,7 +145,7 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
 static void attention_run(const attention_head *head)
 {
     for (int64_t row = 0; row < head->num_rows; row++) {
-        head->max[row] = -INFINITY;
+        head->max[row] = NO_SCORE;
         head->sum[row] = 0.0f;
     }
     for (int64_t key = 0; key < head->num_rows; key += head->key_block) {
@@ -178,7 +179,7 @@ static btx_status btx_cpu_attention(const btx_pass *pass, const float *qkv, int6
     const btx_plan *plan = pass->plan;
     attention_head head = {.head_dim = dim / heads, .stride = 3 * dim};
     head.key_block = attention_key_block(head.head_dim);
-    head.scale = 1.0f / sqrtf((float)head.head_dim);
+    head.scale = (float)(1.44269504088896340736 / sqrt((double)head.head_dim));
     head.packed_k = pass->scratch;
     head.packed_v = head.packed_k + head.key_block * head.head_dim;
     head.scores = head.packed_v + head.key_block * attention_panels(head.head_dim) * BTX_PANEL;

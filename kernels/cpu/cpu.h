@@ -8,6 +8,7 @@ extern const btx_backend btx_cpu_backend_scalar;
 extern const btx_backend btx_cpu_backend_avx2;
 extern const btx_backend btx_cpu_backend_avx512;
 extern const btx_backend btx_cpu_backend_avx512_bf16;
+extern const btx_backend btx_cpu_backend_neon;
 
 /* executor.c: see the table in btx.h. */
 btx_status btx_cpu_allocate(size_t bytes, void **memory, btx_error *error);

@@ -13,8 +13,9 @@
 #include "btx.h"
 #include "tile.h"
 
-#define BTX_ROW_BLOCK 256 /* rows that share one pass over the weights: more would not stay in the second-level cache  \
-                           */
+#define BTX_ROW_BLOCK                                                                                                  \
+    256 /* rows that share one pass over the weights: more would not stay in the second-level cache                    \
+         */
 
 static inline int64_t linear_min(int64_t a, int64_t b)
 {

@@ -31,6 +31,9 @@
 #if BTX_VL == 16
 #define SCORE_KEYS 8
 #define SCORE_BLOCK 3
+#elif BTX_VL == 4 /* 32 registers as well, but compilers load all the keys at once */
+#define SCORE_KEYS 8
+#define SCORE_BLOCK 2
 #else
 #define SCORE_KEYS 4
 #define SCORE_BLOCK 2

@@ -25,6 +25,9 @@
 #elif BTX_VL == 8
 #define BTX_TILE_ROWS 6 /* 12 sums, 2 of B, 1 of A: 15 of 16 registers */
 #define BTX_TILE_VECTORS 2
+#elif BTX_VL == 4
+#define BTX_TILE_ROWS 5 /* 20 sums, 4 of B, 5 of A (compilers load a column of them at once): 29 of 32 registers */
+#define BTX_TILE_VECTORS 4
 #else
 #define BTX_TILE_ROWS 4
 #define BTX_TILE_VECTORS 16
@@ -238,8 +241,10 @@ BTX_TILE_FUNCTIONS(2)
 BTX_TILE_FUNCTIONS(3)
 BTX_TILE_FUNCTIONS(4)
 BTX_TILE_FUNCTIONS(5)
+#if BTX_TILE_ROWS > 5
 BTX_TILE_FUNCTIONS(6)
-#if BTX_TILE_ROWS == 10
+#endif
+#if BTX_TILE_ROWS > 6
 BTX_TILE_FUNCTIONS(7)
 BTX_TILE_FUNCTIONS(8)
 BTX_TILE_FUNCTIONS(9)
@@ -249,8 +254,10 @@ BTX_TILE_FUNCTIONS(10)
 
 #if BTX_TILE_ROWS == 10
 #define BTX_TILE_TABLE(name) {name##1, name##2, name##3, name##4, name##5, name##6, name##7, name##8, name##9, name##10}
-#else
+#elif BTX_TILE_ROWS == 6
 #define BTX_TILE_TABLE(name) {name##1, name##2, name##3, name##4, name##5, name##6}
+#else
+#define BTX_TILE_TABLE(name) {name##1, name##2, name##3, name##4, name##5}
 #endif
 
 /* [ahead or not][rows - 1] */
