@@ -30,6 +30,14 @@ static size_t btx_cpu_operand_bytes(int64_t rows, int64_t dim, btx_dtype dtype)
     return (size_t)rows * (size_t)operand_stride(dim, dtype);
 }
 
+#ifdef BTX_BF16_DOT
+/* The instruction takes subnormals as zero, but so does the product that reads them. */
+static inline __m256i operand_halves(vf value)
+{
+    return (__m256i)_mm512_cvtneps_pbh(value);
+}
+#endif
+
 /* Elements [k, k + n) of a row, n <= BTX_VL. */
 static inline void operand_store_n(void *row, btx_dtype dtype, int64_t k, vf value, int n)
 {
@@ -38,7 +46,7 @@ static inline void operand_store_n(void *row, btx_dtype dtype, int64_t k, vf val
         return;
     }
 #ifdef BTX_BF16_DOT
-    vf_store_bf16_n((uint16_t *)row + k, value, n);
+    vf_put_halves_n((uint16_t *)row + k, operand_halves(value), n);
 #else
     vf_store_n((float *)row + k, vf_from_bf16(vf_to_bf16(value)), n);
 #endif
@@ -51,7 +59,7 @@ static inline void operand_store(void *row, btx_dtype dtype, int64_t k, vf value
         return;
     }
 #ifdef BTX_BF16_DOT
-    vf_store_bf16((uint16_t *)row + k, value);
+    vf_put_halves((uint16_t *)row + k, operand_halves(value));
 #else
     vf_store((float *)row + k, vf_from_bf16(vf_to_bf16(value)));
 #endif
