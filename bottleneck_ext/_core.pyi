@@ -117,6 +117,24 @@ class Processor:
     ) -> dict[str, float]:
         """Rewrites the steps that just ended, in place; seconds per stage, summed over threads."""
 
+@final
+class Linear:
+    """The product the Processor is made of, alone: packed weights ``[num_layers, out_dim, in_dim]`` and biases."""
+    def __new__(
+        cls,
+        weight: SupportsDLPack,
+        bias: SupportsDLPack | None = None,
+        *,
+        weight_dtype: str = "float32",
+        backend: str = "cpu",
+    ) -> Linear: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def backend(self) -> str: ...
+    def apply(self, x: SupportsDLPack, out: SupportsDLPack, *, accumulate: bool = False, workspace: Workspace) -> None:
+        """out [num_layers, rows, out_dim] = x W^T + bias (+ out), from x [num_layers, rows, in_dim]."""
+
 def attention_mass(
     kv_cache: KVCache,
     query_cache: QueryCache,

@@ -249,6 +249,27 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
 btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, const btx_tensor *lengths,
                             btx_tensor *out, btx_error *error);
 
+/* ---- one product -------------------------------------------------------------------------------- */
+
+/* y = x W^T + bias for every layer, the product that the Processor is made of, alone. Immutable; may be shared between
+ * threads. */
+typedef struct btx_packed_linear btx_packed_linear;
+
+/* Checks and packs weight f32 [num_layers, out_dim, in_dim] and bias f32 [num_layers, out_dim] (NULL: none), any
+ * strides; at most 4096 layers, out_dim and in_dim at most 2^20. NaN and infinity are refused. weight_dtype: BTX_F32;
+ * BTX_BF16: both operands are rounded to bf16, sums are f32. The tensors may be freed afterwards. */
+btx_status btx_packed_linear_create(const btx_backend *backend, const btx_tensor *weight, const btx_tensor *bias,
+                                    btx_dtype weight_dtype, btx_packed_linear **linear, btx_error *error);
+void btx_packed_linear_destroy(btx_packed_linear *linear); /* NULL is fine */
+const btx_backend *btx_packed_linear_backend(const btx_packed_linear *linear);
+size_t btx_packed_linear_bytes(const btx_packed_linear *linear); /* memory held by packed weights and biases */
+
+/* out f32 [num_layers, rows, out_dim] = x W^T + bias, plus what out held when accumulate is nonzero, from x f32
+ * [num_layers, rows, in_dim]. Both are row-major and share no memory. Layers are spread over the workspace's threads.
+ * A value of x that is not finite makes its row of out so. */
+btx_status btx_packed_linear_apply(const btx_packed_linear *linear, btx_workspace *workspace, const btx_tensor *x,
+                                   int accumulate, btx_tensor *out, btx_error *error);
+
 /* ---- backend ------------------------------------------------------------------------------------ */
 
 /* One boundary after all checks, as backends see it. Arrays over rows are concatenated over the steps. */

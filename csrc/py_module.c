@@ -177,10 +177,12 @@ static int module_exec(PyObject *module)
     state->query_cache_type = add_type(module, &query_cache_spec);
     state->workspace_type = add_type(module, &workspace_spec);
     state->processor_type = add_type(module, &processor_spec);
+    state->linear_type = add_type(module, &linear_spec);
     state->empty_tuple = PyTuple_New(0);
     state->dlpack_keywords = Py_BuildValue("{s:(ii)}", "max_version", 1, 0);
     if (state->kv_cache_type == NULL || state->query_cache_type == NULL || state->workspace_type == NULL ||
-        state->processor_type == NULL || state->empty_tuple == NULL || state->dlpack_keywords == NULL)
+        state->processor_type == NULL || state->linear_type == NULL || state->empty_tuple == NULL ||
+        state->dlpack_keywords == NULL)
         return -1;
     return PyModule_AddStringConstant(module, "__version__", BTX_VERSION);
 }
@@ -196,6 +198,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->kv_cache_type);
     Py_VISIT(state->query_cache_type);
     Py_VISIT(state->processor_type);
+    Py_VISIT(state->linear_type);
     Py_VISIT(state->workspace_type);
     Py_VISIT(state->dlpack_keywords);
     Py_VISIT(state->empty_tuple);
@@ -213,6 +216,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->kv_cache_type);
     Py_CLEAR(state->query_cache_type);
     Py_CLEAR(state->processor_type);
+    Py_CLEAR(state->linear_type);
     Py_CLEAR(state->workspace_type);
     Py_CLEAR(state->dlpack_keywords);
     Py_CLEAR(state->empty_tuple);

@@ -21,6 +21,7 @@ typedef struct module_state {
     PyTypeObject *kv_cache_type;
     PyTypeObject *query_cache_type;
     PyTypeObject *processor_type;
+    PyTypeObject *linear_type;
     PyTypeObject *workspace_type;
     /* The keyword arguments {"max_version": (1, 0)}. Owned. */
     PyObject *dlpack_keywords;
@@ -55,7 +56,7 @@ int borrowed_list_init(borrowed_list *list, Py_ssize_t length);
 void borrowed_list_clear(borrowed_list *list);
 
 /* py_types.c */
-extern PyType_Spec kv_cache_spec, query_cache_spec, processor_spec, workspace_spec;
+extern PyType_Spec kv_cache_spec, query_cache_spec, processor_spec, linear_spec, workspace_spec;
 PyObject *module_attention_mass(PyObject *module, PyObject *args, PyObject *keywords);
 PyObject *module_select_top_k(PyObject *module, PyObject *args, PyObject *keywords);
 

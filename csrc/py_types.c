@@ -1,4 +1,4 @@
-/* py_types.c - KVCache, QueryCache, Workspace, Processor, attention_mass, select_top_k.
+/* py_types.c - KVCache, QueryCache, Workspace, Processor, Linear, attention_mass, select_top_k.
  *
  * A cache object keeps the Python tensors it was given, and the views they had then. Each call borrows the tensors
  * anew and refuses those that moved or changed shape, so that memory freed or resized behind our back is never
@@ -589,18 +589,24 @@ static int read_inv_freq(module_state *state, PyObject *config, btx_config *out,
     return PyErr_Occurred() ? -1 : 0;
 }
 
+static int read_weight_dtype(module_state *state, const char *name, btx_dtype *out)
+{
+    if (strcmp(name, "float32") == 0)
+        *out = BTX_F32;
+    else if (strcmp(name, "bfloat16") == 0)
+        *out = BTX_BF16;
+    else {
+        PyErr_Format(state->invalid_argument_error, "weight_dtype is '%s'; it must be 'float32' or 'bfloat16'", name);
+        return -1;
+    }
+    return 0;
+}
+
 static int read_config(module_state *state, PyObject *config, const char *weight_dtype, btx_config *out,
                        float **inv_freq)
 {
-    if (strcmp(weight_dtype, "float32") == 0)
-        out->weight_dtype = BTX_F32;
-    else if (strcmp(weight_dtype, "bfloat16") == 0)
-        out->weight_dtype = BTX_BF16;
-    else {
-        PyErr_Format(state->invalid_argument_error, "weight_dtype is '%s'; it must be 'float32' or 'bfloat16'",
-                     weight_dtype);
+    if (read_weight_dtype(state, weight_dtype, &out->weight_dtype) < 0)
         return -1;
-    }
     if (read_int(config, "num_layers", &out->num_layers) < 0 ||
         read_int(config, "num_kv_heads", &out->num_kv_heads) < 0 ||
         read_int(config, "num_query_heads", &out->num_query_heads) < 0 ||
@@ -824,6 +830,155 @@ PyType_Spec processor_spec = {
     .basicsize = sizeof(processor_object),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = processor_slots,
+};
+
+/* ---- Linear ----------------------------------------------------------------------------------------- */
+
+typedef struct linear_object {
+    PyObject_HEAD btx_packed_linear *linear; /* Owned. */
+} linear_object;
+
+static PyObject *linear_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"weight", "bias", "weight_dtype", "backend", NULL};
+    PyObject *weight = NULL, *bias = Py_None;
+    const char *weight_dtype_name = "float32", *backend_name = "cpu";
+    module_state *state = module_state_of_self(type);
+    borrowed_list borrowed = {0};
+    btx_dtype weight_dtype;
+    btx_packed_linear *linear = NULL;
+    btx_error error = {{0}};
+    linear_object *self = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|O$ss:Linear", names, &weight, &bias, &weight_dtype_name,
+                                     &backend_name))
+        return NULL;
+    const btx_backend *backend = find_backend(state, backend_name);
+    if (backend == NULL || read_weight_dtype(state, weight_dtype_name, &weight_dtype) < 0 ||
+        borrowed_list_init(&borrowed, 2) < 0)
+        return NULL;
+    borrowed.capsules[0] = borrow_tensor(state, weight, "weight", -1, &borrowed.views[0]);
+    if (borrowed.capsules[0] == NULL)
+        goto cleanup;
+    if (bias != Py_None) {
+        borrowed.capsules[1] = borrow_tensor(state, bias, "bias", -1, &borrowed.views[1]);
+        if (borrowed.capsules[1] == NULL)
+            goto cleanup;
+    }
+    btx_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = btx_packed_linear_create(backend, &borrowed.views[0], bias != Py_None ? &borrowed.views[1] : NULL,
+                                      weight_dtype, &linear, &error);
+    Py_END_ALLOW_THREADS
+    if (status != BTX_OK) {
+        raise_status(state, status, &error);
+        goto cleanup;
+    }
+    self = (linear_object *)new_instance(type);
+    if (self == NULL)
+        btx_packed_linear_destroy(linear);
+    else
+        self->linear = linear;
+
+cleanup:
+    borrowed_list_clear(&borrowed);
+    return (PyObject *)self;
+}
+
+static void linear_dealloc(PyObject *object)
+{
+    btx_packed_linear_destroy(((linear_object *)object)->linear);
+    free_instance(object);
+}
+
+static PyObject *linear_nbytes(PyObject *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromSize_t(btx_packed_linear_bytes(((linear_object *)self)->linear));
+}
+
+static PyObject *linear_backend(PyObject *self, void *closure)
+{
+    (void)closure;
+    return backend_full_name(btx_packed_linear_backend(((linear_object *)self)->linear));
+}
+
+static PyGetSetDef linear_getset[] = {
+    {"nbytes", linear_nbytes, NULL, "Bytes held by the packed weights and biases.", NULL},
+    {"backend", linear_backend, NULL, "For instance \"cpu:avx2\".", NULL},
+    {0},
+};
+
+PyDoc_STRVAR(apply_doc,
+             "apply($self, x, out, *, accumulate=False, workspace)\n--\n\n"
+             "out = x W^T + bias, plus what out held where accumulate is true. x: float32\n"
+             "[num_layers, rows, in_dim], out: float32 [num_layers, rows, out_dim], both row-major, without\n"
+             "shared memory. Layers are spread over the workspace's threads.\n\n"
+             "InvalidArgumentError, MemoryError: nothing was written.");
+
+static PyObject *linear_apply(PyObject *object, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"x", "out", "accumulate", "workspace", NULL};
+    static const char *const tensor_names[2] = {"x", "out"};
+    module_state *state = module_state_of_self(Py_TYPE(object));
+    const btx_packed_linear *linear = ((linear_object *)object)->linear;
+    PyObject *tensors[2] = {NULL, NULL}, *workspace = NULL, *result = NULL;
+    int accumulate = 0;
+    borrowed_list borrowed = {0};
+    btx_error error = {{0}};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$pO!:apply", names, &tensors[0], &tensors[1], &accumulate,
+                                     state->workspace_type, &workspace))
+        return NULL;
+    if (workspace == NULL) {
+        PyErr_SetString(PyExc_TypeError, "apply() needs the keyword argument workspace");
+        return NULL;
+    }
+    workspace_object *scratch = (workspace_object *)workspace;
+    if (borrowed_list_init(&borrowed, 2) < 0)
+        return NULL;
+    for (Py_ssize_t i = 0; i < 2; i++) {
+        borrowed.capsules[i] = borrow_tensor(state, tensors[i], tensor_names[i], -1, &borrowed.views[i]);
+        if (borrowed.capsules[i] == NULL)
+            goto cleanup;
+    }
+    if (workspace_enter(state, scratch) < 0)
+        goto cleanup;
+    btx_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status =
+        btx_packed_linear_apply(linear, scratch->workspace, &borrowed.views[0], accumulate, &borrowed.views[1], &error);
+    Py_END_ALLOW_THREADS
+    scratch->busy = 0;
+    if (status != BTX_OK)
+        raise_status(state, status, &error);
+    else
+        result = Py_NewRef(Py_None);
+
+cleanup:
+    borrowed_list_clear(&borrowed);
+    return result;
+}
+
+static PyMethodDef linear_methods[] = {
+    {"apply", (PyCFunction)(void (*)(void))linear_apply, METH_VARARGS | METH_KEYWORDS, apply_doc},
+    {0},
+};
+
+PyDoc_STRVAR(linear_doc, "Linear(weight, bias=None, *, weight_dtype=\"float32\", backend=\"cpu\")\n--\n\n"
+                         "The product the Processor is made of, alone, for tests and benchmarks: immutable packed\n"
+                         "weights, float32 [num_layers, out_dim, in_dim], and biases, float32 [num_layers, out_dim];\n"
+                         "may be shared between threads. weight_dtype \"bfloat16\": both operands are rounded to\n"
+                         "bfloat16, sums are float32.");
+
+static PyType_Slot linear_slots[] = {
+    {Py_tp_doc, (void *)linear_doc}, {Py_tp_new, linear_new},         {Py_tp_dealloc, linear_dealloc},
+    {Py_tp_getset, linear_getset},   {Py_tp_methods, linear_methods}, {0, NULL},
+};
+
+PyType_Spec linear_spec = {
+    .name = "bottleneck_ext.Linear",
+    .basicsize = sizeof(linear_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = linear_slots,
 };
 
 /* ---- functions ---------------------------------------------------------------------------------------- */
