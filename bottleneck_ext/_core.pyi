@@ -44,8 +44,13 @@ class RebuildNeededError(BottleneckError, RuntimeError):
 
 @final
 class KVCache:
-    """Per layer one key and one value tensor ``[num_blocks, block_size, num_kv_heads, head_dim]``, any strides."""
-    def __new__(cls, keys: Iterable[SupportsDLPack], values: Iterable[SupportsDLPack]) -> KVCache: ...
+    """Per layer one key and one value tensor ``[num_blocks, block_size, num_kv_heads, head_dim]``, any strides.
+
+    heads_first: they are ``[num_blocks, num_kv_heads, block_size, head_dim]``.
+    """
+    def __new__(
+        cls, keys: Iterable[SupportsDLPack], values: Iterable[SupportsDLPack], *, heads_first: bool = False
+    ) -> KVCache: ...
     @property
     def num_layers(self) -> int: ...
     @property

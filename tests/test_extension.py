@@ -23,7 +23,7 @@ from bottleneck_ext import (
 )
 from bottlenecked import BoundaryEvent, CacheProcessor
 
-from .cases import Case, Shape, make_case
+from .cases import LAYOUTS, Case, Shape, make_case
 
 SHAPE = Shape(lengths=((0, 30, 9), (3, 22, 5)), block_size=8)
 AVAILABLE = [b["name"] for b in bottleneck_ext.backends() if b["available"]]
@@ -523,6 +523,197 @@ def test_producers_that_misbehave(case: Case) -> None:
     refused(case, "not today", keys=[Producer(BufferError("not today")), case.keys[1]])
     refused(case, "^$", KeyboardInterrupt, keys=[Producer(KeyboardInterrupt()), case.keys[1]])
     refused(case, "^$", MemoryError, keys=[Producer(MemoryError()), case.keys[1]])
+
+
+# ---- the C exchange API of DLPack -----------------------------------------------------------------------
+
+
+class ManagedTensor(ctypes.Structure):
+    """DLManagedTensorVersioned."""
+
+    _fields_ = [
+        ("version", ctypes.c_uint32 * 2),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("dtype", ctypes.c_uint8 * 4),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class ExchangeAPI(ctypes.Structure):
+    """DLPackExchangeAPI, as far as it is used."""
+
+    _fields_ = [
+        ("version", ctypes.c_uint32 * 2),
+        ("previous", ctypes.c_void_p),
+        ("allocator", ctypes.c_void_p),
+        ("from_object", ctypes.c_void_p),
+    ]
+
+
+class Exchange:
+    """Makes types that offer the C exchange API: fast exports count in `exported` and `deleted`, others in `asked`.
+
+    fails: the C function raises an exception. changes: of the exported ManagedTensor.
+    """
+
+    def __init__(self, *, versions: tuple[int, ...] = (1,), fails: bool = False, **changes: object) -> None:
+        self.exported = self.deleted = self.asked = 0
+        self.alive: list[object] = []  # what C points to
+        changes = {"flags": 0, "device": (1, 0), "version": (1, 3)} | changes
+
+        def from_object(array: Exchange.Array, out: int) -> int:
+            array = array.array
+            shape = (ctypes.c_int64 * array.ndim)(*array.shape)
+            strides = (ctypes.c_int64 * array.ndim)(*(stride // 4 for stride in array.strides))
+            managed = ManagedTensor(data=array.ctypes.data, ndim=array.ndim, dtype=(2, 32, 1, 0))
+            managed.shape, managed.strides = ctypes.addressof(shape), ctypes.addressof(strides)
+            managed.deleter = ctypes.cast(deleter, ctypes.c_void_p)
+            for name, value in changes.items():
+                setattr(managed, name, value)
+            self.alive += [shape, strides, managed]
+            self.exported += 1
+            ctypes.c_void_p.from_address(out).value = ctypes.addressof(managed)
+            return 0
+
+        def delete(managed: int) -> None:
+            self.deleted += 1
+
+        # A callback of ctypes cannot raise; appending to what is no list does.
+        function = ctypes.pythonapi.PyList_Append
+        if not fails:
+            function = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)(from_object)
+        deleter = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(delete)
+        self.alive += [function, deleter]
+        previous = None
+        for version in sorted(versions):
+            api = ExchangeAPI((version, 0), previous, None, ctypes.cast(function, ctypes.c_void_p))
+            self.alive.append(api)
+            previous = ctypes.addressof(api)
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        capsule = new(previous, b"dlpack_exchange_api", None)
+
+        class Array:
+            __dlpack_c_exchange_api__ = capsule
+
+            def __init__(array, values: torch.Tensor) -> None:
+                array.array = values.numpy()
+
+            def __dlpack__(array, **options: object) -> object:
+                self.asked += 1
+                return array.array.__dlpack__(**options)
+
+        self.Array = Array
+
+
+def test_the_c_exchange_api_is_used_where_it_is_offered(case: Case) -> None:
+    expected = make_case(SHAPE)
+    expected.rewrite(expected.processor())
+    exchange = Exchange()
+    case.keys = [exchange.Array(k) for k in case.keys]
+    case.rewrite(case.processor())
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+    assert exchange.asked == 0
+    assert exchange.exported == exchange.deleted == 4  # two layers, when bound and when rewritten
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exported"),
+    [
+        ({"versions": (2, 1)}, 4),  # an older table in the chain
+        ({"versions": (2,)}, 0),
+        ({"fails": True}, 0),
+        ({"device": (2, 0)}, 4),  # CUDA: its stream is __dlpack__'s business
+        ({"dtype": (5, 64, 1, 0)}, 4),  # complex: so is its conjugate bit
+        ({"version": (2, 0)}, 4),
+    ],
+    ids=lambda value: str(value),
+)
+def test_what_the_c_exchange_api_cannot_say_is_left_to_dlpack(
+    case: Case, arguments: dict[str, object], exported: int
+) -> None:
+    exchange = Exchange(**arguments)
+    case.keys = [exchange.Array(k) for k in case.keys]
+    case.rewrite(case.processor())
+    assert exchange.exported == exchange.deleted == exported
+    assert exchange.asked == (0 if arguments == {"versions": (2, 1)} else 4)
+
+
+def test_refusals_of_the_c_exchange_api(case: Case) -> None:
+    for changes, match in (
+        ({"flags": 1}, "keys of layer 0 are read-only"),
+        ({"flags": 2}, "keys of layer 0: its library exported a copy"),
+        ({"ndim": 5}, "keys of layer 0: has 5 dimensions; at most 4 are used"),
+        ({"byte_offset": 1}, "keys of layer 0: its data are not aligned to 4 bytes"),
+    ):
+        exchange = Exchange(**changes)
+        refused(case, match, keys=[exchange.Array(k) for k in case.keys])
+        assert exchange.asked == 0
+        assert exchange.exported == exchange.deleted > 0
+
+
+def test_a_subclass_is_asked_itself(case: Case) -> None:
+    exchange = Exchange()
+
+    class Copying(exchange.Array):
+        def __dlpack__(self, **options: object) -> object:
+            return self.array.__dlpack__(**{**options, "copy": True})
+
+    refused(case, "its library exported a copy", keys=[Copying(k) for k in case.keys])
+    assert exchange.exported == 0
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="a PyTorch without it")
+def test_torch_tensors_enter_through_the_c_exchange_api(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = make_case(SHAPE)
+    expected.rewrite(expected.processor())
+    processor = case.processor()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__dlpack__", None)
+        bound = processor.bind(
+            case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+        )
+        bound.rewrite(case.events, case.block_table)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+
+
+def test_torch_refuses_what_dlpack_cannot_say(case: Case) -> None:
+    """In PyTorch's own words, whichever way a tensor enters."""
+    refused(case, "keys of layer 0: .* tensors that require gradient", keys=[k.requires_grad_() for k in case.keys])
+    case = make_case(SHAPE)
+    refused(case, "tensors with the conjugate bit", keys=[k.to(torch.complex64).conj() for k in case.keys])
+    refused(case, "other than torch.strided", keys=[k.to_sparse() for k in case.keys])
+    processor = case.processor()
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    case.values[1].requires_grad_()
+    before = case.snapshot()
+    with pytest.raises(InvalidArgumentError, match=r"values of layer 1: .* tensors that require gradient"):
+        bound.rewrite(case.events, case.block_table)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_heads_first_is_a_transposed_view(layout: str) -> None:
+    shape = Shape(lengths=((0, 30, 9), (3, 22, 5)), block_size=8, layout=layout)
+    case, expected = make_case(shape), make_case(shape)
+    expected.rewrite(expected.processor())
+    processor = case.processor()
+    keys, values = [k.transpose(1, 2) for k in case.keys], [v.transpose(1, 2) for v in case.values]
+    bound = processor.bind(
+        keys, values, case.queries, workspace=processor.workspace(), query_table=case.query_table, heads_first=True
+    )
+    assert (bound.kv_cache.block_size, bound.kv_cache.num_kv_heads, bound.kv_cache.head_dim) == (8, 2, 16)
+    bound.rewrite(case.events, case.block_table)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
 
 
 def test_misaligned_data(case: Case) -> None:

@@ -124,6 +124,7 @@ class CacheProcessor:
         workspace: bottleneck_ext.Workspace,
         query_table: SupportsDLPack | None = None,
         softmax_scale: float | None = None,
+        heads_first: bool = False,
     ) -> BoundCache:
         """The caches one caller rewrites, borrowed through DLPack without a copy.
 
@@ -133,10 +134,12 @@ class CacheProcessor:
             row ``p % page_size``.
         query_table: int32 ``[num_sequences, pages_per_sequence]``; None: page s is sequence s's only one.
         softmax_scale: of the backbone's attention; None: ``head_dim ** -0.5``.
+        heads_first: keys and values are ``[num_blocks, num_kv_heads, block_size, head_dim]``; the same as passing
+            transposed views, without making them.
         """
         return BoundCache(
             self,
-            bottleneck_ext.KVCache(keys, values),
+            bottleneck_ext.KVCache(keys, values, heads_first=heads_first),
             bottleneck_ext.QueryCache(queries, query_table),
             workspace,
             0.0 if softmax_scale is None else softmax_scale,
