@@ -33,7 +33,7 @@ int btx_reserve(size_t *total, size_t *offset, int64_t count, size_t size);
 
 /* Scratch of at least bytes, kept until the workspace is destroyed or grows. */
 btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, char **memory, btx_error *error);
-btx_status btx_workspace_run(btx_workspace *workspace, int32_t num_layers, btx_pass_function fn, void *context,
+btx_status btx_workspace_run(btx_workspace *workspace, int64_t num_units, btx_unit_function fn, void *context,
                              btx_error *error);
 const btx_backend *btx_workspace_backend(const btx_workspace *workspace);
 

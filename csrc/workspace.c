@@ -73,8 +73,8 @@ btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, char **
     return BTX_OK;
 }
 
-btx_status btx_workspace_run(btx_workspace *workspace, int32_t num_layers, btx_pass_function fn, void *context,
+btx_status btx_workspace_run(btx_workspace *workspace, int64_t num_units, btx_unit_function fn, void *context,
                              btx_error *error)
 {
-    return workspace->backend->executor_run(workspace->executor, num_layers, fn, context, error);
+    return workspace->backend->executor_run(workspace->executor, num_units, fn, context, error);
 }

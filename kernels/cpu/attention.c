@@ -11,6 +11,7 @@
 #include <math.h>
 
 #include "btx.h"
+#include "operand.h"
 #include "tile.h"
 
 #define BTX_KEY_BLOCK 256                /* keys at most */
@@ -34,18 +35,18 @@ static size_t btx_cpu_attention_scratch_bytes(int64_t max_rows, int64_t max_dim)
 {
     int64_t panel_words = BTX_PANEL * (max_dim + attention_panels(max_dim) * BTX_PANEL);
     int64_t words = panel_words > BTX_KEY_WORDS ? panel_words : BTX_KEY_WORDS;
-    return (size_t)(words + BTX_TILE_ROWS * BTX_KEY_BLOCK + 2 * max_rows) * sizeof(float);
+    return (size_t)(words + BTX_TILE_ROWS * BTX_KEY_BLOCK + (2 + max_dim) * max_rows) * sizeof(float);
 }
 
-/* One step and head: rows of q, k, v [num_rows, stride] and out [num_rows, out_stride], each head_dim wide. */
+/* One step and head: rows of q, k, v [num_rows, stride], each head_dim wide. */
 typedef struct attention_head {
     const float *q, *k, *v;
-    float *out;
-    int64_t num_rows, head_dim, stride, out_stride, key_block;
+    int64_t num_rows, head_dim, stride, key_block;
     float scale;
     /* Scratch. */
     float *packed_k, *packed_v, *scores;
     float *max, *sum; /* [num_rows], of the blocks so far */
+    float *out;       /* [num_rows, head_dim] */
 } attention_head;
 
 static void attention_pack(const attention_head *head, int64_t key_begin, int64_t num_keys)
@@ -106,11 +107,11 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
                      .a_stride = head->stride,
                      .b = head->packed_k};
     tile.depth = head->head_dim;
-    tile.c_stride = head->key_block;
+    tile.scale = 1.0f;
+    tile.c_stride = head->key_block * (int64_t)sizeof(float);
     tile.columns = BTX_PANEL;
     for (int64_t begin = 0; begin < num_keys; begin += BTX_PANEL) {
         tile.c = head->scores + begin;
-        tile.ahead = (const char *)tile.b;
         btx_tile_run(btx_tiles_f32, &tile);
         tile.b += tile.depth * BTX_PANEL;
     }
@@ -122,19 +123,19 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
             scores[j] = -INFINITY;
         float factor = attention_softmax(scores, num_scores, head->scale, &head->max[row], &head->sum[row]);
         if (!first_block && factor != 1.0f)
-            attention_multiply(head->out + row * head->out_stride, head->head_dim, factor);
+            attention_multiply(head->out + row * head->head_dim, head->head_dim, factor);
     }
 
     tile = (btx_tile){
         .rows = (int)(row_end - row_begin), .a = head->scores, .a_stride = head->key_block, .b = head->packed_v};
     tile.depth = num_keys;
-    tile.c_stride = head->out_stride;
+    tile.scale = 1.0f;
+    tile.c_stride = head->head_dim * (int64_t)sizeof(float);
     tile.accumulate = !first_block;
     for (int64_t begin = 0; begin < head->head_dim; begin += BTX_PANEL) {
         int64_t n = head->head_dim - begin;
-        tile.c = head->out + row_begin * head->out_stride + begin;
+        tile.c = head->out + row_begin * head->head_dim + begin;
         tile.columns = n < BTX_PANEL ? (int)n : BTX_PANEL;
-        tile.ahead = (const char *)tile.b;
         btx_tile_run(btx_tiles_f32, &tile);
         tile.b += tile.depth * BTX_PANEL;
     }
@@ -153,15 +154,29 @@ static void attention_run(const attention_head *head)
             attention_tile(head, btx_tile_begin(head->num_rows, t), btx_tile_begin(head->num_rows, t + 1), num_keys,
                            key == 0);
     }
-    for (int64_t row = 0; row < head->num_rows; row++)
-        attention_multiply(head->out + row * head->out_stride, head->head_dim, 1.0f / head->sum[row]);
 }
 
-static btx_status btx_cpu_attention(const btx_pass *pass, const float *qkv, int64_t dim, int32_t heads, float *out,
-                                    btx_error *error)
+/* The finished rows of a head as columns [column, column + head_dim) of an operand of width dim. */
+static void attention_store(const attention_head *head, void *out, int64_t column, int64_t dim, btx_dtype dtype)
+{
+    const float *from = head->out;
+    for (int64_t row = 0; row < head->num_rows; row++, out = (char *)out + operand_stride(dim, dtype)) {
+        const vf factor = vf_set1(1.0f / head->sum[row]);
+        for (int64_t i = 0; i < head->head_dim; i += BTX_VL) {
+            int n = (int)(head->head_dim - i < BTX_VL ? head->head_dim - i : BTX_VL);
+            operand_store_n(out, dtype, column + i, vf_mul(vf_load_n(from + i, n), factor), n);
+        }
+        if (column + head->head_dim == dim)
+            operand_end(out, dtype, dim);
+        from += head->head_dim;
+    }
+}
+
+static btx_status btx_cpu_attention(const btx_pass *pass, const float *qkv, int64_t dim, int32_t heads, btx_dtype dtype,
+                                    void *out, btx_error *error)
 {
     const btx_plan *plan = pass->plan;
-    attention_head head = {.head_dim = dim / heads, .stride = 3 * dim, .out_stride = dim};
+    attention_head head = {.head_dim = dim / heads, .stride = 3 * dim};
     head.key_block = attention_key_block(head.head_dim);
     head.scale = 1.0f / sqrtf((float)head.head_dim);
     head.packed_k = pass->scratch;
@@ -170,20 +185,20 @@ static btx_status btx_cpu_attention(const btx_pass *pass, const float *qkv, int6
     head.max = head.scores + BTX_TILE_ROWS * head.key_block;
     (void)error;
     for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
-        for (int64_t s = 0; s < plan->num_steps; s++) {
-            const btx_plan_step *step = &plan->steps[s];
-            head.num_rows = step->num_recalled + step->num_window;
+        for (int64_t s = pass->step_begin; s < pass->step_end; s++) {
+            head.num_rows = plan->steps[s].num_recalled + plan->steps[s].num_window;
             head.sum = head.max + head.num_rows;
+            head.out = head.sum + head.num_rows;
             for (int32_t h = 0; h < heads; h++) {
-                head.q = qkv + step->row_offset * head.stride + h * head.head_dim;
+                head.q = qkv + h * head.head_dim;
                 head.k = head.q + dim;
                 head.v = head.k + dim;
-                head.out = out + step->row_offset * dim + h * head.head_dim;
                 attention_run(&head);
+                attention_store(&head, out, h * head.head_dim, dim, dtype);
             }
+            qkv += head.num_rows * head.stride;
+            out = (char *)out + head.num_rows * operand_stride(dim, dtype);
         }
-        qkv += plan->total_rows * head.stride;
-        out += plan->total_rows * dim;
     }
     return BTX_OK;
 }

@@ -1,7 +1,8 @@
 /* executor.c - memory and threads of the CPU backends.
  *
- * Layers are independent, so one layer is one unit of work: a thread keeps its activations in its own caches and
- * nothing is synchronised within a layer. Results do not depend on the number of threads.
+ * Units of work, a layer of some steps each, are independent: a thread keeps a unit's activations in its own caches,
+ * and nothing is synchronised within a unit. Threads take the next unit when they are done with one, so a thread that
+ * the system slows down takes fewer; results do not depend on who does what.
  *
  * The threads of an executor start at its first use and sleep between runs. A forked child inherits the memory
  * but none of the threads: it notices by its process id and starts its own. */
@@ -32,10 +33,10 @@ struct executor {
     int32_t num_running; /* workers that have not finished this generation */
     int32_t stopping;
     /* The current run. */
-    btx_pass_function fn;
+    btx_unit_function fn;
     void *context;
-    int32_t num_layers;
-    atomic_int next_layer;
+    int64_t num_units;
+    atomic_llong next_unit;
     atomic_int failed;
     btx_status status; /* of the first failure, under mutex */
     btx_error failure;
@@ -63,11 +64,11 @@ void btx_cpu_release(void *memory)
 static void work(executor *run, int32_t lane)
 {
     while (!atomic_load(&run->failed)) {
-        int32_t layer = atomic_fetch_add(&run->next_layer, 1);
-        if (layer >= run->num_layers)
+        int64_t unit = atomic_fetch_add(&run->next_unit, 1);
+        if (unit >= run->num_units)
             return;
         btx_error error = {{0}};
-        btx_status status = run->fn(run->context, layer, layer + 1, lane, &error);
+        btx_status status = run->fn(run->context, unit, lane, &error);
         if (status == BTX_OK)
             continue;
         pthread_mutex_lock(&run->mutex);
@@ -163,17 +164,17 @@ void btx_cpu_executor_destroy(void *memory)
     free(run);
 }
 
-btx_status btx_cpu_executor_run(void *memory, int32_t num_layers, btx_pass_function fn, void *context, btx_error *error)
+btx_status btx_cpu_executor_run(void *memory, int64_t num_units, btx_unit_function fn, void *context, btx_error *error)
 {
     executor *run = memory;
     start_workers(run);
     run->fn = fn;
     run->context = context;
-    run->num_layers = num_layers;
+    run->num_units = num_units;
     run->status = BTX_OK;
-    atomic_store(&run->next_layer, 0);
+    atomic_store(&run->next_unit, 0);
     atomic_store(&run->failed, 0);
-    if (run->num_started > 0 && num_layers > 1) {
+    if (run->num_started > 0 && num_units > 1) {
         pthread_mutex_lock(&run->mutex);
         run->generation++;
         run->num_running = run->num_started;
@@ -186,7 +187,7 @@ btx_status btx_cpu_executor_run(void *memory, int32_t num_layers, btx_pass_funct
     fesetenv(FE_DFL_ENV);
     work(run, 0);
     fesetenv(&host);
-    if (run->num_started > 0 && num_layers > 1) {
+    if (run->num_started > 0 && num_units > 1) {
         pthread_mutex_lock(&run->mutex);
         while (run->num_running > 0)
             pthread_cond_wait(&run->work_done, &run->mutex);

@@ -101,6 +101,11 @@ static inline vf vf_min(vf a, vf b)
 {
     return _mm512_min_ps(a, b);
 }
+/* Where switches is not zero (a NaN is not) a, else b. */
+static inline vf vf_select_nonzero(vf switches, vf a, vf b)
+{
+    return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(switches, vf_zero(), _CMP_NEQ_UQ), a);
+}
 static inline float vf_reduce_add(vf a)
 {
     return _mm512_reduce_add_ps(a);
@@ -232,6 +237,10 @@ static inline vf vf_max(vf a, vf b)
 static inline vf vf_min(vf a, vf b)
 {
     return _mm256_min_ps(a, b);
+}
+static inline vf vf_select_nonzero(vf switches, vf a, vf b)
+{
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(switches, vf_zero(), _CMP_NEQ_UQ));
 }
 
 static inline float vf_reduce_add(vf a)
@@ -377,6 +386,10 @@ static inline vf vf_min(vf a, vf b)
 {
     return a < b ? a : b;
 }
+static inline vf vf_select_nonzero(vf switches, vf a, vf b)
+{
+    return switches != 0.0f ? a : b;
+}
 static inline float vf_reduce_add(vf a)
 {
     return a;
@@ -451,6 +464,8 @@ static inline void vf_put_halves_n(uint16_t *to, uint16_t a, int n)
  * function that only prefetches for one without effects and drops the calls. */
 #if BTX_VL == 1
 #define vf_prefetch(from) ((void)(from))
+#elif BTX_VL == 4
+#define vf_prefetch(from) __builtin_prefetch((from), 0, 2)
 #else
 #define vf_prefetch(from) _mm_prefetch((const char *)(from), _MM_HINT_T1)
 #endif
@@ -510,5 +525,66 @@ static inline vf vf_exp(vf x)
     p = vf_fma(p, vf_mul(r, r), r);
     return vf_scale2(vf_add(p, vf_set1(1.0f)), n);
 }
+
+/* 2^(t - reference) of a whole reference, by a polynomial of degree 5: within 2^-22 of the true value, relatively, down
+ * to about 2^-126, below which it loses bits and ends as 0; infinity above 2^128. The fraction of t alone decides the
+ * significand: another reference gives the same bits with another exponent. t below -2^23 is 0, NaN gives NaN; so does
+ * an infinite t. */
+static inline vf vf_exp2_from(vf t, vf reference)
+{
+    vf n = vf_round(t);
+    vf r = vf_sub(t, n); /* exact; |r| <= 1/2 */
+    vf p = vf_set1(1.3276475e-3f);
+    p = vf_fma(p, r, vf_set1(9.6755410e-3f));
+    p = vf_fma(p, r, vf_set1(5.5507131e-2f));
+    p = vf_fma(p, r, vf_set1(2.4022120e-1f));
+    p = vf_fma(p, r, vf_set1(6.9314694e-1f));
+    p = vf_fma(p, r, vf_set1(1.0000001f));
+    n = vf_sub(n, reference);
+#if BTX_VL != 16 /* that one's vf_scale2 takes any n */
+    n = vf_min(vf_set1(160.0f), vf_max(vf_set1(-160.0f), n));
+#endif
+    return vf_scale2(p, n);
+}
+
+/* ---- sums over lanes, many at once ---------------------------------------------------------------- */
+
+/* Lane i = the sum of the lanes of a[i], each by the same additions in the same order. */
+#if BTX_VL == 16
+static inline vf vf_reduce_add_each(const vf a[BTX_VL])
+{
+    vf quarter[4]; /* [i]: for each quarter of the lanes, the sums of a[4 i] ... a[4 i + 3] */
+    BTX_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const vf *b = a + 4 * i;
+        __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1])));
+        __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[2], b[3]), _mm512_unpackhi_ps(b[2], b[3])));
+        quarter[i] =
+            _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    }
+    vf low = _mm512_add_ps(_mm512_shuffle_f32x4(quarter[0], quarter[1], 0x88),
+                           _mm512_shuffle_f32x4(quarter[0], quarter[1], 0xdd));
+    vf high = _mm512_add_ps(_mm512_shuffle_f32x4(quarter[2], quarter[3], 0x88),
+                            _mm512_shuffle_f32x4(quarter[2], quarter[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+#elif BTX_VL == 8
+static inline vf vf_reduce_add_each(const vf a[BTX_VL])
+{
+    vf low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    vf high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
+#elif BTX_VL == 4
+static inline vf vf_reduce_add_each(const vf a[BTX_VL])
+{
+    return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3]));
+}
+#else
+static inline vf vf_reduce_add_each(const vf a[BTX_VL])
+{
+    return a[0];
+}
+#endif
 
 #endif /* BTX_SIMD_H */
