@@ -35,6 +35,7 @@ int btx_reserve(size_t *total, size_t *offset, int64_t count, size_t size);
 btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, char **memory, btx_error *error);
 btx_status btx_workspace_run(btx_workspace *workspace, int64_t num_units, btx_unit_function fn, void *context,
                              btx_error *error);
-const btx_backend *btx_workspace_backend(const btx_workspace *workspace);
+/* INVALID_ARGUMENT where the workspace is not of this backend. */
+btx_status btx_workspace_check(const btx_workspace *workspace, const btx_backend *backend, btx_error *error);
 
 #endif /* BTX_INTERNAL_H */

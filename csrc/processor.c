@@ -719,21 +719,12 @@ static btx_status check_finite(const boundary_run *run, btx_error *error)
     return BTX_OK;
 }
 
-static btx_status check_pair(const btx_backend *backend, const btx_workspace *workspace, btx_error *error)
-{
-    if (workspace == NULL || btx_workspace_backend(workspace) != backend)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "the workspace is of another backend than '%s:%s'; create it with this one", backend->name,
-                        backend->variant);
-    return BTX_OK;
-}
-
 btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace, const btx_boundary *boundary,
                        btx_report *report, btx_error *error)
 {
     const btx_config *config = &processor->config;
     btx_boundary_plan planned = {0};
-    btx_status status = check_pair(processor->backend, workspace, error);
+    btx_status status = btx_workspace_check(workspace, processor->backend, error);
     if (status == BTX_OK)
         status = btx_boundary_plan_create(boundary, processor->backend->device_type, config->num_layers,
                                           config->num_kv_heads, config->num_query_heads, config->head_dim,
@@ -805,7 +796,7 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
     btx_boundary_plan planned = {0};
     btx_status status = btx_backend_check(backend, error);
     if (status == BTX_OK)
-        status = check_pair(backend, workspace, error);
+        status = btx_workspace_check(workspace, backend, error);
     if (status == BTX_OK)
         status = check_range("recent_window", recent_window, 1, BTX_MAX_RECENT_WINDOW, error);
     if (status != BTX_OK)

@@ -53,9 +53,13 @@ size_t btx_workspace_bytes(const btx_workspace *workspace)
     return workspace->bytes;
 }
 
-const btx_backend *btx_workspace_backend(const btx_workspace *workspace)
+btx_status btx_workspace_check(const btx_workspace *workspace, const btx_backend *backend, btx_error *error)
 {
-    return workspace->backend;
+    if (workspace == NULL || workspace->backend != backend)
+        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                        "the workspace is of another backend than '%s:%s'; create it with this one", backend->name,
+                        backend->variant);
+    return BTX_OK;
 }
 
 btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, char **memory, btx_error *error)
