@@ -182,8 +182,8 @@ static btx_status linear_unit(void *context, int64_t unit, int32_t lane_index, b
     return status;
 }
 
-/* Lays out the lanes and the passes: as a boundary's, of the backend's favourite size. */
-static btx_status lay_out_run(linear_run *run, btx_workspace *workspace, btx_error *error)
+/* Makes room in the workspace and cuts the rows into passes: as a boundary's, of the backend's favourite size. */
+static btx_status prepare_run(linear_run *run, btx_workspace *workspace, btx_error *error)
 {
     const btx_backend *backend = run->linear->backend;
     const btx_linear *product = &run->linear->linear;
@@ -204,10 +204,10 @@ static btx_status lay_out_run(linear_run *run, btx_workspace *workspace, btx_err
     if (!fits)
         return btx_fail(error, BTX_OUT_OF_MEMORY, "%" PRId64 " rows exceed the address space; split the call",
                         plan->total_rows);
-    char *memory = NULL;
-    btx_status status = btx_workspace_reserve(workspace, total, &memory, error);
+    btx_status status = btx_workspace_reserve(workspace, total, error);
     if (status != BTX_OK)
         return status;
+    char *memory = btx_workspace_memory(workspace);
     run->lanes = memory + lanes;
     btx_plan_step *step = (btx_plan_step *)(void *)(memory + steps);
     plan->steps = step;
@@ -263,7 +263,7 @@ btx_status btx_packed_linear_apply(const btx_packed_linear *linear, btx_workspac
     const float *out_end = run.out + linear->num_layers * rows * product->out_dim;
     if (run.x < out_end && run.out < x_end)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "x and out share memory; pass an out of its own");
-    status = lay_out_run(&run, workspace, error);
+    status = prepare_run(&run, workspace, error);
     if (status == BTX_OK)
         status = btx_workspace_run(workspace, num_units(&run), linear_unit, &run, error);
     return status;

@@ -306,20 +306,27 @@ typedef struct workspace_object {
 
 static PyObject *workspace_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"num_threads", "backend", NULL};
+    static char *names[] = {"num_threads", "backend", "reserve", NULL};
     int num_threads = 1;
+    Py_ssize_t reserve = 0;
     const char *backend_name = "cpu";
     module_state *state = module_state_of_self(type);
     btx_error error = {{0}};
     btx_workspace *workspace = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|is:Workspace", names, &num_threads, &backend_name))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|is$n:Workspace", names, &num_threads, &backend_name, &reserve))
         return NULL;
+    if (reserve < 0)
+        return PyErr_Format(state->invalid_argument_error, "reserve is %zd; it must be 0 or more bytes", reserve);
     const btx_backend *backend = find_backend(state, backend_name);
     if (backend == NULL)
         return NULL;
     btx_status status = btx_workspace_create(backend, num_threads, &workspace, &error);
-    if (status != BTX_OK)
+    if (status == BTX_OK)
+        status = btx_workspace_reserve(workspace, (size_t)reserve, &error);
+    if (status != BTX_OK) {
+        btx_workspace_destroy(workspace);
         return raise_status(state, status, &error);
+    }
     workspace_object *self = (workspace_object *)new_instance(type);
     if (self == NULL) {
         btx_workspace_destroy(workspace);
@@ -364,14 +371,15 @@ static PyObject *workspace_backend(PyObject *self, void *closure)
 
 static PyGetSetDef workspace_getset[] = {
     {"num_threads", workspace_num_threads, NULL, "Threads a call may use, the caller's own included.", NULL},
-    {"nbytes", workspace_nbytes, NULL, "Bytes of staging memory, grown to the largest call so far.", NULL},
+    {"nbytes", workspace_nbytes, NULL, "Bytes of staging memory: reserved, or grown to the largest call so far.", NULL},
     {"backend", workspace_backend, NULL, "For instance \"cpu:avx2\".", NULL},
     {0},
 };
 
-PyDoc_STRVAR(workspace_doc, "Workspace(num_threads=1, backend=\"cpu\")\n--\n\n"
+PyDoc_STRVAR(workspace_doc, "Workspace(num_threads=1, backend=\"cpu\", *, reserve=0)\n--\n\n"
                             "Staging memory and threads of one caller: one call at a time. Its threads start at the\n"
-                            "first call and sleep between calls; a forked child starts its own.");
+                            "first call and sleep between calls; a forked child starts its own. reserve: bytes to\n"
+                            "allocate now rather than when calls need them, see Processor.workspace_bytes.");
 
 static PyType_Slot workspace_slots[] = {
     {Py_tp_doc, (void *)workspace_doc},
@@ -820,7 +828,41 @@ cleanup:
     return result;
 }
 
+PyDoc_STRVAR(
+    workspace_bytes_doc,
+    "workspace_bytes($self, num_threads, num_sequences, max_tokens, *, cache_dtype=\"float32\")\n--\n\n"
+    "What a workspace of num_threads grows to by boundaries of up to num_sequences (1 to 65536) steps at once,\n"
+    "each of a sequence of up to max_tokens positions, in a cache of cache_dtype (\"float32\", which is enough\n"
+    "for all, \"float16\", \"bfloat16\"): the largest such boundary takes exactly this, none takes more.");
+
+static PyObject *processor_workspace_bytes(PyObject *object, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"num_threads", "num_sequences", "max_tokens", "cache_dtype", NULL};
+    module_state *state = module_state_of_self(Py_TYPE(object));
+    int num_threads;
+    long long num_sequences, max_tokens;
+    const char *name = "float32";
+    btx_dtype cache_dtype = BTX_F32;
+    btx_error error = {{0}};
+    size_t bytes = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "iLL|$s:workspace_bytes", names, &num_threads, &num_sequences,
+                                     &max_tokens, &name))
+        return NULL;
+    if (strcmp(name, "float16") == 0)
+        cache_dtype = BTX_F16;
+    else if (strcmp(name, "bfloat16") == 0)
+        cache_dtype = BTX_BF16;
+    else if (strcmp(name, "float32") != 0)
+        return PyErr_Format(state->invalid_argument_error,
+                            "cache_dtype is '%s'; it must be 'float32', 'float16' or 'bfloat16'", name);
+    btx_status status = btx_processor_workspace_bytes(((processor_object *)object)->processor, num_threads,
+                                                      num_sequences, max_tokens, cache_dtype, &bytes, &error);
+    return status == BTX_OK ? PyLong_FromSize_t(bytes) : raise_status(state, status, &error);
+}
+
 static PyMethodDef processor_methods[] = {
+    {"workspace_bytes", (PyCFunction)(void (*)(void))processor_workspace_bytes, METH_VARARGS | METH_KEYWORDS,
+     workspace_bytes_doc},
     {"rewrite", (PyCFunction)(void (*)(void))processor_rewrite, METH_VARARGS | METH_KEYWORDS, rewrite_doc},
     {0},
 };

@@ -8,6 +8,7 @@ import multiprocessing
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -937,6 +938,79 @@ def test_after_fork() -> None:
     child.join()
     assert result == [p.nan_to_num().view(torch.int32).tolist() for p in warm.pools]
     bound.rewrite(case.events, case.block_table)  # and the parent goes on
+
+
+# ---- memory that can be planned ---------------------------------------------------------------------------------
+
+PLANS = {
+    "one sequence": (Shape(()), 1, 1, 200),
+    "a batch": (Shape((), top_k=4, recent_window=16), 2, 6, 150),
+    "chunks of many short steps": (Shape((), top_k=1, recent_window=5), 2, 40, 60),
+    "steps larger than a chunk": (Shape((), top_k=77, recent_window=96), 3, 4, 300),
+    "split by heads": (Shape((), num_layers=1, num_kv_heads=4, top_k=9), 8, 5, 250),
+    "split while the batch is small": (Shape((), num_layers=3, num_kv_heads=3, top_k=40, recent_window=70), 3, 7, 250),
+    "consolidation only": (Shape((), top_k=0, recent_window=33), 2, 5, 100),
+    "fewer positions than rows": (Shape((), top_k=32, recent_window=96), 2, 3, 20),
+}
+
+
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_planned_workspace_never_grows_and_is_no_larger_than_needed(name: str, weight_dtype: str) -> None:
+    shape, num_threads, max_sequences, max_tokens = PLANS[name]
+    rng = np.random.default_rng(len(name))
+    shape = replace(shape, dtype=("float32", "float16", "bfloat16")[len(name) % 3])
+
+    def rewrite(lengths: list[tuple[int, int, int]], planned: bool) -> bottleneck_ext.Workspace:
+        case = make_case(replace(shape, lengths=tuple(lengths)))
+        processor = case.processor(weight_dtype=weight_dtype)
+        workspace = processor.workspace(num_threads)
+        if planned:
+            workspace = processor.workspace(
+                num_threads, max_sequences=max_sequences, max_tokens=max_tokens, cache_dtype=shape.dtype
+            )
+        before = workspace.nbytes
+        processor.bind(case.keys, case.values, case.queries, workspace=workspace, query_table=case.query_table).rewrite(
+            case.events, case.block_table
+        )
+        assert not planned or workspace.nbytes == before
+        return workspace
+
+    largest = rewrite([(0, max_tokens, min(shape.recent_window, max_tokens))] * max_sequences, planned=False)
+    assert rewrite([(0, 1, 1)], planned=True).nbytes == largest.nbytes
+    for _ in range(20):
+        longest = rng.integers(1, max_tokens + 1)
+        window = rng.integers(1, longest + 1)
+        lengths = []
+        for _ in range(rng.integers(1, max_sequences + 1)):
+            tokens = int(rng.integers(max(1, longest // 2), longest + 1))
+            lengths.append((int(rng.integers(0, max_tokens - tokens + 1)), tokens, int(min(tokens, window))))
+        rewrite(lengths, planned=True)
+    rewrite([(0, max_tokens, 1)] * max_sequences, planned=True)
+
+
+def test_limits_of_a_planned_workspace(case: Case) -> None:
+    processor = case.processor()
+    for arguments, match in (
+        ((0, 1, 1), "num_threads is 0; it must be 1 to 1024"),
+        ((1, 0, 1), "num_sequences is 0; it must be 1 to 65536"),
+        ((1, 65537, 1), "num_sequences is 65537"),
+        ((1, 1, 0), "max_tokens is 0; it must be 1 to 2147483647"),
+        ((1, 1, 1 << 31), "max_tokens is 2147483648"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=match):
+            processor.native.workspace_bytes(*arguments)
+    with pytest.raises(InvalidArgumentError, match="cache_dtype is 'int32'; it must be 'float32'"):
+        processor.native.workspace_bytes(1, 1, 1, cache_dtype="int32")
+    with pytest.raises(InvalidArgumentError, match="max_sequences is 3 without max_tokens"):
+        processor.workspace(max_sequences=3)
+    with pytest.raises(InvalidArgumentError, match="reserve is -1; it must be 0 or more bytes"):
+        bottleneck_ext.Workspace(reserve=-1)
+    with pytest.raises(MemoryError):
+        bottleneck_ext.Workspace(reserve=sys.maxsize)
+    assert bottleneck_ext.Workspace(2, reserve=1000).nbytes == 1000
+    sizes = [processor.native.workspace_bytes(2, 2, 500, cache_dtype=d) for d in ("bfloat16", "float16", "float32")]
+    assert sizes[0] == sizes[1] < sizes[2]
 
 
 # ---- the rest of the surface ------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bottleneck_ext._core import SupportsDLPack
 
 WeightDtype = Literal["float32", "bfloat16"]
+CacheDtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,31 @@ class CacheProcessor:
         """Bytes of packed weights."""
         return self.native.nbytes
 
-    def workspace(self, num_threads: int = 1) -> bottleneck_ext.Workspace:
-        """Scratch memory and threads for one caller at a time; keep it with the sequences it serves."""
-        return bottleneck_ext.Workspace(num_threads, self.native.backend)
+    def workspace(
+        self,
+        num_threads: int = 1,
+        *,
+        max_sequences: int | None = None,
+        max_tokens: int | None = None,
+        cache_dtype: CacheDtype = "float32",
+    ) -> bottleneck_ext.Workspace:
+        """Scratch memory and threads for one caller at a time; keep it with the sequences it serves.
+
+        It grows with the largest boundary, or is allocated at once, for boundaries of up to max_sequences (None: 1)
+        sequences of up to max_tokens cache positions each in a cache of cache_dtype: then `nbytes` says before the
+        first boundary what it takes, and never changes within these limits. max_tokens None: it grows.
+
+        Raises InvalidArgumentError for a limit out of range, and MemoryError.
+        """
+        reserve = 0
+        if max_tokens is not None:
+            sequences = 1 if max_sequences is None else max_sequences
+            reserve = self.native.workspace_bytes(num_threads, sequences, max_tokens, cache_dtype=cache_dtype)
+        elif max_sequences is not None:
+            raise bottleneck_ext.InvalidArgumentError(
+                f"max_sequences is {max_sequences} without max_tokens: give both to allocate the workspace at once"
+            )
+        return bottleneck_ext.Workspace(num_threads, self.native.backend, reserve=reserve)
 
     def bind(
         self,
