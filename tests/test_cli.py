@@ -97,6 +97,7 @@ def test_info_about_memory(capsys: pytest.CaptureFixture[str], processor: Path) 
         "tokens": 300,
         "threads": 2,
         "dtype": "bfloat16",
+        "weight_dtype": made.weight_dtype,
         "weights": made.nbytes,
         "query_store_per_sequence": 3 * 8 * 4 * 16 * 2,
         "query_store": 5 * 3 * 8 * 4 * 16 * 2,
@@ -128,7 +129,8 @@ def test_info_and_init_import_neither_torch_nor_transformers(backbone: Path, tmp
 
 def test_forced_instruction_set(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOTTLENECKED_CPU_ISA", "scalar")
-    assert json.loads(run(capsys, "info", "--json")[1])["instruction_set"] == "scalar"
+    found = json.loads(run(capsys, "info", "--json")[1])
+    assert (found["instruction_set"], found["weight_dtype"]) == ("scalar", "float32")
     monkeypatch.setenv("BOTTLENECKED_CPU_ISA", "mmx")
     fails(capsys, 1, "mmx", "info")
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1041,6 +1042,21 @@ def test_bfloat16_weights_take_half_the_memory(case: Case) -> None:
     shape = Shape(lengths=((0, 9, 3),), processor_dim=128, processor_mlp_dim=512)
     case = make_case(shape)
     assert case.processor(weight_dtype="bfloat16").nbytes < 0.6 * case.processor().nbytes
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_auto_is_bfloat16_where_it_is_multiplied(
+    backend: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = "bfloat16" if backend == "cpu:avx512_bf16" else "float32"
+    named = CacheProcessor(case.config, case.weights, backend=backend)
+    assert (named.weight_dtype, named.backend) == (native, backend)
+    assert named.nbytes == case.processor(backend, native).nbytes
+    monkeypatch.setenv("BOTTLENECKED_CPU_ISA", backend.removeprefix("cpu:"))
+    named.save_pretrained(tmp_path)
+    assert CacheProcessor.from_pretrained(tmp_path).weight_dtype == native
+    for weight_dtype in ("float32", "bfloat16"):
+        assert CacheProcessor(case.config, case.weights, weight_dtype=weight_dtype).weight_dtype == weight_dtype
 
 
 def test_environment_forces_a_lower_instruction_set(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:

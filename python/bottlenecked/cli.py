@@ -100,6 +100,8 @@ def info(
     """Versions, backends, instruction set, CUDA; what a Processor takes in memory."""
     import bottleneck_ext
 
+    from .processor import native_weight_dtype
+
     for option, given in (("--batch", batch), ("--tokens", tokens), ("--threads", threads), ("--dtype", dtype)):
         if given is not None and processor is None:
             raise typer.BadParameter("is about a Processor's memory: give --processor too", param_hint=option)
@@ -113,6 +115,7 @@ def info(
         "build": {key: value for key, value in build.items() if key != "cuda"},
         "backends": [entry["name"] for entry in bottleneck_ext.backends() if entry["available"]],
         "instruction_set": backend.partition(":")[2],
+        "weight_dtype": native_weight_dtype(backend),
         "cuda": {
             "compiled": bool(build["cuda"]),
             "driver": _library("cuda") is not None,
@@ -138,6 +141,7 @@ def info(
         "compiler": build["compiler"],
         "backends": ", ".join(found["backends"]),
         "instruction set": found["instruction_set"],
+        "weights": f"{found['weight_dtype']}, unless told otherwise",
         "CUDA": "compiled in" if cuda["compiled"] else "not compiled in: this is a CPU-only build",
         "CUDA driver": "found" if cuda["driver"] else "not found",
         "cuBLASLt": cuda["cublaslt"] or "not found",
@@ -145,7 +149,7 @@ def info(
     if memory := found.get("memory"):
         lines |= {
             "memory": f"{memory['batch']} x {memory['tokens']} tokens, {memory['dtype']}, {memory['threads']} threads",
-            "  weights": _size(memory["weights"]),
+            "  weights": f"{_size(memory['weights'])}, {memory['weight_dtype']}",
             "  query store": f"{_size(memory['query_store'])}, {_size(memory['query_store_per_sequence'])} a sequence",
             "  workspace": _size(memory["workspace"]),
         }
@@ -167,6 +171,7 @@ def _memory(directory: Path, *, batch: int, tokens: int, threads: int, dtype: DT
         "tokens": tokens,
         "threads": threads,
         "dtype": dtype.value,
+        "weight_dtype": processor.weight_dtype,
         "weights": processor.nbytes,
         "query_store_per_sequence": queries,
         "query_store": batch * queries,

@@ -25,8 +25,21 @@ from .config import CacheProcessorConfig
 if TYPE_CHECKING:
     from bottleneck_ext._core import SupportsDLPack
 
-WeightDtype = Literal["float32", "bfloat16"]
+WeightDtype = Literal["auto", "float32", "bfloat16"]
 CacheDtype = Literal["float32", "float16", "bfloat16"]
+
+
+# Instruction sets that multiply bfloat16 themselves; elsewhere it costs more than float32.
+_BFLOAT16_VARIANTS = ("avx512_bf16",)
+
+
+def native_weight_dtype(backend: str = "cpu") -> Literal["float32", "bfloat16"]:
+    """What weight_dtype "auto" stands for: "bfloat16" where the backend multiplies bfloat16 itself, else "float32".
+
+    backend: "cpu" or one of ``bottleneck_ext.backends()``.
+    """
+    name = bottleneck_ext.default_backend() if backend == "cpu" else backend
+    return "bfloat16" if name.partition(":")[2] in _BFLOAT16_VARIANTS else "float32"
 
 
 @dataclass(frozen=True)
@@ -56,15 +69,16 @@ class CacheProcessor:
         config: CacheProcessorConfig,
         weights: Mapping[str, SupportsDLPack],
         *,
-        weight_dtype: WeightDtype = "float32",
+        weight_dtype: WeightDtype = "auto",
         backend: str = "cpu",
     ) -> None:
         """Checks and packs the weights.
 
         config: shape of backbone and Processor.
         weights: checkpoint names to float32, float16 or bfloat16 tensors on the CPU (NumPy, torch, ...).
-        weight_dtype: "bfloat16" rounds both operands of every product with a weight to bfloat16 (float32 sums):
-            half the memory, and faster where the machine has bfloat16 products.
+        weight_dtype: "bfloat16" rounds both operands of every product with a weight to bfloat16 (float32 sums): half
+            the memory, and faster where the machine multiplies bfloat16. "auto" is "bfloat16" there and "float32"
+            elsewhere, so say which where machines must agree; the attribute `weight_dtype` says what it became.
         backend: "cpu" (the best instruction set of this machine), or one of ``bottleneck_ext.backends()``.
 
         Raises InvalidArgumentError (a ValueError) naming the tensor that is missing, misshapen or not finite, and
@@ -72,6 +86,7 @@ class CacheProcessor:
         """
         self.config = config
         self.weights = dict(weights)
+        self.weight_dtype = native_weight_dtype(backend) if weight_dtype == "auto" else weight_dtype
         shape: dict[str, Any] = {
             name: getattr(config, name)
             for name in (
@@ -88,11 +103,11 @@ class CacheProcessor:
             )
         }
         shape["rope_inv_freq"] = config.inv_freq() if config.key_space == "unrotated" else None
-        self.native = bottleneck_ext.Processor(shape, self.weights, weight_dtype=weight_dtype, backend=backend)
+        self.native = bottleneck_ext.Processor(shape, self.weights, weight_dtype=self.weight_dtype, backend=backend)
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike[str], *, weight_dtype: WeightDtype = "float32", backend: str = "cpu"
+        cls, directory: str | os.PathLike[str], *, weight_dtype: WeightDtype = "auto", backend: str = "cpu"
     ) -> CacheProcessor:
         """Loads ``config.json`` and ``model.safetensors``; raises ValueError naming file and tensor or key."""
         config = CacheProcessorConfig.load(directory)
