@@ -31,6 +31,7 @@ extern "C" {
 #define BTX_MAX_DIMS 4
 #define BTX_MAX_RECENT_WINDOW 256
 #define BTX_MAX_TOP_K 65536
+#define BTX_MAX_THREADS 1024
 
 /* ---- status ------------------------------------------------------------------------------------- */
 
@@ -182,13 +183,22 @@ const btx_config *btx_processor_config(const btx_processor *processor);
 const btx_backend *btx_processor_backend(const btx_processor *processor);
 size_t btx_processor_bytes(const btx_processor *processor); /* memory held by packed weights */
 
-/* num_threads, 1 to 1024: how many threads a call with this workspace may use, the caller's own included. They are
- * started at the first use and sleep between calls; a forked child starts its own. */
+/* num_threads, 1 to BTX_MAX_THREADS: how many threads a call with this workspace may use, the caller's own included.
+ * They are started at the first use and sleep between calls; a forked child starts its own. */
 btx_status btx_workspace_create(const btx_backend *backend, int32_t num_threads, btx_workspace **workspace,
                                 btx_error *error);
 void btx_workspace_destroy(btx_workspace *workspace); /* NULL is fine */
 int32_t btx_workspace_num_threads(const btx_workspace *workspace);
-size_t btx_workspace_bytes(const btx_workspace *workspace); /* grown to the largest call so far */
+size_t btx_workspace_bytes(const btx_workspace *workspace); /* reserved, or grown to the largest call so far */
+
+/* Memory for calls of up to bytes now, rather than when they come. Less than there is does nothing. */
+btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, btx_error *error);
+
+/* What a workspace of num_threads grows to by boundaries of up to num_sequences (1 to 65536) steps at once, each of a
+ * sequence of up to max_tokens positions, in a cache of cache_dtype (f32 is enough for all): the largest such boundary
+ * takes exactly this, none takes more. */
+btx_status btx_processor_workspace_bytes(const btx_processor *processor, int32_t num_threads, int64_t num_sequences,
+                                         int64_t max_tokens, btx_dtype cache_dtype, size_t *bytes, btx_error *error);
 
 /* ---- boundary ----------------------------------------------------------------------------------- */
 
@@ -248,6 +258,27 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
  * [rows, top_k], ascending, then -1. Ties go to the smaller position. */
 btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, const btx_tensor *lengths,
                             btx_tensor *out, btx_error *error);
+
+/* ---- one product -------------------------------------------------------------------------------- */
+
+/* y = x W^T + bias for every layer, the product that the Processor is made of, alone. Immutable; may be shared between
+ * threads. */
+typedef struct btx_packed_linear btx_packed_linear;
+
+/* Checks and packs weight f32 [num_layers, out_dim, in_dim] and bias f32 [num_layers, out_dim] (NULL: none), any
+ * strides; at most 4096 layers, out_dim and in_dim at most 2^20. NaN and infinity are refused. weight_dtype: BTX_F32;
+ * BTX_BF16: both operands are rounded to bf16, sums are f32. The tensors may be freed afterwards. */
+btx_status btx_packed_linear_create(const btx_backend *backend, const btx_tensor *weight, const btx_tensor *bias,
+                                    btx_dtype weight_dtype, btx_packed_linear **linear, btx_error *error);
+void btx_packed_linear_destroy(btx_packed_linear *linear); /* NULL is fine */
+const btx_backend *btx_packed_linear_backend(const btx_packed_linear *linear);
+size_t btx_packed_linear_bytes(const btx_packed_linear *linear); /* memory held by packed weights and biases */
+
+/* out f32 [num_layers, rows, out_dim] = x W^T + bias, plus what out held when accumulate is nonzero, from x f32
+ * [num_layers, rows, in_dim]. Both are row-major and share no memory. Layers are spread over the workspace's threads.
+ * A value of x that is not finite makes its row of out so. */
+btx_status btx_packed_linear_apply(const btx_packed_linear *linear, btx_workspace *workspace, const btx_tensor *x,
+                                   int accumulate, btx_tensor *out, btx_error *error);
 
 /* ---- backend ------------------------------------------------------------------------------------ */
 

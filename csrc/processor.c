@@ -580,85 +580,191 @@ static btx_status write_unit(void *context, int64_t unit, int32_t lane, btx_erro
     return status;
 }
 
-/* Cuts the steps into chunks of about rows_per_pass rows, or fills in chunk_begin when there is room for it. */
-static void cut_chunks(boundary_run *run, int64_t *max_rows, int64_t *max_prior)
+/* Cuts the steps into chunks of about rows_per_pass rows, and fills in chunk_begin when there is room for it. */
+static void cut_chunks(boundary_run *run)
 {
     const btx_plan *plan = run->plan;
-    int64_t limit = run->backend->rows_per_pass, rows = 0, prior = 0;
+    int64_t limit = run->backend->rows_per_pass, rows = 0;
     run->num_chunks = 0;
-    *max_rows = *max_prior = 0;
     for (int64_t s = 0; s < plan->num_steps; s++) {
         int64_t more = plan->steps[s].num_recalled + plan->steps[s].num_window;
         if (s == 0 || (limit > 0 && rows + more > limit)) {
             if (run->chunk_begin != NULL)
                 run->chunk_begin[run->num_chunks] = s;
             run->num_chunks++;
-            rows = prior = 0;
+            rows = 0;
         }
         rows += more;
-        prior += plan->steps[s].num_prior;
-        *max_rows = rows > *max_rows ? rows : *max_rows;
-        *max_prior = prior > *max_prior ? prior : *max_prior;
     }
     if (run->chunk_begin != NULL)
         run->chunk_begin[run->num_chunks] = plan->num_steps;
 }
 
-/* Lays out lanes and staged results in the workspace. Without a Processor: for attention mass alone. */
-static btx_status lay_out_run(boundary_run *run, btx_workspace *workspace, btx_error *error)
+/* What the memory of a run depends on. It grows with each of these and depends on nothing else, so that it can be
+ * planned: the largest boundary needs the most. For that it is here and there a little more than a boundary uses. */
+typedef struct run_size {
+    int64_t num_steps;
+    int64_t total_rows;
+    int64_t max_rows;      /* of a step: recalled and window */
+    int64_t max_window;    /* of a step */
+    int64_t max_positions; /* of a step: prior and window */
+} run_size;
+
+/* Where the buffers of a run begin in the workspace. */
+typedef struct run_layout {
+    size_t lanes, chunks, mass, positions, staged, delta_norm, row_norm, seconds, bytes;
+} run_layout;
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+static run_size size_of_plan(const btx_plan *plan)
+{
+    run_size size = {.num_steps = plan->num_steps, .total_rows = plan->total_rows};
+    for (int64_t s = 0; s < plan->num_steps; s++) {
+        const btx_plan_step *step = &plan->steps[s];
+        size.max_rows = larger(size.max_rows, step->num_recalled + step->num_window);
+        size.max_window = larger(size.max_window, step->num_window);
+        size.max_positions = larger(size.max_positions, step->num_prior + step->num_window);
+    }
+    return size;
+}
+
+/* The work is split by KV heads too where units are few. The results do not depend on it: parts are single heads, and
+ * their sum has one order. */
+static int is_split(const boundary_run *run, int64_t units)
+{
+    const btx_processor *processor = run->processor;
+    return run->backend->layers_per_pass > 0 && units < 4 * (int64_t)run->num_lanes &&
+           (processor == NULL || processor->config.top_k > 0);
+}
+
+/* Lays out lanes and staged results for a run of this size; without a Processor for attention mass alone. 0 where they
+ * exceed the address space. Of the plan it reads the backbone's shape alone. */
+static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtype, run_layout *out)
 {
     const btx_plan *plan = run->plan;
     const btx_backend *backend = run->backend;
     const btx_config *config = run->processor != NULL ? &run->processor->config : NULL;
     const btx_dtype dtype = config != NULL ? config->weight_dtype : BTX_F32;
-    int64_t C = config != NULL ? kv_width(config) : 0, D = config != NULL ? config->processor_dim : 0;
-    int64_t F = config != NULL ? config->processor_mlp_dim : 0, max_rows, max_prior;
-    lane_layout *lane = &run->layout;
-    run->num_lanes = btx_workspace_num_threads(workspace);
+    const size_t C = config != NULL ? (size_t)kv_width(config) : 0,
+                 D = config != NULL ? (size_t)config->processor_dim : 0;
+    const size_t F = config != NULL ? (size_t)config->processor_mlp_dim : 0;
+    const int64_t limit = backend->rows_per_pass, top_k = config != NULL ? config->top_k : 0;
     run->layers_per_unit = backend->layers_per_pass > 0 ? backend->layers_per_pass : plan->num_layers;
-    cut_chunks(run, &max_rows, &max_prior);
-    /* The results do not depend on it: parts are single heads, and their sum has one order. */
-    int split = plan->total_prior > 0 && num_units(run) < 4 * run->num_lanes && backend->layers_per_pass > 0;
-    run->num_parts = split && (config == NULL || config->top_k > 0) ? plan->num_kv_heads : 1;
 
-    int64_t rows = run->layers_per_unit * max_rows;
-    size_t total = 0, lanes = 0, chunks = 0, mass = 0, positions = 0, staged = 0, delta_norm = 0, row_norm = 0;
-    size_t seconds = 0;
-    int64_t all_rows = plan->num_layers * plan->total_rows, all_steps = plan->num_layers * plan->num_steps;
-    int64_t all_mass = run->num_parts > 1 ? plan->num_layers * plan->total_prior : 0;
-    int fits = btx_reserve(&lane->bytes, &lane->mass, run->layers_per_unit * max_prior, sizeof(float)) &&
-               btx_reserve(&lane->bytes, &lane->x, rows * C, sizeof(float)) &&
-               btx_reserve(&lane->bytes, &lane->delta, rows * C, sizeof(float)) &&
-               btx_reserve(&lane->bytes, &lane->normed, 1, backend->operand_bytes(rows, C > D ? C : D, dtype)) &&
-               btx_reserve(&lane->bytes, &lane->u, rows * D, sizeof(float)) &&
-               btx_reserve(&lane->bytes, &lane->qkv, rows * 3 * D, sizeof(float)) &&
-               btx_reserve(&lane->bytes, &lane->wide, 1, backend->operand_bytes(rows, D > F ? D : F, dtype)) &&
-               btx_reserve(&lane->bytes, &lane->scratch, 1, backend->scratch_bytes(plan, max_rows, D)) &&
-               btx_reserve(&total, &lanes, run->num_lanes, lane->bytes) &&
-               btx_reserve(&total, &chunks, run->num_chunks + 1, sizeof(int64_t)) &&
-               btx_reserve(&total, &mass, run->num_parts * all_mass, sizeof(float)) &&
-               btx_reserve(&total, &positions, all_rows, sizeof(int32_t)) &&
-               btx_reserve(&total, &staged, all_rows * C, btx_dtype_size(plan->keys[0].dtype)) &&
-               btx_reserve(&total, &delta_norm, all_steps, sizeof(float)) &&
-               btx_reserve(&total, &row_norm, all_steps, sizeof(float)) &&
-               btx_reserve(&total, &seconds, run->num_lanes, BTX_NUM_STAGES * sizeof(double));
-    if (!fits)
+    /* A chunk is a single step, or has at most limit rows: steps with more than top_k prior positions have top_k + 1
+     * rows or more, those with fewer recall them all. */
+    int64_t chunk_rows = size->num_steps * size->max_rows, all_prior = size->num_steps * size->max_positions;
+    int64_t chunk_prior = config != NULL && top_k == 0 ? 0 : all_prior;
+    if (limit > 0) {
+        chunk_rows = smaller(chunk_rows, larger(limit, size->max_rows));
+        chunk_prior = smaller(chunk_prior, larger(1, limit / (top_k + 1)) * size->max_positions + limit);
+    }
+    /* Of mass in parts, for as many chunks as are still split. */
+    int64_t layer_units = (plan->num_layers + run->layers_per_unit - 1) / run->layers_per_unit, split_prior = 0;
+    if (is_split(run, layer_units) && plan->num_kv_heads > 1)
+        split_prior = smaller(all_prior, (4 * (int64_t)run->num_lanes - 1) / layer_units * chunk_prior);
+
+    const btx_plan_step longest = {.num_prior = size->max_positions, .num_window = size->max_window};
+    btx_plan plan_of_longest = *plan;
+    plan_of_longest.steps = &longest;
+    plan_of_longest.num_steps = 1;
+    const int64_t rows = run->layers_per_unit * chunk_rows;
+    const int64_t all_rows = plan->num_layers * size->total_rows, all_steps = plan->num_layers * size->num_steps;
+    lane_layout *lane = &run->layout;
+    *lane = (lane_layout){0};
+    *out = (run_layout){0};
+    return btx_reserve(&lane->bytes, &lane->mass, run->layers_per_unit * chunk_prior, sizeof(float)) &&
+           btx_reserve(&lane->bytes, &lane->x, rows, C * sizeof(float)) &&
+           btx_reserve(&lane->bytes, &lane->delta, rows, C * sizeof(float)) &&
+           btx_reserve(&lane->bytes, &lane->normed, 1, backend->operand_bytes(rows, (int64_t)(C > D ? C : D), dtype)) &&
+           btx_reserve(&lane->bytes, &lane->u, rows, D * sizeof(float)) &&
+           btx_reserve(&lane->bytes, &lane->qkv, rows, 3 * D * sizeof(float)) &&
+           btx_reserve(&lane->bytes, &lane->wide, 1, backend->operand_bytes(rows, (int64_t)(D > F ? D : F), dtype)) &&
+           btx_reserve(&lane->bytes, &lane->scratch, 1,
+                       backend->scratch_bytes(&plan_of_longest, chunk_rows, (int64_t)D)) &&
+           btx_reserve(&out->bytes, &out->lanes, run->num_lanes, lane->bytes) &&
+           btx_reserve(&out->bytes, &out->chunks, size->num_steps + 1, sizeof(int64_t)) &&
+           btx_reserve(&out->bytes, &out->mass, plan->num_layers * split_prior,
+                       (size_t)plan->num_kv_heads * sizeof(float)) &&
+           btx_reserve(&out->bytes, &out->positions, all_rows, sizeof(int32_t)) &&
+           btx_reserve(&out->bytes, &out->staged, all_rows, C * btx_dtype_size(cache_dtype)) &&
+           btx_reserve(&out->bytes, &out->delta_norm, all_steps, sizeof(float)) &&
+           btx_reserve(&out->bytes, &out->row_norm, all_steps, sizeof(float)) &&
+           btx_reserve(&out->bytes, &out->seconds, run->num_lanes, BTX_NUM_STAGES * sizeof(double));
+}
+
+/* Makes room in the workspace and cuts the run into units. */
+static btx_status prepare_run(boundary_run *run, btx_workspace *workspace, btx_error *error)
+{
+    const btx_plan *plan = run->plan;
+    const run_size size = size_of_plan(plan);
+    run_layout layout;
+    run->num_lanes = btx_workspace_num_threads(workspace);
+    if (!lay_out(run, &size, plan->keys[0].dtype, &layout))
         return btx_fail(error, BTX_OUT_OF_MEMORY, "%" PRId64 " rows exceed the address space; split the call",
                         plan->total_rows);
-    char *memory = NULL;
-    btx_status status = btx_workspace_reserve(workspace, total, &memory, error);
+    btx_status status = btx_workspace_reserve(workspace, layout.bytes, error);
     if (status != BTX_OK)
         return status;
-    run->lanes = memory + lanes;
-    run->chunk_begin = (int64_t *)(memory + chunks);
-    run->mass = (float *)(memory + mass);
-    run->positions = (int32_t *)(memory + positions);
-    run->staged = memory + staged;
-    run->delta_norm = (float *)(memory + delta_norm);
-    run->row_norm = (float *)(memory + row_norm);
-    run->seconds = (double *)(memory + seconds);
+    char *memory = btx_workspace_memory(workspace);
+    run->lanes = memory + layout.lanes;
+    run->chunk_begin = (int64_t *)(memory + layout.chunks);
+    run->mass = (float *)(memory + layout.mass);
+    run->positions = (int32_t *)(memory + layout.positions);
+    run->staged = memory + layout.staged;
+    run->delta_norm = (float *)(memory + layout.delta_norm);
+    run->row_norm = (float *)(memory + layout.row_norm);
+    run->seconds = (double *)(memory + layout.seconds);
     memset(run->seconds, 0, (size_t)run->num_lanes * BTX_NUM_STAGES * sizeof(double));
-    cut_chunks(run, &max_rows, &max_prior);
+    cut_chunks(run);
+    run->num_parts = plan->total_prior > 0 && is_split(run, num_units(run)) ? plan->num_kv_heads : 1;
+    return BTX_OK;
+}
+
+btx_status btx_processor_workspace_bytes(const btx_processor *processor, int32_t num_threads, int64_t num_sequences,
+                                         int64_t max_tokens, btx_dtype cache_dtype, size_t *bytes, btx_error *error)
+{
+    const btx_config *config = &processor->config;
+    btx_status status = check_range("num_threads", num_threads, 1, BTX_MAX_THREADS, error);
+    if (status == BTX_OK)
+        status = check_range("num_sequences", num_sequences, 1, 65536, error);
+    if (status == BTX_OK)
+        status = check_range("max_tokens", max_tokens, 1, INT32_MAX, error);
+    if (status == BTX_OK && cache_dtype != BTX_F32 && cache_dtype != BTX_F16 && cache_dtype != BTX_BF16)
+        status = btx_fail(error, BTX_INVALID_ARGUMENT, "cache_dtype is %s; it must be float32, float16 or bfloat16",
+                          btx_dtype_name(cache_dtype));
+    if (status != BTX_OK)
+        return status;
+    const btx_plan plan = {
+        .num_layers = config->num_layers,
+        .num_kv_heads = config->num_kv_heads,
+        .num_query_heads = config->num_query_heads,
+        .head_dim = config->head_dim,
+    };
+    const int64_t rows = smaller((int64_t)config->recent_window + config->top_k, max_tokens);
+    const run_size size = {
+        .num_steps = num_sequences,
+        .total_rows = num_sequences * rows,
+        .max_rows = rows,
+        .max_window = smaller(config->recent_window, max_tokens),
+        .max_positions = max_tokens,
+    };
+    boundary_run run = {.processor = processor, .backend = processor->backend, .plan = &plan, .num_lanes = num_threads};
+    run_layout layout;
+    if (!lay_out(&run, &size, cache_dtype, &layout))
+        return btx_fail(error, BTX_OUT_OF_MEMORY,
+                        "%" PRId64 " sequences of %" PRId64 " positions exceed the address space; plan for fewer",
+                        num_sequences, max_tokens);
+    *bytes = layout.bytes;
     return BTX_OK;
 }
 
@@ -719,21 +825,12 @@ static btx_status check_finite(const boundary_run *run, btx_error *error)
     return BTX_OK;
 }
 
-static btx_status check_pair(const btx_backend *backend, const btx_workspace *workspace, btx_error *error)
-{
-    if (workspace == NULL || btx_workspace_backend(workspace) != backend)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "the workspace is of another backend than '%s:%s'; create it with this one", backend->name,
-                        backend->variant);
-    return BTX_OK;
-}
-
 btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace, const btx_boundary *boundary,
                        btx_report *report, btx_error *error)
 {
     const btx_config *config = &processor->config;
     btx_boundary_plan planned = {0};
-    btx_status status = check_pair(processor->backend, workspace, error);
+    btx_status status = btx_workspace_check(workspace, processor->backend, error);
     if (status == BTX_OK)
         status = btx_boundary_plan_create(boundary, processor->backend->device_type, config->num_layers,
                                           config->num_kv_heads, config->num_query_heads, config->head_dim,
@@ -748,7 +845,7 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
     }
     if (status != BTX_OK || planned.plan.num_steps == 0)
         goto cleanup;
-    status = lay_out_run(&run, workspace, error);
+    status = prepare_run(&run, workspace, error);
     if (status == BTX_OK && run.num_parts > 1)
         status = btx_workspace_run(workspace, num_units(&run) * run.num_parts, mass_part, &run, error);
     if (status == BTX_OK)
@@ -805,7 +902,7 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
     btx_boundary_plan planned = {0};
     btx_status status = btx_backend_check(backend, error);
     if (status == BTX_OK)
-        status = check_pair(backend, workspace, error);
+        status = btx_workspace_check(workspace, backend, error);
     if (status == BTX_OK)
         status = check_range("recent_window", recent_window, 1, BTX_MAX_RECENT_WINDOW, error);
     if (status != BTX_OK)
@@ -837,7 +934,7 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
     boundary_run run = {.backend = backend, .plan = &planned.plan, .mass_out = out};
     if (status != BTX_OK || planned.plan.num_steps == 0)
         goto cleanup;
-    status = lay_out_run(&run, workspace, error);
+    status = prepare_run(&run, workspace, error);
     if (status == BTX_OK && run.num_parts > 1)
         status = btx_workspace_run(workspace, num_units(&run) * run.num_parts, mass_part, &run, error);
     if (status == BTX_OK)
