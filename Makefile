@@ -42,8 +42,9 @@ format: $(VENV)/installed
 asan: build
 	sh tests/sanitize.sh
 
+# Every case, for twenty minutes or so; BENCH='boundary mass --quick' chooses.
 bench: build
-	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks $(BENCH)
 
 # The full identity proof on SmolLM2: about an hour on two cores. DATA is GSM8K's test file (JSONL).
 identity: build

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import Inputs, Setting, window_queries
+from benchmarks.inputs import Inputs, Setting
 from bottlenecked import reference
 
 # Relative to the size of what is compared: (masses, edits). Between bfloat16 implementations every product rounds, and
@@ -45,10 +45,11 @@ def masses(inputs: Inputs, who: str, got: Tensor, expected: Tensor) -> None:
 def reference_masses(inputs: Inputs, mass: np.ndarray) -> None:
     """Our mass [num_layers, batch, prior] against the float64 definition, first and last layer, first sequence."""
     tolerance = _TOLERANCES[inputs.setting.dtype][0]
-    queries = window_queries(inputs.queries, inputs.setting)
+    step = inputs.events[0]
+    rows = np.arange(step.step_begin, step.step_end) % inputs.config.recent_window
     for layer in {0, inputs.config.num_layers - 1}:
         expected = reference.attention_mass(
-            queries[layer][0].float().numpy(),
+            inputs.queries[layer][0, rows].float().numpy(),
             inputs.pristine_keys[layer][0].transpose(0, 1).float().numpy(),
             inputs.config.head_dim**-0.5,
         )

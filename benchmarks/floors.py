@@ -30,7 +30,7 @@ from bottlenecked.config import CacheProcessorConfig
 
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CACHED_FLOATS = 1 << 15  # 128 KiB and its copy fit the second-level cache of any machine with one per core
-ROUNDS_SECONDS = 0.02  # a measurement's length; the best of several is the peak
+ROUNDS_SECONDS = 0.004  # a measurement's length, shorter than a busy system's time slice; the best is the peak
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _products(dtype: str, multiply_adds: int) -> Work:
 # ---- rates ----------------------------------------------------------------------------------------------------
 
 
-def measure_peaks(threads: int, attempts: int = 5) -> Peaks:
+def measure_peaks(threads: int, attempts: int = 25) -> Peaks:
     """The machine's rates on this many threads: the best of `attempts`. Takes about a second.
 
     Raises SystemExit where peak.c cannot be compiled.

@@ -9,7 +9,6 @@ and the same caches serve every implementation.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,12 +175,6 @@ class Inputs:
 
     def empty_mass(self) -> np.ndarray:
         return np.empty((self.config.num_layers, self.setting.batch, self.setting.prior), np.float32)
-
-
-def window_queries(queries: Sequence[Tensor], setting: Setting) -> list[Tensor]:
-    """The window's queries, in order, from the rings: per layer [batch, step, num_query_heads, head_dim]."""
-    rows = torch.arange(setting.prior, setting.prior + setting.step) % queries[0].shape[1]
-    return [ring[:, rows] for ring in queries]
 
 
 @functools.lru_cache(maxsize=1)  # hundreds of megabytes, the same for settings that follow one another

@@ -12,12 +12,16 @@ All start from the same cache, which is restored before each call, and leave the
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from benchmarks import checks, floors
+from benchmarks.baselines.naive import Naive
+from benchmarks.baselines.plain import Plain
 from benchmarks.harness import OURS, Contender, Context, Figure, figure, say, with_floor
 from benchmarks.inputs import DTYPES, Inputs, Setting
 
@@ -38,7 +42,7 @@ def grid(context: Context) -> Iterator[Setting]:
 
 def measure(context: Context, setting: Setting) -> Figure:
     inputs = Inputs(setting)
-    calls = {OURS: lambda: inputs.rewrite()} | baselines(context, inputs, compiled=compiled(context, setting))
+    calls = {OURS: inputs.rewrite} | baselines(inputs, compiled=compiled(context, setting))
     check(inputs, calls)
     times = context.measure(
         {name: Contender(call, inputs.restore) for name, call in calls.items()},
@@ -50,37 +54,32 @@ def measure(context: Context, setting: Setting) -> Figure:
 
 
 def compiled(context: Context, setting: Setting) -> bool:
-    """Compiling costs up to a minute for each: one prior length of each width and dtype stands for the others."""
-    chosen = setting.prior == 1024 and setting.batch == 1
-    return context.options.compile and (chosen or bool(context.options.prior))
+    """Compiling costs up to a minute for each: one batch and prior length stand for the others, unless asked for."""
+    if not context.options.compile:
+        return False
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        say("  torch.compile is left out: it needs g++, or a C++ compiler named by CXX")
+        return False
+    return (setting.prior == 1024 and setting.batch == 1) or bool(context.options.prior)
 
 
-def baselines(context: Context, inputs: Inputs, *, compiled: bool) -> dict[str, Call]:
+def baselines(inputs: Inputs, *, compiled: bool) -> dict[str, Call]:
     """Whole boundaries of every baseline, on the inputs' caches."""
+    from benchmarks.baselines.stacked import Stacked
+
+    keys, values, queries, events = inputs.keys, inputs.values, inputs.queries, inputs.events
     dtype = DTYPES[inputs.setting.dtype]
-    names = ["naive", "naive_free", "plain", "stacked"] + ["plain_compiled", "stacked_compiled"] * compiled
-
-    def make(name: str) -> Call:
-        from benchmarks.baselines.naive import Naive
-        from benchmarks.baselines.plain import Plain
-        from benchmarks.baselines.stacked import Stacked
-
-        if name.startswith("naive"):
-            naive = Naive(inputs.config, inputs.weights, dtype)
-            if name == "naive_free":
-                attention = naive.attention_weights(inputs.keys, inputs.queries, inputs.events)
-                return lambda: naive.rewrite(inputs.keys, inputs.values, attention, inputs.events)
-            return lambda: naive.rewrite(
-                inputs.keys,
-                inputs.values,
-                naive.attention_weights(inputs.keys, inputs.queries, inputs.events),
-                inputs.events,
-            )
-        kind = Plain if name.startswith("plain") else Stacked
-        baseline = kind(inputs.config, inputs.weights, dtype, compiled=name.endswith("_compiled"))
-        return lambda: baseline.rewrite(inputs.keys, inputs.values, inputs.queries, inputs.events)
-
-    return context.optional(names, make)
+    naive = Naive(inputs.config, inputs.weights, dtype)
+    attention = naive.attention_weights(keys, queries, events)
+    calls: dict[str, Call] = {
+        "naive": lambda: naive.rewrite(keys, values, naive.attention_weights(keys, queries, events), events),
+        "naive_free": lambda: naive.rewrite(keys, values, attention, events),
+    }
+    for suffix in ("", "_compiled") if compiled else ("",):
+        for name, kind in {"plain": Plain, "stacked": Stacked}.items():
+            baseline = kind(inputs.config, inputs.weights, dtype, compiled=bool(suffix))
+            calls[name + suffix] = lambda baseline=baseline: baseline.rewrite(keys, values, queries, events)
+    return calls
 
 
 @torch.no_grad()

@@ -6,14 +6,16 @@ here because it is what people use to find positions that matter, not because it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from benchmarks import checks, floors
+from benchmarks.baselines.plain import attention_mass
+from benchmarks.baselines.window import Window
 from benchmarks.harness import OURS, Contender, Context, Figure, figure, with_floor
-from benchmarks.inputs import Inputs, Setting, window_queries
+from benchmarks.inputs import Inputs, Setting
 
 
 def run(context: Context) -> Iterator[Figure]:
@@ -33,8 +35,8 @@ def measure(context: Context, setting: Setting) -> Figure:
 
     ours()
     checks.reference_masses(inputs, mass)
-    checks.masses(inputs, "plain PyTorch's mass", plain(inputs.keys, inputs.queries, setting), torch.from_numpy(mass))
-    contenders = {OURS: Contender(ours), "torch": Contender(lambda: plain(inputs.keys, inputs.queries, setting))}
+    checks.masses(inputs, "plain PyTorch's mass", plain(inputs), torch.from_numpy(mass))
+    contenders = {OURS: Contender(ours), "torch": Contender(lambda: plain(inputs))}
     contenders |= context.optional(["kvpress"], lambda _: kvpress(inputs))
     times = context.measure(contenders, threads=setting.threads)
     work = floors.attention_mass(inputs.config, setting.dtype, setting.batch, setting.prior, setting.step)
@@ -42,19 +44,14 @@ def measure(context: Context, setting: Setting) -> Figure:
     return with_floor(figure("mass", keys, times), work, context.peaks(setting.threads))
 
 
-@torch.no_grad()
-def plain(keys: Sequence[Tensor], queries: Sequence[Tensor], setting: Setting) -> Tensor:
-    """The same in PyTorch, well written: [num_layers, batch, prior]. Heads of a group share their keys, uncopied."""
-    future = torch.ones(setting.step, setting.prior + setting.step, dtype=torch.bool).triu(setting.prior + 1)
-    result = []
-    for k, q in zip(keys, window_queries(queries, setting), strict=True):
-        batch, heads, end, dim = k.shape
-        # [batch, KV heads, group * step, head_dim]
-        rows = q.transpose(1, 2).unflatten(1, (heads, -1)).flatten(2, 3)
-        scores = (rows @ k.transpose(2, 3)).view(batch, heads, -1, setting.step, end) * dim**-0.5
-        weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1, dtype=torch.float32)
-        result.append(weights[..., : setting.prior].mean(dim=(1, 2, 3)))
-    return torch.stack(result)
+def plain(inputs: Inputs) -> Tensor:
+    """The same in PyTorch, well written: [num_layers, batch, prior]."""
+    window = Window.of(inputs.events, inputs.config)
+    layers = [
+        attention_mass(window.queries(ring), keys, window.begin, window.future())
+        for keys, ring in zip(inputs.keys, inputs.queries, strict=True)
+    ]
+    return torch.stack(layers) / (inputs.config.num_query_heads * inputs.setting.step)
 
 
 def kvpress(inputs: Inputs) -> Contender:
