@@ -60,7 +60,6 @@ def reference_masses(inputs: Inputs, mass: np.ndarray) -> None:
 def reference_rewrite(inputs: Inputs, ours: Rewritten, mass: np.ndarray) -> None:
     """Our rewrite against the float64 definition: first and last layer, first sequence; the baselines see the rest."""
     config = inputs.config
-    operands = "bfloat16" if inputs.setting.weight_dtype == "bfloat16" else None
     for layer in sorted({0, config.num_layers - 1}):
 
         def array(tensors: Sequence[Tensor], layer: int = layer) -> np.ndarray:
@@ -74,7 +73,7 @@ def reference_rewrite(inputs: Inputs, ours: Rewritten, mass: np.ndarray) -> None
             [array(inputs.pristine_values).swapaxes(1, 2)],
             [array(inputs.queries)],
             inputs.events[:1],
-            operands=operands,
+            operands=None if inputs.setting.weight_dtype == "float32" else "bfloat16",
         )
         of_layer = Rewritten(
             expected.recalled[0][:, None],

@@ -30,7 +30,7 @@ from bottlenecked.config import CacheProcessorConfig
 
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CACHED_FLOATS = 1 << 15  # 128 KiB and its copy fit the second-level cache of any machine with one per core
-ROUNDS_SECONDS = 0.004  # a measurement's length, shorter than a busy system's time slice; the best is the peak
+ROUNDS_SECONDS = 0.002  # a measurement's length, shorter than a busy system's time slice; the best is the peak
 
 
 @dataclass(frozen=True)
@@ -193,14 +193,14 @@ def _products(dtype: str, multiply_adds: int) -> Work:
 # ---- rates ----------------------------------------------------------------------------------------------------
 
 
-def measure_peaks(threads: int, attempts: int = 25) -> Peaks:
+def measure_peaks(threads: int, attempts: int = 40) -> Peaks:
     """The machine's rates on this many threads: the best of `attempts`. Takes about a second.
 
     Raises SystemExit where peak.c cannot be compiled.
     """
     library = _library()
-    # Each thread has memory of its own, together more than the last-level cache by far.
-    floats = max(4 * machine.last_level_cache() // threads, 1 << 23) // 4 // 256 * 256
+    # Each thread has memory of its own, both halves together four times the last-level cache: none of it stays there.
+    floats = max(2 * machine.last_level_cache() // threads, 1 << 23) // 4 // 256 * 256
     memory = [np.zeros((2, floats), np.float32) + 1 for _ in range(threads)]
     cached = [np.ones((2, CACHED_FLOATS), np.float32) for _ in range(threads)]
     exponents = np.linspace(-16, 0, library.peak_exp_exps(), dtype=np.float32)
@@ -211,7 +211,8 @@ def measure_peaks(threads: int, attempts: int = 25) -> Peaks:
         rounds = 1
         while (seconds := _seconds(call, threads, rounds)) < ROUNDS_SECONDS:
             rounds = max(2 * rounds, int(rounds * ROUNDS_SECONDS / max(seconds, 1e-6)))
-        return threads * rounds * count / min(_seconds(call, threads, rounds) for _ in range(attempts))
+        tries = attempts if rounds > 1 else attempts // 4  # a round through memory is long by itself
+        return threads * rounds * count / min(_seconds(call, threads, rounds) for _ in range(tries))
 
     def copy(buffers: list[np.ndarray]) -> Callable[[int, int], object]:
         return lambda t, rounds: library.peak_copy(rounds, _at(buffers[t][0]), buffers[t].shape[1], _at(buffers[t][1]))

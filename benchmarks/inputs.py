@@ -18,9 +18,9 @@ from torch import Tensor
 
 import bottleneck_ext
 from bottlenecked.boundary import BoundaryEvent
-from bottlenecked.checkpoint import initial_weights
+from bottlenecked.checkpoint import Weights, initial_weights
 from bottlenecked.config import CacheProcessorConfig
-from bottlenecked.processor import BoundCache, CacheProcessor
+from bottlenecked.processor import BoundCache, CacheProcessor, WeightDtype
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SEED = 0
@@ -82,7 +82,7 @@ class Setting:
         return SHAPES[self.shape]
 
     @property
-    def weight_dtype(self) -> str:
+    def weight_dtype(self) -> WeightDtype:
         """Of our products: bfloat16 with a bfloat16 cache, as a user would choose, else float32."""
         return "bfloat16" if self.dtype == "bfloat16" else "float32"
 
@@ -178,6 +178,6 @@ class Inputs:
 
 
 @functools.lru_cache(maxsize=1)  # hundreds of megabytes, the same for settings that follow one another
-def _processor(shape: str, dim: int, top_k: int, step: int) -> tuple[CacheProcessorConfig, dict[str, np.ndarray]]:
+def _processor(shape: str, dim: int, top_k: int, step: int) -> tuple[CacheProcessorConfig, Weights]:
     config = SHAPES[shape].processor_config(dim, top_k, step)
-    return config, dict(initial_weights(config, random_scale=RANDOM_SCALE, seed=SEED))
+    return config, initial_weights(config, random_scale=RANDOM_SCALE, seed=SEED)

@@ -12,11 +12,13 @@ All start from the same cache, which is restored before each call, and leave the
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks import checks, floors
@@ -25,7 +27,7 @@ from benchmarks.baselines.plain import Plain
 from benchmarks.harness import OURS, Contender, Context, Figure, figure, say, with_floor
 from benchmarks.inputs import DTYPES, Inputs, Setting
 
-Call = Callable[[], np.ndarray]  # a whole boundary: recalled positions [num_layers, batch, k]
+Call = Callable[[], npt.ArrayLike]  # a whole boundary: recalled positions [num_layers, batch, k]
 
 
 def run(context: Context) -> Iterator[Figure]:
@@ -73,12 +75,12 @@ def baselines(inputs: Inputs, *, compiled: bool) -> dict[str, Call]:
     attention = naive.attention_weights(keys, queries, events)
     calls: dict[str, Call] = {
         "naive": lambda: naive.rewrite(keys, values, naive.attention_weights(keys, queries, events), events),
-        "naive_free": lambda: naive.rewrite(keys, values, attention, events),
+        "naive_free": functools.partial(naive.rewrite, keys, values, attention, events),
     }
     for suffix in ("", "_compiled") if compiled else ("",):
         for name, kind in {"plain": Plain, "stacked": Stacked}.items():
             baseline = kind(inputs.config, inputs.weights, dtype, compiled=bool(suffix))
-            calls[name + suffix] = lambda baseline=baseline: baseline.rewrite(keys, values, queries, events)
+            calls[name + suffix] = functools.partial(baseline.rewrite, keys, values, queries, events)
     return calls
 
 

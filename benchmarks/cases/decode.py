@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -32,10 +32,10 @@ from benchmarks.baselines.naive import Naive
 from benchmarks.harness import OURS, Contender, Context, Figure, figure, say
 from benchmarks.inputs import DTYPES, SEED, SHAPES, Backbone, Setting
 from bottlenecked import backbones
-from bottlenecked.checkpoint import initial_weights
+from bottlenecked.checkpoint import Weights, initial_weights
 from bottlenecked.config import BoundaryConfig, CacheProcessorConfig
 from bottlenecked.integrations.transformers import attach
-from bottlenecked.processor import CacheProcessor, RewriteReport, WeightDtype
+from bottlenecked.processor import CacheProcessor, RewriteReport
 
 EVERY = 30  # tokens of a step
 SCALE = 0.05  # of the Processor's last matrix: the text changes and stays text
@@ -165,7 +165,7 @@ def measure(context: Context, model: Model, setting: Setting, tokens: int) -> Fi
     model.model.to(DTYPES[setting.dtype])
     ids = model.prompt(setting.batch, setting.prior)
     config, weights = processor(model, setting, EVERY if tokens > EVERY else 4)
-    ours = CacheProcessor(config, weights, weight_dtype=weight_dtype(setting))
+    ours = CacheProcessor(config, weights, weight_dtype=setting.weight_dtype)
     silent = CacheProcessor(*never(model, setting))
     naive = Naive(config, weights, DTYPES[setting.dtype])
     runs: list[Run] = []
@@ -197,27 +197,23 @@ def measure(context: Context, model: Model, setting: Setting, tokens: int) -> Fi
     )
 
 
-def processor(model: Model, setting: Setting, every: int) -> tuple[CacheProcessorConfig, Mapping[str, object]]:
+def processor(model: Model, setting: Setting, every: int) -> tuple[CacheProcessorConfig, Weights]:
     """A random Processor with a boundary on every `every`-th token: any token ends a step of that length."""
     return of_backbone(model, setting.backbone, setting.processor_dim, setting.top_k, min_step_length=every)
 
 
-def never(model: Model, setting: Setting) -> tuple[CacheProcessorConfig, Mapping[str, object]]:
+def never(model: Model, setting: Setting) -> tuple[CacheProcessorConfig, Weights]:
     """The smallest Processor, whose steps never end: attaching it captures queries and does nothing else."""
     return of_backbone(model, setting.backbone, 32, setting.top_k, min_step_length=1 << 16, rewrite_prompt=False)
 
 
 def of_backbone(
     model: Model, backbone: Backbone, dim: int, top_k: int, *, min_step_length: int, rewrite_prompt: bool = True
-) -> tuple[CacheProcessorConfig, Mapping[str, object]]:
+) -> tuple[CacheProcessorConfig, Weights]:
     every_token = tuple(range(model.model.config.vocab_size))
     boundary = BoundaryConfig(rule="token_ids", token_ids=every_token, min_step_length=min_step_length)
     config = backbone.processor_config(dim, top_k, EVERY, boundary=boundary, rewrite_prompt=rewrite_prompt)
     return config, initial_weights(config, random_scale=SCALE, seed=SEED)
-
-
-def weight_dtype(setting: Setting) -> WeightDtype:
-    return "bfloat16" if setting.weight_dtype == "bfloat16" else "float32"
 
 
 def generate_stock(model: Model, ids: Tensor, tokens: int) -> Run:

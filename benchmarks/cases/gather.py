@@ -9,6 +9,7 @@ gather         torch.gather over the whole batch
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -50,7 +51,7 @@ def measure(context: Context, setting: Setting) -> Figure:
         checks.refuse(setting, "the two gathers of PyTorch differ")
     contenders = {OURS: Contender(ours, inputs.restore)}
     for name, function in {"index_select": index_selected, "gather": gathered}.items():
-        contenders[name] = Contender(lambda function=function: by_torch(function), inputs.restore)
+        contenders[name] = Contender(functools.partial(by_torch, function), inputs.restore)
     times = context.measure(contenders, threads=1)
     work = floors.gather(inputs.config, setting.dtype, setting.batch * setting.rows)
     return with_floor(figure("gather", setting.describe("d_p"), times), work, context.peaks(1))

@@ -10,6 +10,7 @@ scatter      torch.scatter_ over the whole batch
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -63,7 +64,7 @@ def measure(context: Context, setting: Setting) -> Figure:
         for (cache, _, _), expected in zip(everything, [*after[0], *after[1]], strict=True):
             if not torch.equal(cache, expected):
                 checks.refuse(setting, f"ours wrote other rows than {name}")
-        contenders[name] = Contender(lambda function=function: by_torch(function), inputs.restore)
+        contenders[name] = Contender(functools.partial(by_torch, function), inputs.restore)
     times = context.measure(contenders, threads=1)
     work = floors.write(inputs.config, setting.dtype, setting.batch * setting.rows)
     return with_floor(figure("write", setting.describe("d_p"), times), work, context.peaks(1))
