@@ -41,9 +41,7 @@ class Window:
             raise ValueError(f"a sequence begins at {padding}: baselines take no left padding, begin at 0")
         windows = {(e.window_begin(config.recent_window), e.step_end) for e in events}
         if len(windows) > 1:
-            raise ValueError(
-                f"the windows {sorted(windows)} differ: baselines batch events of equal lengths, split them"
-            )
+            raise ValueError(f"the windows {sorted(windows)} differ: give events of equal lengths in a call")
         return cls(sequences, *windows.pop())
 
     def rows(self, batch: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from benchmarks import checks, floors
 from benchmarks.baselines.naive import Naive
 from benchmarks.baselines.plain import Plain
+from benchmarks.baselines.stacked import Stacked
 from benchmarks.harness import OURS, Contender, Context, Figure, figure, say, with_floor
 from benchmarks.inputs import DTYPES, Inputs, Setting
 
@@ -67,8 +68,6 @@ def compiled(context: Context, setting: Setting) -> bool:
 
 def baselines(inputs: Inputs, *, compiled: bool) -> dict[str, Call]:
     """Whole boundaries of every baseline, on the inputs' caches."""
-    from benchmarks.baselines.stacked import Stacked
-
     keys, values, queries, events = inputs.keys, inputs.values, inputs.queries, inputs.events
     dtype = DTYPES[inputs.setting.dtype]
     naive = Naive(inputs.config, inputs.weights, dtype)
@@ -78,7 +77,8 @@ def baselines(inputs: Inputs, *, compiled: bool) -> dict[str, Call]:
         "naive_free": functools.partial(naive.rewrite, keys, values, attention, events),
     }
     for suffix in ("", "_compiled") if compiled else ("",):
-        for name, kind in {"plain": Plain, "stacked": Stacked}.items():
+        kinds: dict[str, type[Plain | Stacked]] = {"plain": Plain, "stacked": Stacked}
+        for name, kind in kinds.items():
             baseline = kind(inputs.config, inputs.weights, dtype, compiled=bool(suffix))
             calls[name + suffix] = functools.partial(baseline.rewrite, keys, values, queries, events)
     return calls
