@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c)
+C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c benchmarks/*.c)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 

@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str]) -> Options:
         f"`{PROGRAM} compare A.jsonl B.jsonl` tells whether two runs agree.",
     )
     add = parser.add_argument
-    add("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; none: all")
+    add("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}, before the options; none: all")
     add("--shape", nargs="+", default=[], choices=SHAPES, help="backbones; default: by case, mostly smollm2")
     add("--processor-dim", nargs="+", type=int, default=[], metavar="D", help="widths of the Processor, d_p")
     add("--dtype", nargs="+", default=[], choices=DTYPES, help="of cache and baselines; bfloat16: of our weights too")

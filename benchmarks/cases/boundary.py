@@ -101,7 +101,8 @@ def check(inputs: Inputs, calls: dict[str, Call]) -> None:
     checks.reference_rewrite(inputs, ours, mass)
     for name, call in calls.items():
         if name != OURS:
-            say(f"  {name}")
+            if name.endswith("_compiled"):
+                say(f"  compiling {name}")
             checks.same_rewrite(inputs, f"{name} and ours", ours, rewritten(call), mass)
     inputs.restore()
 

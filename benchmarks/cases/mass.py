@@ -19,11 +19,16 @@ from benchmarks.inputs import Inputs, Setting
 
 
 def run(context: Context) -> Iterator[Figure]:
-    shapes = ("smollm2", "qwen3-0.6b", "llama-3.2-1b")
-    for setting in context.settings(shapes=shapes, processor_dims=(32,), batches=(1, 8), priors=(256, 1024, 4096)):
-        if setting.batch * setting.prior > 1 << 13 and not context.options.prior:
-            continue  # a batch of long caches takes gigabytes; --prior asks for it
+    for setting in grid(context):
         yield measure(context, setting)
+
+
+def grid(context: Context) -> Iterator[Setting]:
+    """smollm2 at several lengths and in a batch; the larger shapes at two lengths. The Processor takes no part."""
+    yield from context.settings(processor_dims=(32,), priors=(256, 1024, 4096))
+    if not (context.options.shape or context.options.batch or context.options.quick):
+        yield from context.settings(processor_dims=(32,), batches=(8,))
+        yield from context.settings(shapes=("qwen3-0.6b", "llama-3.2-1b"), processor_dims=(32,), priors=(1024, 4096))
 
 
 def measure(context: Context, setting: Setting) -> Figure:

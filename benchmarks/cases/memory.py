@@ -23,7 +23,8 @@ from benchmarks.inputs import Inputs, Setting
 
 
 def run(context: Context) -> Iterator[Figure]:
-    for setting in context.settings(shapes=("smollm2", "llama-3.2-1b"), processor_dims=(128, 512), batches=(8,)):
+    shapes = ("smollm2", "llama-3.2-1b")
+    for setting in context.settings(shapes=shapes, processor_dims=(128, 512), dtypes=("bfloat16",), batches=(8,)):
         yield measure(setting)
 
 
