@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import subprocess
 import tempfile
@@ -30,6 +31,7 @@ from bottlenecked.config import CacheProcessorConfig
 
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CACHED_FLOATS = 1 << 15  # 128 KiB and its copy fit the second-level cache of any machine with one per core
+CHUNK_FLOATS = 1 << 20  # 4 MiB at a time come from memory
 ROUNDS_SECONDS = 0.002  # a measurement's length, shorter than a busy system's time slice; the best is the peak
 
 
@@ -199,23 +201,36 @@ def measure_peaks(threads: int, attempts: int = 40) -> Peaks:
     Raises SystemExit where peak.c cannot be compiled.
     """
     library = _library()
-    # Each thread has memory of its own, both halves together four times the last-level cache: none of it stays there.
-    floats = max(2 * machine.last_level_cache() // threads, 1 << 23) // 4 // 256 * 256
-    memory = [np.zeros((2, floats), np.float32) + 1 for _ in range(threads)]
+    # Each thread has memory of its own, together four times the last-level cache, which holds no chunk until its turn.
+    chunks = max(2 * machine.last_level_cache() // threads // (4 * CHUNK_FLOATS), 2)
+    memory = [np.ones((2, chunks, CHUNK_FLOATS), np.float32) for _ in range(threads)]
     cached = [np.ones((2, CACHED_FLOATS), np.float32) for _ in range(threads)]
     exponents = np.linspace(-16, 0, library.peak_exp_exps(), dtype=np.float32)
     factor, term = ctypes.c_float(0.9999), ctypes.c_float(0.0001)
+    turns = [itertools.cycle(range(chunks)) for _ in range(threads)]
 
     def rate(call: Callable[[int, int], object], count: float) -> float:
         """call(thread, rounds), of which each round counts `count`, on all threads at once: counts per second."""
-        rounds = 1
-        while (seconds := _seconds(call, threads, rounds)) < ROUNDS_SECONDS:
-            rounds = max(2 * rounds, int(rounds * ROUNDS_SECONDS / max(seconds, 1e-6)))
-        tries = attempts if rounds > 1 else attempts // 4  # a round through memory is long by itself
-        return threads * rounds * count / min(_seconds(call, threads, rounds) for _ in range(tries))
 
-    def copy(buffers: list[np.ndarray]) -> Callable[[int, int], object]:
-        return lambda t, rounds: library.peak_copy(rounds, _at(buffers[t][0]), buffers[t].shape[1], _at(buffers[t][1]))
+        def seconds(rounds: int, attempts: int) -> float:
+            return min(_seconds(call, threads, rounds) for _ in range(attempts))
+
+        rounds = 1
+        while (taken := seconds(rounds, 3)) < ROUNDS_SECONDS:
+            rounds = max(2 * rounds, int(rounds * ROUNDS_SECONDS / max(taken, 1e-6)))
+        return threads * rounds * count / seconds(rounds, attempts)
+
+    def read(t: int, rounds: int) -> None:
+        for chunk in itertools.islice(turns[t], rounds):
+            for half in memory[t]:
+                library.peak_read(1, _at(half[chunk]), CHUNK_FLOATS)
+
+    def copy(t: int, rounds: int) -> None:
+        for chunk in itertools.islice(turns[t], rounds):
+            library.peak_copy(1, _at(memory[t][0, chunk]), CHUNK_FLOATS, _at(memory[t][1, chunk]))
+
+    def copy_cached(t: int, rounds: int) -> None:
+        library.peak_copy(rounds, _at(cached[t][0]), CACHED_FLOATS, _at(cached[t][1]))
 
     def multiply_add(name: str) -> float:
         loop, count = getattr(library, f"peak_{name}"), getattr(library, f"peak_{name}_multiply_adds")()
@@ -226,9 +241,9 @@ def measure_peaks(threads: int, attempts: int = 40) -> Peaks:
         float32_flops=multiply_add("f32"),
         bfloat16_flops=multiply_add("bf16"),
         exps=rate(lambda t, rounds: library.peak_exp(rounds, _at(exponents)), len(exponents)),
-        read_bandwidth=rate(lambda t, rounds: library.peak_read(rounds, _at(memory[t]), 2 * floats), 8 * floats),
-        copy_bandwidth=rate(copy(memory), 8 * floats),
-        cached_bandwidth=rate(copy(cached), 8 * CACHED_FLOATS),
+        read_bandwidth=rate(read, 8 * CHUNK_FLOATS),
+        copy_bandwidth=rate(copy, 8 * CHUNK_FLOATS),
+        cached_bandwidth=rate(copy_cached, 8 * CACHED_FLOATS),
     )
 
 
