@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -60,4 +61,5 @@ def about(context: Context) -> Figure:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; a model's loading bars are noise here
     sys.exit(main())
