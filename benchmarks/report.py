@@ -17,6 +17,9 @@ _EXTRA = {
     "boundary_share": ("in boundaries", "{:.2%}"),
     "capture_share": ("capture", "{:+.2%}"),
     "modules": ("modules", "{}"),
+    "stage_share": ("stages of ours", "{}"),
+    "read_bytes": ("to read MB", "{:.1f}"),
+    "read_gb_per_s": ("GB/s of it", "{:.1f}"),
     "model_bytes": ("model MB", "{:.1f}"),
     "cache_bytes": ("cache MB", "{:.1f}"),
     "processor_bytes": ("Processor MB", "{:.1f}"),
@@ -123,7 +126,10 @@ def _ratio(figure: Mapping[str, Any], name: str) -> str:
 def _extra(figure: Mapping[str, Any], key: str) -> str:
     if key not in figure:
         return "-"
-    value = figure[key] / 1e6 if key.endswith("_bytes") else figure[key]
+    value = figure[key]
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {share:.0%}" for name, share in value.items())
+    value = value / 1e6 if key.endswith("_bytes") else value
     return _EXTRA[key][1].format(value)
 
 
@@ -175,7 +181,8 @@ def _draw_gemm(axes: Any, figures: Figures) -> None:
             middle = [sorted(points[r])[len(points[r]) // 2] for r in rows]
             axes.plot(rows, middle, style, marker="o", label=f"{who}, {dtype}")
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="rows", ylabel="floor / time", ylim=(0, 1.1), title="Products: median over shapes")
+    axes.set(xlabel="rows", ylabel="floor / time", title="Products: median over shapes")
+    axes.set_ylim(bottom=0)
     axes.legend()
 
 

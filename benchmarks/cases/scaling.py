@@ -28,5 +28,6 @@ def measure(context: Context, setting: Setting) -> Figure:
     made = with_floor(
         figure("scaling", setting.describe(), times), boundary.work(inputs), context.peaks(setting.threads)
     )
-    # What moves per second: at long caches the keys are nearly all of it.
-    return made | {"bytes_per_s": made["floor"]["bytes"] / made["median_s"]}
+    # At long caches the keys are nearly all that has to be read.
+    read = made["floor"]["bytes"]
+    return made | {"read_bytes": read, "read_gb_per_s": read / made["median_s"] / 1e9}
