@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c tests/*.c)
+C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c tests/*.c benchmarks/*.c)
 # The cross compiler of the ziglang wheel; NEON_CC=aarch64-linux-gnu-gcc does as well.
 NEON_CC ?= $(CURDIR)/$(BIN)/python -m ziglang cc -target aarch64-linux-musl
 export HF_HUB_OFFLINE := 1
@@ -50,8 +50,9 @@ neon: $(VENV)/installed
 	mkdir -p build/neon
 	$(MAKE) -C examples/c CC='$(NEON_CC)' CFLAGS='-O3 -Werror' BUILD=$(CURDIR)/build/neon
 
+# Every case, for twenty minutes or so; BENCH='boundary mass --quick' chooses.
 bench: build
-	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks $(BENCH)
 
 # The full identity proof on SmolLM2: about an hour on two cores. DATA is GSM8K's test file (JSONL).
 identity: build

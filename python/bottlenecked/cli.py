@@ -1,4 +1,4 @@
-"""The `bottlenecked` command: info, init, generate.
+"""The `bottlenecked` command: info, init, generate, bench.
 
 Standard output carries the answer only (text or one JSON object); everything else goes to standard error. An
 error of the user's making is one sentence there and a non-zero exit status: 2 for the command line itself, 1
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes.util
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 import warnings
@@ -341,6 +343,19 @@ def generate(
         f"{count} tokens in {seconds:.1f} s ({count / seconds:.1f} tokens/s), {len(reports)} boundaries",
         file=sys.stderr,
     )
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> int:
+    """Run the benchmarks of a checkout: what python -m benchmarks does; --help lists its cases and options."""
+    # As `python -m` looks for it: here first.
+    spec = importlib.machinery.PathFinder.find_spec("benchmarks", [os.getcwd(), *sys.path])
+    places = (spec.submodule_search_locations or ()) if spec is not None else ()
+    if not any((Path(place) / "peak.c").is_file() for place in places):
+        raise ImportError(
+            "bench needs the package benchmarks, which is not installed: run it in a checkout's directory"
+        )
+    return subprocess.call([sys.executable, "-m", "benchmarks", *context.args])
 
 
 class _Writer:

@@ -1,0 +1,65 @@
+"""`python -m benchmarks`: runs the cases, prints tables or JSON lines, writes files; `compare` reads two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks import compare, machine, report
+from benchmarks.cases import CASES
+from benchmarks.harness import Context, Figure, say
+from benchmarks.options import Options, parse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status. arguments: without the program's name; None: sys.argv."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["compare"]:
+        return compare.main(arguments[1:])
+    options = parse(arguments)
+    lines: list[dict[str, Any]] = []
+    for line in run(options):
+        lines.append(line)
+        if options.json:
+            print(json.dumps(line), flush=True)
+    if not options.json:
+        print(report.markdown(lines))
+    if options.output is not None:
+        for path in report.write(lines, options.output, options.name):
+            say(f"wrote {path}")
+    return 0
+
+
+def run(options: Options) -> Iterator[dict[str, Any]]:
+    """The machine's line, then every figure of the chosen cases."""
+    context = Context(options)
+    yield about(context)
+    for name in options.cases or CASES:
+        say(f"{name}:")
+        began = time.perf_counter()
+        case = importlib.import_module(f"benchmarks.cases.{CASES[name]}")
+        for figure in case.run(context):
+            say(f"  {report.sentence(figure)}")
+            yield figure
+        say(f"  {name} took {time.perf_counter() - began:.0f} s")
+
+
+def about(context: Context) -> Figure:
+    """What ran, on what, and how fast that is on one thread and on all that are used."""
+    options = {
+        key: str(value) if key == "output" and value is not None else value
+        for key, value in dataclasses.asdict(context.options).items()
+    }
+    peaks = {str(n): dataclasses.asdict(context.peaks(n)) for n in sorted({1, context.options.threads})}
+    return {"case": "machine", **machine.describe(), "options": options, "peaks": peaks}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; a model's loading bars are noise here
+    sys.exit(main())

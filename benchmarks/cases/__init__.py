@@ -1,0 +1,23 @@
+"""What is measured: one module per case, each with
+
+    run(context: Context) -> Iterator[Figure]
+
+which first checks that ours and the baselines compute the same on the very inputs, raising SystemExit where they do
+not, and then measures. Modules are imported when they run: not every case needs transformers.
+"""
+
+from __future__ import annotations
+
+CASES = {  # name: module
+    "gemm": "gemm",
+    "mass": "mass",
+    "top_k": "top_k",
+    "gather": "gather",
+    "write": "write",
+    "boundary": "boundary",
+    "decode": "decode",
+    "memory": "memory",
+    "import": "importing",
+    "threads": "threads",
+    "scaling": "scaling",
+}

@@ -1,0 +1,167 @@
+"""Measuring: every implementation once per repeat, in one process, in an order that rotates.
+
+A busy moment of the machine then hits all of them, and a ratio is taken within each repeat, where it is steadier than
+any of its two times. Before each call its inputs are restored and the caches are scrubbed, as the backbone's forward
+would between two boundaries; the scrubbing also gives the threads of one implementation time to fall asleep before
+the next one is timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from benchmarks import floors, machine
+from benchmarks.inputs import Setting
+from benchmarks.options import Options
+
+T = TypeVar("T")
+Figure = dict[str, Any]
+
+MIN_REPEATS = 5
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An implementation to measure.
+
+    call: does the work. Where it returns a float, these are the seconds that count; else all of the call counts.
+    prepare: before each call, not measured.
+    """
+
+    call: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+@dataclass
+class Context:
+    """What a case runs with: options, the machine's rates by number of threads, memory to scrub the caches with."""
+
+    options: Options
+    _peaks: dict[int, floors.Peaks] = field(default_factory=dict)
+    _left_out: set[str] = field(default_factory=set)
+    _scratch: np.ndarray = field(default_factory=lambda: np.zeros(2 * machine.last_level_cache() // 8))
+
+    def peaks(self, threads: int) -> floors.Peaks:
+        """Measured once per number of threads."""
+        if threads not in self._peaks:
+            self._peaks[threads] = floors.measure_peaks(threads)
+        return self._peaks[threads]
+
+    def settings(
+        self,
+        *,
+        processor_dims: Sequence[int] = (512,),
+        dtypes: Sequence[str] = ("float32", "bfloat16"),
+        batches: Sequence[int] = (1,),
+        priors: Sequence[int] = (1024,),
+        shapes: Sequence[str] = ("smollm2",),
+        threads: int | None = None,
+    ) -> Iterator[Setting]:
+        """A case's grid: what the options name, and where they name nothing, the case's own choice."""
+        options = self.options
+        if options.quick:
+            processor_dims, dtypes, batches, priors, shapes = (32,), ("float32",), (2,), (40,), ("tiny",)
+        for shape in options.shape or shapes:
+            for dim in options.processor_dim or processor_dims:
+                for dtype in options.dtype or dtypes:
+                    for batch in options.batch or batches:
+                        for prior in options.prior or priors:
+                            yield Setting(
+                                shape, dim, dtype, batch, prior, options.step, options.top_k, threads or options.threads
+                            )
+
+    def scrub(self) -> None:
+        """Writes more than the last-level cache holds."""
+        np.add(self._scratch, 1.0, out=self._scratch)
+
+    def optional(self, names: Iterable[str], make: Callable[[str], T]) -> dict[str, T]:
+        """make(name) of every baseline whose library is installed; says once which are not."""
+        made = {}
+        for name in names:
+            try:
+                made[name] = make(name)
+            except ImportError as error:
+                if name not in self._left_out:
+                    say(f"  {name} is left out: {error}")
+                self._left_out.add(name)
+        return made
+
+    @torch.no_grad()
+    def measure(
+        self, contenders: Mapping[str, Contender], *, threads: int, scrub: bool = True
+    ) -> dict[str, list[float]]:
+        """Seconds of every contender, by repeat. torch runs on `threads` threads; ours were told theirs.
+
+        One round warms up. Repeats end at --repeats, or after MIN_REPEATS once --seconds have gone by.
+        """
+        torch.set_num_threads(threads)
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        began = time.perf_counter()
+        for repeat in range(-1, self.options.repeats):
+            if repeat == 0:
+                began = time.perf_counter()
+            if repeat >= MIN_REPEATS and time.perf_counter() - began > self.options.seconds:
+                break
+            for name in rotated(list(contenders), repeat):
+                contender = contenders[name]
+                contender.prepare()
+                if scrub:
+                    self.scrub()
+                start = time.perf_counter()
+                counted = contender.call()
+                seconds = time.perf_counter() - start
+                if repeat >= 0:
+                    times[name].append(counted if isinstance(counted, float) else seconds)
+        return times
+
+
+def figure(case: str, keys: Mapping[str, Any], times: Mapping[str, Sequence[float]], **more: Any) -> Figure:
+    """One line of a result. times: seconds by repeat, of OURS and of every baseline; more: further keys."""
+    ours = times[OURS]
+    baselines = {name: seconds for name, seconds in times.items() if name != OURS}
+    ratios = {name: [b / o for b, o in zip(s, ours, strict=True)] for name, s in baselines.items()}
+    made: Figure = {
+        "case": case,
+        **keys,
+        "median_s": statistics.median(ours),
+        "min_s": min(ours),
+        "max_s": max(ours),
+        "spread": spread(ours),
+        "repeats": len(ours),
+    }
+    if baselines:
+        made["baselines"] = {name: statistics.median(seconds) for name, seconds in baselines.items()}
+        made["ratios"] = {name: statistics.median(values) for name, values in ratios.items()}
+        made["ratio_spread"] = {name: spread(values) for name, values in ratios.items()}
+    return made | more
+
+
+def with_floor(made: Figure, work: floors.Work, peaks: floors.Peaks) -> Figure:
+    """The figure with its floor; floor_fraction is floor over median: 1 would be at the floor."""
+    floor = work.floor(peaks)
+    return made | floor | {"floor_fraction": floor["floor_s"] / made["median_s"]}
+
+
+def spread(values: Sequence[float]) -> float:
+    """Interquartile range over the median."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def rotated(items: list[T], by: int) -> list[T]:
+    by %= len(items)
+    return items[by:] + items[:by]
+
+
+def say(text: str) -> None:
+    """Progress: to standard error, which leaves standard output to the results."""
+    print(text, file=sys.stderr, flush=True)

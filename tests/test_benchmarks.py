@@ -1,0 +1,376 @@
+"""The benchmarks run, refuse to time what is wrong, and count honestly. What they measure here means nothing."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import bottleneck_ext
+from benchmarks import compare, floors, harness, options, report
+from benchmarks.__main__ import main
+from benchmarks.cases import CASES, decode
+from benchmarks.inputs import SHAPES, Inputs
+from bottlenecked import cli
+from bottlenecked.processor import BoundCache
+
+ROOT = Path(__file__).parent.parent
+WITH_FLOOR = ("gemm", "mass", "top_k", "gather", "write", "boundary", "threads", "scaling")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _peaks_once() -> Any:
+    """Measuring the machine takes a second: once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(floors, "measure_peaks", functools.cache(floors.measure_peaks))
+        threads = torch.get_num_threads()
+        yield
+        torch.set_num_threads(threads)
+
+
+def quick(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    """The lines of a quick run."""
+    capsys.readouterr()
+    assert main([*arguments, "--quick", "--json", "--threads", "1"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+# --- cases ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_figures_are_well_formed(capsys: pytest.CaptureFixture[str], case: str) -> None:
+    about, *figures = quick(capsys, case)
+    assert about["case"] == "machine"
+    assert about["versions"]["bottlenecked"] == bottleneck_ext.__version__
+    assert about["options"]["cases"] == [case]
+    assert all(rate > 0 for rate in about["peaks"]["1"].values())
+    assert figures
+    for figure in figures:
+        assert figure["case"] == case
+        if case == "memory":
+            for key in ("cache_bytes", "query_bytes", "processor_bytes", "workspace_bytes", "rss_bytes"):
+                assert figure[key] > 0
+            assert figure["rss_bytes"] >= figure["workspace_bytes"] // 2
+            continue
+        assert 0 < figure["min_s"] <= figure["median_s"] <= figure["max_s"]
+        assert figure["spread"] >= 0
+        assert figure["repeats"] == harness.MIN_REPEATS
+        if case != "scaling":
+            assert figure["baselines"].keys() == figure["ratios"].keys() == figure["ratio_spread"].keys()
+            assert all(value > 0 for value in [*figure["baselines"].values(), *figure["ratios"].values()])
+        assert ("floor_s" in figure) == (case in WITH_FLOOR)
+        if case in WITH_FLOOR:
+            assert figure["floor_s"] > 0
+            assert 0 < figure["floor_fraction"] < 1.5
+            assert figure["floor_fraction"] == pytest.approx(figure["floor_s"] / figure["median_s"])
+            assert figure["floor"]["bound_by"] in ("bytes", "flops", "exps")
+
+
+def test_boundary_has_every_baseline_and_share(capsys: pytest.CaptureFixture[str]) -> None:
+    figure = quick(capsys, "boundary", "--dtype", "bfloat16")[1]
+    assert figure["dtype"] == "bfloat16"
+    assert set(figure["baselines"]) == {"naive", "naive_free", "plain", "stacked"}
+    assert sum(figure["stage_share"].values()) == pytest.approx(1)
+
+
+def test_gemm_measures_every_product(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = quick(capsys, "gemm", "--dtype", "bfloat16")[1:]
+    assert [f["product"] for f in figures[::2]] == ["in", "qkv", "o", "gate_up", "down", "out"]
+    assert {f["torch_best"] for f in figures} <= {"bmm", "loop"}
+
+
+# --- sabotage -------------------------------------------------------------------------------------------------
+
+
+def refused(match: str, case: str) -> None:
+    with pytest.raises(SystemExit, match=match) as error:
+        main([case, "--quick", "--threads", "1"])
+    assert str(error.value.code).startswith("not measured (")
+
+
+def edit_after(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, edit: Callable[..., None]) -> None:
+    """Let `edit`, given the method's own arguments, loose on what the method left behind."""
+    original = getattr(owner, method)
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        edit(*args, **kwargs)
+        return result
+
+    monkeypatch.setattr(owner, method, wrong)
+
+
+def test_a_wrong_product_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = bottleneck_ext.Linear
+
+    class Wrong:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.linear = original(*args, **kwargs)
+
+        def apply(self, x: np.ndarray, out: np.ndarray, **kwargs: Any) -> None:
+            self.linear.apply(x, out, **kwargs)
+            out[-1, -1, -1] += 1
+
+    monkeypatch.setattr(bottleneck_ext, "Linear", Wrong)
+    refused(r"gemm in.*our product beside bmm is off", "gemm")
+
+
+def test_a_wrong_mass_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scale_sequence(inputs: Inputs, out: np.ndarray, bound: object) -> None:
+        out[1, 1] *= 1.01  # not what the reference looks at
+
+    edit_after(monkeypatch, Inputs, "mass", scale_sequence)
+    refused(r"plain PyTorch's mass is off", "mass")
+
+
+def test_a_wrong_mass_of_the_first_layer_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scale_layer(inputs: Inputs, out: np.ndarray, bound: object) -> None:
+        out[0, 0] *= 1.01
+
+    edit_after(monkeypatch, Inputs, "mass", scale_layer)
+    refused(r"our attention mass of layer 0 is off", "mass")
+
+
+def test_wrong_top_k_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shift(mass: object, lengths: object, out: np.ndarray) -> None:
+        out[1, 0] = (out[1, 0] + 1) % 40
+
+    edit_after(monkeypatch, bottleneck_ext, "select_top_k", shift)
+    refused(r"top_k differs from torch in rows \[1\]", "top_k")
+
+
+@pytest.mark.parametrize(
+    ("layer", "sequence", "match"),
+    [(0, 0, r"ours and the reference differ: layer 0"), (1, 1, r"naive and ours differ: layer 1, sequence 1")],
+)
+def test_a_wrong_rewrite_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, layer: int, sequence: int, match: str
+) -> None:
+    def touch_window(inputs: Inputs, workspace: object = None) -> None:
+        inputs.values[layer][sequence, :, -1] += 1
+
+    edit_after(monkeypatch, Inputs, "rewrite", touch_window)
+    refused(match, "boundary")
+
+
+def test_wrong_recall_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Inputs.rewrite
+
+    def recalls_others(inputs: Inputs, workspace: Any = None) -> np.ndarray:
+        return (original(inputs, workspace) + 1) % inputs.setting.prior
+
+    monkeypatch.setattr(Inputs, "rewrite", recalls_others)
+    refused(r"ours and the reference differ: layer 0, sequence 0, recalled", "gather")
+
+
+def test_a_write_elsewhere_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    recalled: set[int] = set()
+    rewrite, snapshot = BoundCache.rewrite, Inputs.snapshot
+
+    def remember(bound: BoundCache, events: Any) -> Any:
+        report = rewrite(bound, events)
+        recalled.update(report.recalled[0][0].tolist())
+        return report
+
+    def touched(inputs: Inputs) -> Any:
+        keys, values = snapshot(inputs)
+        keys[0][0, 0, min(set(range(40)) - recalled)] += 1
+        return keys, values
+
+    monkeypatch.setattr(BoundCache, "rewrite", remember)
+    monkeypatch.setattr(Inputs, "snapshot", touched)
+    refused(r"ours wrote other rows than index_copy", "write")
+
+
+@pytest.mark.parametrize("what", ["token_ids", "recalled"])
+def test_other_text_is_not_measured(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    original = decode.generate_ours
+
+    def other(*args: Any) -> decode.Run:
+        run = original(*args)
+        getattr(run, what)[0][0] = -1
+        return run
+
+    monkeypatch.setattr(decode, "generate_ours", other)
+    refused({"token_ids": "generate other tokens", "recalled": "recall other positions"}[what], "decode")
+
+
+# --- options and files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["bondary"], "no case 'bondary': choose from gemm, mass"),
+        (["--shape", "gpt"], "--shape: invalid choice: 'gpt'"),
+        (["--processor-dim", "100"], "--processor-dim is 100; it must be a multiple of 32"),
+        (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["--batch", "1", "0"], "--batch is 0; it must be at least 1"),
+        (["--prior", "-5"], "--prior"),
+        (["--step", "257"], "--step is 257; a window holds at most 256"),
+        (["--top-k", "0"], "--top-k is 0; it must be at least 1"),
+        (["--threads", "0"], "--threads is 0; it must be at least 1"),
+        (["--repeats", "4"], "--repeats is 4; it must be at least 5"),
+        (["--seconds", "nan"], "--seconds is nan; it must be at least 0"),
+        (["--name", "a/b"], "--name is 'a/b'; it must be a file's name"),
+        (["--sped"], "unrecognized arguments: --sped"),
+        (["compare", "one.jsonl"], "the following arguments are required: B.jsonl"),
+        (["compare", "one.jsonl", "two.jsonl"], "one.jsonl"),
+    ],
+)
+def test_bad_options(capsys: pytest.CaptureFixture[str], arguments: list[str], match: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert match in captured.err
+
+
+def test_the_grid_is_what_options_name() -> None:
+    made = harness.Context(options.parse(["mass", "--shape", "llama-3.2-1b", "--batch", "3", "2", "--threads", "1"]))
+    settings = list(made.settings(priors=(7, 8), dtypes=("float32",)))
+    assert [(s.shape, s.batch, s.prior) for s in settings] == [
+        ("llama-3.2-1b", batch, prior) for batch in (3, 2) for prior in (7, 8)
+    ]
+    assert {s.step for s in settings} == {32}
+
+
+def test_output_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    lines = quick(capsys, "mass", "scaling", "--output", str(tmp_path / "new"), "--name", "run")
+    data, text = tmp_path / "new" / "run.jsonl", tmp_path / "new" / "run.md"
+    assert sorted(p.name for p in data.parent.iterdir()) == ["run.jsonl", "run.md"]
+    assert [json.loads(line) for line in data.read_text().splitlines()] == lines
+    assert "## mass\n" in text.read_text()
+    assert "torch / ours" in text.read_text()
+    assert compare.main([str(data), str(data)]) == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib, of the dev extra")
+def test_plots(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    quick(capsys, "gemm", "mass", "scaling", "--output", str(tmp_path), "--name", "run")
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert [p.name for p in pictures] == ["run-gemm.png", "run-mass.png", "run-scaling.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
+    assert "![run-mass](run-mass.png)" in (tmp_path / "run.md").read_text()
+
+
+def test_a_missing_matplotlib_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report.write([{"case": "scaling", "prior": 1, "median_s": 1.0, "min_s": 1.0, "max_s": 1.0}], tmp_path, "run")
+    assert "no plots" in capsys.readouterr().err
+
+
+def ratio_file(path: Path, ratio: float, case: str = "mass") -> str:
+    """A run of one figure, whose only ratio spreads by a tenth."""
+    figure = {"case": case, "prior": 64, "ratios": {"torch": ratio}, "ratio_spread": {"torch": 0.1}}
+    path.write_text(json.dumps({"case": "machine"}) + "\n" + json.dumps(figure) + "\n")
+    return str(path)
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, near, far = (ratio_file(tmp_path / str(ratio), ratio) for ratio in (2.0, 2.3, 2.6))
+    assert compare.main([one, near]) == 0  # 0.3 apart; 0.2 + 0.23 allowed
+    assert capsys.readouterr().out.startswith("agree")
+    assert compare.main([one, far]) == 1  # 0.6 apart; 0.2 + 0.26 allowed
+    assert capsys.readouterr().out.startswith("DIFFER")
+    assert compare.main([one, ratio_file(tmp_path / "other", 2.0, case="gemm")]) == 1  # nothing in common
+    (tmp_path / "bad").write_text("{}\n")
+    with pytest.raises(SystemExit):
+        compare.main([one, str(tmp_path / "bad")])
+    assert "line 1 of" in capsys.readouterr().err
+
+
+def test_bench_command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    one, far = (ratio_file(tmp_path / str(ratio), ratio) for ratio in (2.0, 2.6))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "python")]))
+    assert cli.main(["bench", "compare", one, far]) == 1
+    assert capfd.readouterr().out.startswith("DIFFER")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert cli.main(["bench"]) == 1
+    assert "run it in a checkout's directory" in capfd.readouterr().err
+
+
+# --- measuring and counting -----------------------------------------------------------------------------------
+
+
+def test_measure_rotates_prepares_and_takes_the_seconds_a_call_returns() -> None:
+    context = harness.Context(options.parse(["--quick", "--threads", "1"]))
+    calls: list[str] = []
+    contenders = {
+        "ours": harness.Contender(lambda: calls.append("ours") or 2.0, lambda: calls.append("prepare")),
+        "other": harness.Contender(lambda: calls.append("other") or 6.0),
+    }
+    times = context.measure(contenders, threads=1, scrub=False)
+    assert times == {"ours": [2.0] * 5, "other": [6.0] * 5}
+    assert calls[:6] == ["other", "prepare", "ours", "prepare", "ours", "other"]  # the first round warms up
+    made = harness.figure("case", {"shape": "tiny"}, times, more=1)
+    assert made["median_s"] == 2.0
+    assert made["ratios"] == {"other": 3.0}
+    assert made["spread"] == made["ratio_spread"]["other"] == 0
+    assert made["more"] == 1
+
+
+def test_spread_is_the_interquartile_range_over_the_median() -> None:
+    assert harness.spread([1, 2, 4, 6, 100]) == pytest.approx((6 - 2) / 4)
+
+
+def test_a_floor_is_the_longer_of_moving_and_computing() -> None:
+    peaks = floors.Peaks(1, 10.0, 20.0, 5.0, 100.0, 50.0, 200.0)
+    moving = floors.Work(bytes=300, cached_bytes=200)  # 3 s and 1 s
+    computing = floors.Work(float32_flops=20, bfloat16_flops=20, exps=5)  # 2 s, 1 s and 1 s
+    assert moving.floor(peaks)["floor_s"] == 4
+    assert computing.floor(peaks)["floor_s"] == 4
+    assert (moving + computing).floor(peaks)["floor"]["bound_by"] == "bytes"
+    assert (moving + computing + floors.Work(exps=1)).floor(peaks)["floor"]["bound_by"] == "flops"
+    assert (moving + floors.Work(exps=100)).floor(peaks)["floor"]["bound_by"] == "exps"
+
+
+def test_counts_of_the_mass_are_those_of_a_loop() -> None:
+    backbone = SHAPES["tiny"]
+    config = backbone.processor_config(32, top_k=4, step=6)
+    scores = key_elements = 0
+    for _ in range(config.num_layers * 2):  # a batch of two
+        for _ in range(config.num_kv_heads):
+            key_elements += (40 + 6) * config.head_dim
+            for _ in range(config.num_query_heads // config.num_kv_heads):
+                scores += sum(40 + q + 1 for q in range(6))
+    work = floors.attention_mass(config, "bfloat16", batch=2, prior=40, window=6)
+    assert work.exps == scores
+    assert work.bfloat16_flops == 2 * config.head_dim * scores
+    query_elements = config.num_layers * 2 * 6 * config.num_query_heads * config.head_dim
+    assert work.bytes == 2 * (key_elements + query_elements) + 4 * config.num_layers * 2 * 40
+    assert floors.attention_mass(config, "float16", 2, 40, 6).float32_flops == work.bfloat16_flops
+
+
+def test_counts_of_the_processor_are_those_of_its_weights() -> None:
+    config = SHAPES["tiny"].processor_config(64, top_k=4, step=6)
+    matrices = sum(math.prod(shape) for name, shape in config.layer_shapes().items() if len(shape) == 2)
+    work = floors.processor(config, "bfloat16", sequences=2, rows=10)
+    assert work.bytes == 2 * config.num_layers * matrices
+    assert work.bfloat16_flops == 2 * 20 * config.num_layers * matrices
+    assert work.float32_flops == 2 * config.num_layers * 2 * (2 * 10 * 10 * 64)
+    one = floors.linear(3, rows=5, in_dim=7, out_dim=11, dtype="float32")
+    assert one == floors.Work(bytes=3 * (7 * 11 + 5 * 7 + 5 * 11) * 4, float32_flops=2 * 3 * 5 * 7 * 11)
+
+
+def test_two_threads_are_measured_together() -> None:
+    one, two = floors.measure_peaks(1), floors.measure_peaks(2)
+    assert two.threads == 2
+    # Where there are two cores they do more, and where there is one, not less by much.
+    assert two.float32_flops > 0.5 * one.float32_flops
