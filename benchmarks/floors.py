@@ -115,8 +115,7 @@ def attention_mass(config: CacheProcessorConfig, dtype: str, batch: int, prior: 
     """Attention mass of every prior position, for the window's queries, after and including their softmax.
 
     Every key of a sequence and KV head once, the window's queries once, one float32 per prior position out. A score
-    (2 * head_dim operations) per query and key it sees, causal within the window: once, though two passes over the keys
-    (log-sum-exp, then mass) compute it twice. One exponential per score.
+    (2 * head_dim operations) and one exponential per query and key it sees, causal within the window.
     """
     scores = config.num_layers * batch * config.num_query_heads * (window * prior + window * (window + 1) // 2)
     keys = config.num_layers * batch * config.num_kv_heads * (prior + window) * config.head_dim
@@ -141,13 +140,19 @@ def gather(config: CacheProcessorConfig, dtype: str, rows: int) -> Work:
     return Work(bytes=half * SIZES[dtype], cached_bytes=half * SIZES[dtype] + 2 * half * 4)
 
 
-def write(config: CacheProcessorConfig, dtype: str, rows: int) -> Work:
-    """float32 edits added to keys and values of `rows` positions of every layer: edits and cache read, cache written.
+def stage(config: CacheProcessorConfig, dtype: str, rows: int) -> Work:
+    """float32 edits added to keys and values of `rows` positions of every layer: edits and cache read, sums written.
 
     All of it was touched by the boundary before; where the caches held it no longer, the true floor is higher.
     """
     elements = 2 * config.num_layers * rows * config.num_kv_heads * config.head_dim
     return Work(cached_bytes=elements * (4 + 2 * SIZES[dtype]))
+
+
+def write(config: CacheProcessorConfig, dtype: str, rows: int) -> Work:
+    """Staged keys and values of `rows` positions of every layer read and written to the cache, none from memory."""
+    elements = 2 * config.num_layers * rows * config.num_kv_heads * config.head_dim
+    return Work(cached_bytes=elements * 2 * SIZES[dtype])
 
 
 def products_of(config: CacheProcessorConfig) -> dict[str, tuple[int, int]]:
@@ -181,6 +186,7 @@ def boundary(config: CacheProcessorConfig, dtype: str, weight_dtype: str, batch:
         attention_mass(config, dtype, batch, prior, window)
         + gather(config, dtype, batch * rows)
         + processor(config, weight_dtype, batch, rows)
+        + stage(config, dtype, batch * rows)
         + write(config, dtype, batch * rows)
     )
 

@@ -78,8 +78,9 @@ static float attention_softmax(float *scores, int64_t num_scores, float scale, f
     vf largest = vf_set1(*max);
     for (int64_t j = 0; j < num_scores; j += BTX_VL)
         largest = vf_max(largest, vf_load(scores + j));
-    float new_max = vf_reduce_max(largest);
-    float factor = vf_reduce_max(vf_exp2_from(vf_set1((*max - new_max) * scale), vf_zero()));
+    float new_max = vf_reduce_max(largest), factor = 1.0f;
+    if (*sum > 0.0f && new_max > *max)
+        factor = vf_reduce_max(vf_exp2_from(vf_set1((*max - new_max) * scale), vf_zero()));
     vf total = vf_zero();
     for (int64_t j = 0; j < num_scores; j += BTX_VL) {
         vf value = vf_exp2_from(vf_mul(vf_sub(vf_load(scores + j), vf_set1(new_max)), vf_set1(scale)), vf_zero());

@@ -59,7 +59,7 @@ typedef struct score_group {
     int by_column;                    /* copied tiles are [depth][SCORE_TILE] */
     const float *cells;               /* of the tile of keys */
     int64_t key_stride, depth_stride; /* of the tile, in cells */
-    int64_t ahead, num_ahead;         /* positions [ahead, ahead + num_ahead) are the next tile */
+    int64_t ahead, num_ahead;         /* positions [ahead, ahead + num_ahead) are the next tile, to be fetched */
     /* Scratch. */
     float *queries, *tile, *scores;
     float *row;           /* [head_dim] */
@@ -253,6 +253,8 @@ static int64_t score_take_keys(score_group *group, int64_t position, int64_t end
     int64_t n = end - position < SCORE_TILE ? end - position : SCORE_TILE, offset;
     group->ahead = position + n;
     group->num_ahead = end - group->ahead < SCORE_TILE ? end - group->ahead : SCORE_TILE;
+    if (group->keys->stride[3] == 1 && group->keys->stride[1] == group->plan->head_dim)
+        group->num_ahead = 0; /* keys in a row: the machine fetches ahead by itself */
     if (score_run(group, position, n, &offset) == n && score_in_place(group, offset, n)) {
         int64_t cell = group->pairs ? 2 : 1, size = (int64_t)sizeof(float) / cell;
         group->cells = (const float *)(const void *)((const char *)group->keys->data + offset * size);
@@ -274,9 +276,9 @@ static int64_t score_take_keys(score_group *group, int64_t position, int64_t end
 
 static inline void score_prefetch_bytes(const char *from, int64_t bytes)
 {
-    for (int64_t i = 0; i < bytes; i += 64)
-        vf_prefetch(from + i);
-    vf_prefetch(from + bytes - 1);
+    const char *end = from + bytes;
+    for (; from < end; from += 64)
+        vf_prefetch(from);
 }
 
 /* Brings keys [first, first + SCORE_KEYS) of the next tile nearer, or as large a part of its columns: in small
