@@ -22,5 +22,5 @@ export PYTHONPATH="$PWD:$PWD/python"
 export BOTTLENECKED_PARITY_EXAMPLES="${BOTTLENECKED_PARITY_EXAMPLES:-60}"
 "$python" -c "import bottleneck_ext._core as m; assert '/asan/' in m.__file__, m.__file__"
 exec "$python" -m pytest -q -p no:cacheprovider "$@" \
-    tests/test_extension.py tests/test_parity.py tests/test_config.py tests/test_boundary.py \
+    tests/test_extension.py tests/test_linear.py tests/test_parity.py tests/test_config.py tests/test_boundary.py \
     tests/test_checkpoint.py tests/test_reference.py

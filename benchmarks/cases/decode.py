@@ -155,7 +155,8 @@ def check(model: Model, setting: Setting, tokens: int) -> None:
     ids = model.prompt(1, min(setting.prior, CHECK_PROMPT))
     for every in (7, EVERY):
         config, weights = processor(model, single, every)
-        ours = generate_ours(model, CacheProcessor(config, weights), ids, tokens, setting.threads)
+        exact = CacheProcessor(config, weights, weight_dtype="float32")
+        ours = generate_ours(model, exact, ids, tokens, setting.threads)
         naive = generate_naive(model, Naive(config, weights, torch.float32), ids, tokens)
         if ours.token_ids != naive.token_ids:
             checks.refuse(single, f"ours and naive generate other tokens with a boundary every {every}")
