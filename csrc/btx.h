@@ -27,10 +27,11 @@ extern "C" {
 #endif
 
 #define BTX_VERSION "0.1.0"
-#define BTX_ABI_VERSION 1u
+#define BTX_ABI_VERSION 2u
 #define BTX_MAX_DIMS 4
 #define BTX_MAX_RECENT_WINDOW 256
 #define BTX_MAX_TOP_K 65536
+#define BTX_MAX_THREADS 1024
 
 /* ---- status ------------------------------------------------------------------------------------- */
 
@@ -182,13 +183,22 @@ const btx_config *btx_processor_config(const btx_processor *processor);
 const btx_backend *btx_processor_backend(const btx_processor *processor);
 size_t btx_processor_bytes(const btx_processor *processor); /* memory held by packed weights */
 
-/* num_threads, 1 to 1024: how many threads a call with this workspace may use, the caller's own included. They are
- * started at the first use and sleep between calls; a forked child starts its own. */
+/* num_threads, 1 to BTX_MAX_THREADS: how many threads a call with this workspace may use, the caller's own included.
+ * They are started at the first use and sleep between calls; a forked child starts its own. */
 btx_status btx_workspace_create(const btx_backend *backend, int32_t num_threads, btx_workspace **workspace,
                                 btx_error *error);
 void btx_workspace_destroy(btx_workspace *workspace); /* NULL is fine */
 int32_t btx_workspace_num_threads(const btx_workspace *workspace);
-size_t btx_workspace_bytes(const btx_workspace *workspace); /* grown to the largest call so far */
+size_t btx_workspace_bytes(const btx_workspace *workspace); /* reserved, or grown to the largest call so far */
+
+/* Memory for calls of up to bytes now, rather than when they come. Less than there is does nothing. */
+btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, btx_error *error);
+
+/* What a workspace of num_threads grows to by boundaries of up to num_sequences (1 to 65536) steps at once, each of a
+ * sequence of up to max_tokens positions, in a cache of cache_dtype (f32 is enough for all): the largest such boundary
+ * takes exactly this, none takes more. */
+btx_status btx_processor_workspace_bytes(const btx_processor *processor, int32_t num_threads, int64_t num_sequences,
+                                         int64_t max_tokens, btx_dtype cache_dtype, size_t *bytes, btx_error *error);
 
 /* ---- boundary ----------------------------------------------------------------------------------- */
 
@@ -278,18 +288,17 @@ typedef struct btx_plan_step {
     int64_t sequence_begin;
     int64_t window_begin;
     int64_t step_end;
-    int64_t num_prior;     /* window_begin - sequence_begin */
-    int64_t num_window;    /* step_end - window_begin */
-    int64_t num_recalled;  /* min(top_k, num_prior) */
-    int64_t prior_offset;  /* of this step in a layer's [total_prior] */
-    int64_t window_offset; /* in a layer's [total_window] */
-    int64_t row_offset;    /* in a layer's [total_rows]: recalled rows, then window rows */
+    int64_t num_prior;    /* window_begin - sequence_begin */
+    int64_t num_window;   /* step_end - window_begin */
+    int64_t num_recalled; /* min(top_k, num_prior) */
+    int64_t prior_offset; /* of this step in a layer's [total_prior] */
+    int64_t row_offset;   /* in a layer's [total_rows]: recalled rows, then window rows */
 } btx_plan_step;
 
 typedef struct btx_plan {
     const btx_plan_step *steps;
     int64_t num_steps;
-    int64_t total_prior, total_window, total_rows;
+    int64_t total_prior, total_rows;
     const btx_tensor *keys, *values, *queries; /* [num_layers] each */
     const int32_t *block_table;                /* [num_sequences, block_table_stride] */
     int64_t block_table_stride;
@@ -302,86 +311,117 @@ typedef struct btx_plan {
     const float *rope_inv_freq; /* NULL when keys are used as cached */
 } btx_plan;
 
-/* A packed matrix product y = x W^T + bias for every layer. */
+/* A packed matrix product for every layer. gated: its rows are a gate matrix over an up matrix, see linear_swiglu. */
 typedef struct btx_linear {
-    const void *packed; /* [num_layers] blocks of layer_bytes, in the backend's own layout */
-    size_t layer_bytes;
-    const float *bias; /* [num_layers, out_dim] or NULL */
+    const void *packed;  /* of layer 0, in the backend's own layout */
+    size_t layer_stride; /* bytes from one layer's weights to the next's */
+    const float *bias;   /* [num_layers, out_dim] or NULL */
     int64_t in_dim, out_dim;
     btx_dtype dtype;
+    int32_t gated;
 } btx_linear;
 
-/* A run of layers worked on by one lane. CPU backends take one layer at a time on each thread; a device
- * backend takes all layers in one pass. Activation pointers start at layer_begin. */
+/* What one lane works on: a run of layers, and of those a run of the plan's steps. Activations belong to a pass: their
+ * rows are those of its steps, one after the other, layer by layer. Products take them as operands: rounded to the
+ * weights' dtype, in the backend's own layout of operand_bytes(). */
 typedef struct btx_pass {
     const btx_plan *plan;
     int32_t layer_begin, layer_end;
+    int64_t step_begin, step_end;
     void *scratch; /* scratch_bytes() for the operation's own use */
 } btx_pass;
 
-typedef btx_status (*btx_pass_function)(void *context, int32_t layer_begin, int32_t layer_end, int32_t lane,
-                                        btx_error *error);
+/* One unit of work on one lane; units are independent. */
+typedef btx_status (*btx_unit_function)(void *context, int64_t unit, int32_t lane, btx_error *error);
 
 struct btx_backend {
     uint32_t abi_version; /* BTX_ABI_VERSION */
     uint32_t struct_size; /* sizeof(btx_backend) */
     const char *name;     /* "cpu" */
-    const char *variant;  /* "scalar", "avx2", "avx512", "avx512_bf16" */
+    const char *variant;  /* "scalar", "neon", "avx2", "avx512", "avx512_bf16" */
     btx_device_type device_type;
-    int32_t layers_per_pass; /* 1 on the CPU; 0: all layers in one pass */
-    int (*available)(void);  /* can this machine run it? */
+    /* How large a pass is best: layers (0: all), and rows: whole steps until there are that many (0: all). */
+    int32_t layers_per_pass;
+    int64_t rows_per_pass;
+    int (*available)(void); /* can this machine run it? */
 
     /* Memory the backend works on. release(NULL) is fine. */
     btx_status (*allocate)(size_t bytes, void **memory, btx_error *error);
     void (*release)(void *memory);
 
-    /* An executor runs fn over [0, num_layers) in passes, lane < num_threads; returns the first failure. */
+    /* An executor runs fn for every unit in [0, num_units), each on one lane < num_threads, in any order; returns the
+     * first failure. */
     btx_status (*executor_create)(int32_t num_threads, void **executor, btx_error *error);
     void (*executor_destroy)(void *executor);
-    btx_status (*executor_run)(void *executor, int32_t num_layers, btx_pass_function fn, void *context,
+    btx_status (*executor_run)(void *executor, int64_t num_units, btx_unit_function fn, void *context,
                                btx_error *error);
 
-    /* Weights f32 [out_dim, in_dim] to the packed layout of one layer. */
-    size_t (*packed_bytes)(int64_t out_dim, int64_t in_dim, btx_dtype dtype);
-    void (*pack)(const float *weight, int64_t out_dim, int64_t in_dim, btx_dtype dtype, void *packed);
+    /* Weights f32 [out_dim, in_dim] to the packed layout of one layer. gated: [2, out_dim / 2, in_dim]. */
+    size_t (*packed_bytes)(int64_t out_dim, int64_t in_dim, btx_dtype dtype, int32_t gated);
+    void (*pack)(const float *weight, int64_t out_dim, int64_t in_dim, btx_dtype dtype, int32_t gated, void *packed);
+    /* Memory of an operand [rows, dim] of a product whose weights have this dtype. */
+    size_t (*operand_bytes)(int64_t rows, int64_t dim, btx_dtype dtype);
 
-    /* Scratch every operation below may use, per lane, for this plan and the widest input of a product (0: no
-     * products, selection alone). */
-    size_t (*scratch_bytes)(const btx_plan *plan, int64_t max_in_dim);
+    /* Scratch every operation below may use, per lane, for passes of this plan and of up to max_rows rows; with
+     * max_dim > 0 also for a Processor attention of up to that width. */
+    size_t (*scratch_bytes)(const btx_plan *plan, int64_t max_rows, int64_t max_dim);
 
-    /* lse [layers, total_window, num_query_heads]: natural log-sum-exp of each window query's causal scores.
-     * INVALID_ARGUMENT where one is not finite: queries or keys hold NaN or infinity, or were never captured. */
-    btx_status (*attention_lse)(const btx_pass *pass, float *lse, btx_error *error);
-    /* mass [layers, total_prior]: 1 / (num_window * num_query_heads) * sum of exp(score - lse). */
-    btx_status (*attention_mass)(const btx_pass *pass, const float *lse, float *mass, btx_error *error);
-    /* positions [layers, total_rows]: of each step's mass the num_recalled largest, ascending, ties to the
-     * smaller position, NaN as zero; then its window. mass [layers, total_prior] is not read where
-     * num_recalled is 0. */
-    btx_status (*top_k)(const btx_pass *pass, const float *mass, int32_t *positions, btx_error *error);
-    /* rows [layers, total_rows, C] = cached keys | values at positions [layers, total_rows], RoPE undone
-     * when the plan says so. */
+    /* mass [layers, prior of the pass] = 1 / (num_window * num_query_heads) * sum of the softmax probabilities of every
+     * window query over the query heads of KV heads [head_begin, head_end). INVALID_ARGUMENT where a softmax is not
+     * finite: queries or keys hold NaN or infinity, or were never captured. */
+    btx_status (*attention_mass)(const btx_pass *pass, int32_t head_begin, int32_t head_end, float *mass,
+                                 btx_error *error);
+    /* positions [layers, rows of the pass]: of each step's mass the num_recalled largest, ascending, ties to the
+     * smaller position, NaN as zero; then its window. mass [layers, num_parts, prior of the pass] is first summed over
+     * its parts, in order, into the first; it is not read where num_recalled is 0. */
+    btx_status (*top_k)(const btx_pass *pass, int32_t num_parts, float *mass, int32_t *positions, btx_error *error);
+    /* rows [layers, rows, C] = cached keys | values at positions [layers, rows], RoPE undone when the plan says so. */
     btx_status (*gather_kv)(const btx_pass *pass, const int32_t *positions, float *rows, btx_error *error);
-    /* out [layers, rows, dim] = x / sqrt(mean(x^2) + eps) * weight [num_layers, dim]. out may be x. */
-    btx_status (*rms_norm)(const btx_pass *pass, const float *x, int64_t rows, int64_t dim, const float *weight,
-                           float eps, float *out, btx_error *error);
-    /* out [layers, rows, out_dim] = x W^T + bias, plus what out held when accumulate is nonzero. */
-    btx_status (*linear)(const btx_pass *pass, const btx_linear *weights, const float *x, int64_t rows, int accumulate,
-                         float *out, btx_error *error);
-    /* out [layers, total_rows, dim] = softmax(q k^T / sqrt(dim / heads)) v per step and head, no mask, from
-     * qkv [layers, total_rows, 3 * dim]. */
-    btx_status (*attention)(const btx_pass *pass, const float *qkv, int64_t dim, int32_t heads, float *out,
-                            btx_error *error);
-    /* out [layers, rows, dim] = silu(gate) * up, from gate_up [layers, rows, 2 * dim]. */
-    btx_status (*swiglu)(const btx_pass *pass, const float *gate_up, int64_t rows, int64_t dim, float *out,
-                         btx_error *error);
-    /* delta [layers, total_rows, C] *= gate (sigmoid already applied), RoPE redone on its key half when the
-     * plan says so; norms f32 [layers, num_steps] each, of the gated delta and of rows. A delta_norm is infinite
-     * where cache + delta would not be finite in the cache's dtype: such a boundary is refused before the write. */
-    btx_status (*gate_delta)(const btx_pass *pass, const int32_t *positions, const float *rows, const float *gate,
-                             float *delta, float *delta_norm, float *row_norm, btx_error *error);
-    /* cache += delta, in f32, one rounding into the cache's dtype; a zero edit keeps the element's bits. */
-    btx_status (*write_kv)(const btx_pass *pass, const int32_t *positions, const float *delta, btx_error *error);
+    /* x [layers, rows, dim] f32 as operand. */
+    btx_status (*round)(const btx_pass *pass, const float *x, int64_t dim, btx_dtype dtype, void *out,
+                        btx_error *error);
+    /* x / sqrt(mean(x^2) + eps) * weight [num_layers, dim] as operand; x [layers, rows, dim] f32. */
+    btx_status (*rms_norm)(const btx_pass *pass, const float *x, int64_t dim, const float *weight, float eps,
+                           btx_dtype dtype, void *out, btx_error *error);
+    /* out [layers, rows, out_dim] f32 = scale * (x W^T + bias), plus what out held when accumulate is nonzero. x is an
+     * operand; scale [num_layers], NULL for 1. */
+    btx_status (*linear)(const btx_pass *pass, const btx_linear *weights, const void *x, const float *scale,
+                         int accumulate, float *out, btx_error *error);
+    /* out, an operand [layers, rows, out_dim / 2] = silu(x W_gate^T) * (x W_up^T); weights are gated, without bias. */
+    btx_status (*linear_swiglu)(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
+                                btx_error *error);
+    /* out, an operand [layers, rows, dim] = softmax(q k^T / sqrt(dim / heads)) v per step and head, no mask, from
+     * qkv [layers, rows, 3 * dim] f32. */
+    btx_status (*attention)(const btx_pass *pass, const float *qkv, int64_t dim, int32_t heads, btx_dtype dtype,
+                            void *out, btx_error *error);
+    /* staged [layers, rows, C] in the cache's dtype = cache + delta, in f32, rounded once; where delta is zero the
+     * cache's own bits. delta [layers, rows, C] is the gated edit of rows; RoPE is redone on its key half when the plan
+     * says so, in place. Norms f32 [layers, steps of the pass], of delta and of rows: a delta_norm is infinite where a
+     * staged value is not finite, and such a boundary is refused before the write. */
+    btx_status (*stage_kv)(const btx_pass *pass, const int32_t *positions, const float *rows, float *delta,
+                           void *staged, float *delta_norm, float *row_norm, btx_error *error);
+    /* cache = staged at positions. */
+    btx_status (*write_kv)(const btx_pass *pass, const int32_t *positions, const void *staged, btx_error *error);
 };
+
+/* Rows and prior positions of a pass, over its steps. */
+static inline int64_t btx_pass_rows(const btx_pass *pass)
+{
+    const btx_plan_step *steps = pass->plan->steps;
+    if (pass->step_begin == pass->step_end)
+        return 0;
+    const btx_plan_step *last = &steps[pass->step_end - 1];
+    return last->row_offset + last->num_recalled + last->num_window - steps[pass->step_begin].row_offset;
+}
+
+static inline int64_t btx_pass_prior(const btx_pass *pass)
+{
+    const btx_plan_step *steps = pass->plan->steps;
+    if (pass->step_begin == pass->step_end)
+        return 0;
+    const btx_plan_step *last = &steps[pass->step_end - 1];
+    return last->prior_offset + last->num_prior - steps[pass->step_begin].prior_offset;
+}
 
 /* The backends compiled in, best first; the table is constant. */
 const btx_backend *const *btx_backends(int32_t *count);

@@ -31,10 +31,11 @@ btx_status btx_backend_check(const btx_backend *backend, btx_error *error);
 /* A region of the workspace being laid out: *total grows by count * size, aligned; 0 on overflow. */
 int btx_reserve(size_t *total, size_t *offset, int64_t count, size_t size);
 
-/* Scratch of at least bytes, kept until the workspace is destroyed or grows. */
-btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, char **memory, btx_error *error);
-btx_status btx_workspace_run(btx_workspace *workspace, int32_t num_layers, btx_pass_function fn, void *context,
+/* What was reserved: stays where it is until the workspace is destroyed or grows. */
+char *btx_workspace_memory(const btx_workspace *workspace);
+btx_status btx_workspace_run(btx_workspace *workspace, int64_t num_units, btx_unit_function fn, void *context,
                              btx_error *error);
-const btx_backend *btx_workspace_backend(const btx_workspace *workspace);
+/* INVALID_ARGUMENT where the workspace is not of this backend. */
+btx_status btx_workspace_check(const btx_workspace *workspace, const btx_backend *backend, btx_error *error);
 
 #endif /* BTX_INTERNAL_H */

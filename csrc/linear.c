@@ -78,10 +78,10 @@ btx_status btx_packed_linear_create(const btx_backend *backend, const btx_tensor
     product->out_dim = weight->shape[1];
     product->in_dim = weight->shape[2];
     product->dtype = weight_dtype;
-    product->layer_bytes = backend->packed_bytes(product->out_dim, product->in_dim, weight_dtype);
-    product->layer_bytes += (BTX_ALIGNMENT - product->layer_bytes % BTX_ALIGNMENT) % BTX_ALIGNMENT;
+    product->layer_stride = backend->packed_bytes(product->out_dim, product->in_dim, weight_dtype, 0);
+    product->layer_stride += (BTX_ALIGNMENT - product->layer_stride % BTX_ALIGNMENT) % BTX_ALIGNMENT;
     int64_t num_biases = bias != NULL ? created->num_layers * product->out_dim : 0;
-    if (!btx_reserve(&total, &packed_offset, created->num_layers, product->layer_bytes) ||
+    if (!btx_reserve(&total, &packed_offset, created->num_layers, product->layer_stride) ||
         !btx_reserve(&total, &bias_offset, num_biases, sizeof(float))) {
         status = btx_fail(error, BTX_OUT_OF_MEMORY, "the weights exceed the address space");
         goto cleanup;
@@ -105,8 +105,8 @@ btx_status btx_packed_linear_create(const btx_backend *backend, const btx_tensor
         if (status == BTX_OK && biases != NULL)
             status = read_layer(bias, "bias", layer, biases + layer * product->out_dim, error);
         if (status == BTX_OK)
-            backend->pack(unpacked, product->out_dim, product->in_dim, weight_dtype,
-                          packed + (size_t)layer * product->layer_bytes);
+            backend->pack(unpacked, product->out_dim, product->in_dim, weight_dtype, 0,
+                          packed + (size_t)layer * product->layer_stride);
     }
 
 cleanup:
@@ -141,27 +141,82 @@ size_t btx_packed_linear_bytes(const btx_packed_linear *linear)
 
 typedef struct linear_run {
     const btx_packed_linear *linear;
-    btx_plan plan; /* rows alone: nothing is selected or written */
+    btx_plan plan; /* rows alone: nothing is selected or written; its steps are the passes' rows */
+    int32_t layers_per_unit;
     const float *x;
     float *out;
-    int64_t rows;
     int accumulate;
     char *lanes; /* [num_threads] of lane_bytes */
-    size_t lane_bytes;
+    size_t operand, scratch, lane_bytes;
 } linear_run;
 
-static btx_status linear_pass(void *context, int32_t layer_begin, int32_t layer_end, int32_t lane, btx_error *error)
+static int64_t num_units(const linear_run *run)
+{
+    return (run->plan.num_layers + run->layers_per_unit - 1) / run->layers_per_unit * run->plan.num_steps;
+}
+
+static btx_status linear_unit(void *context, int64_t unit, int32_t lane_index, btx_error *error)
 {
     const linear_run *run = context;
+    const btx_backend *backend = run->linear->backend;
     const btx_linear *product = &run->linear->linear;
+    const btx_plan *plan = &run->plan;
+    char *lane = run->lanes + (size_t)lane_index * run->lane_bytes;
+    const int32_t layer_begin = (int32_t)(unit / plan->num_steps) * run->layers_per_unit;
+    const int32_t layer_end = layer_begin + run->layers_per_unit;
+    const int64_t step = unit % plan->num_steps;
     const btx_pass pass = {
-        .plan = &run->plan,
+        .plan = plan,
         .layer_begin = layer_begin,
-        .layer_end = layer_end,
-        .scratch = run->lanes + (size_t)lane * run->lane_bytes,
+        .layer_end = layer_end < plan->num_layers ? layer_end : plan->num_layers,
+        .step_begin = step,
+        .step_end = step + 1,
+        .scratch = lane + run->scratch,
     };
-    return run->linear->backend->linear(&pass, product, run->x + layer_begin * run->rows * product->in_dim, run->rows,
-                                        run->accumulate, run->out + layer_begin * run->rows * product->out_dim, error);
+    const int64_t row = layer_begin * plan->total_rows + plan->steps[step].row_offset;
+    btx_status status = backend->round(&pass, run->x + row * product->in_dim, product->in_dim, product->dtype,
+                                       lane + run->operand, error);
+    if (status == BTX_OK)
+        status = backend->linear(&pass, product, lane + run->operand, NULL, run->accumulate,
+                                 run->out + row * product->out_dim, error);
+    return status;
+}
+
+/* Makes room in the workspace and cuts the rows into passes: as a boundary's, of the backend's favourite size. */
+static btx_status prepare_run(linear_run *run, btx_workspace *workspace, btx_error *error)
+{
+    const btx_backend *backend = run->linear->backend;
+    const btx_linear *product = &run->linear->linear;
+    btx_plan *plan = &run->plan;
+    int64_t rows_per_unit = plan->total_rows;
+    run->layers_per_unit = backend->layers_per_pass > 0 ? backend->layers_per_pass : plan->num_layers;
+    /* A pass is of one layer, or of all rows. */
+    if (run->layers_per_unit == 1 && backend->rows_per_pass > 0 && backend->rows_per_pass < rows_per_unit)
+        rows_per_unit = backend->rows_per_pass;
+    int64_t num_steps = (plan->total_rows + rows_per_unit - 1) / rows_per_unit;
+    size_t total = 0, lanes = 0, steps = 0;
+    int64_t rows = run->layers_per_unit * rows_per_unit;
+    int fits = btx_reserve(&run->lane_bytes, &run->operand, 1,
+                           backend->operand_bytes(rows, product->in_dim, product->dtype)) &&
+               btx_reserve(&run->lane_bytes, &run->scratch, 1, backend->scratch_bytes(plan, rows_per_unit, 0)) &&
+               btx_reserve(&total, &lanes, btx_workspace_num_threads(workspace), run->lane_bytes) &&
+               btx_reserve(&total, &steps, num_steps, sizeof(btx_plan_step));
+    if (!fits)
+        return btx_fail(error, BTX_OUT_OF_MEMORY, "%" PRId64 " rows exceed the address space; split the call",
+                        plan->total_rows);
+    btx_status status = btx_workspace_reserve(workspace, total, error);
+    if (status != BTX_OK)
+        return status;
+    char *memory = btx_workspace_memory(workspace);
+    run->lanes = memory + lanes;
+    btx_plan_step *step = (btx_plan_step *)(void *)(memory + steps);
+    plan->steps = step;
+    plan->num_steps = num_steps;
+    for (int64_t row = 0; row < plan->total_rows; row += rows_per_unit, step++) {
+        int64_t left = plan->total_rows - row;
+        *step = (btx_plan_step){.row_offset = row, .num_window = left < rows_per_unit ? left : rows_per_unit};
+    }
+    return BTX_OK;
 }
 
 /* Kernels step from row to row and from layer to layer by the row's width. */
@@ -181,14 +236,11 @@ static btx_status check_row_major(const btx_tensor *tensor, const char *name, bt
 btx_status btx_packed_linear_apply(const btx_packed_linear *linear, btx_workspace *workspace, const btx_tensor *x,
                                    int accumulate, btx_tensor *out, btx_error *error)
 {
-    const btx_backend *backend = linear->backend;
     const btx_linear *product = &linear->linear;
     const int64_t x_shape[3] = {linear->num_layers, -1, product->in_dim};
-    if (workspace == NULL || btx_workspace_backend(workspace) != backend)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "the workspace is of another backend than '%s:%s'; create it with this one", backend->name,
-                        backend->variant);
-    btx_status status = btx_tensor_check(x, "x", BTX_F32, 3, x_shape, 0, error);
+    btx_status status = btx_workspace_check(workspace, linear->backend, error);
+    if (status == BTX_OK)
+        status = btx_tensor_check(x, "x", BTX_F32, 3, x_shape, 0, error);
     if (status != BTX_OK)
         return status;
     const int64_t rows = x->shape[1], out_shape[3] = {linear->num_layers, rows, product->out_dim};
@@ -205,20 +257,14 @@ btx_status btx_packed_linear_apply(const btx_packed_linear *linear, btx_workspac
         .plan = {.total_rows = rows, .num_layers = linear->num_layers},
         .x = x->data,
         .out = out->data,
-        .rows = rows,
         .accumulate = accumulate,
     };
     const float *x_end = run.x + linear->num_layers * rows * product->in_dim;
     const float *out_end = run.out + linear->num_layers * rows * product->out_dim;
     if (run.x < out_end && run.out < x_end)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "x and out share memory; pass an out of its own");
-
-    size_t scratch = 0, total = 0, lanes = 0;
-    if (!btx_reserve(&run.lane_bytes, &scratch, 1, backend->scratch_bytes(&run.plan, product->in_dim)) ||
-        !btx_reserve(&total, &lanes, btx_workspace_num_threads(workspace), run.lane_bytes))
-        return btx_fail(error, BTX_OUT_OF_MEMORY, "%" PRId64 " rows exceed the address space; split the call", rows);
-    status = btx_workspace_reserve(workspace, total, &run.lanes, error);
+    status = prepare_run(&run, workspace, error);
     if (status == BTX_OK)
-        status = btx_workspace_run(workspace, linear->num_layers, linear_pass, &run, error);
+        status = btx_workspace_run(workspace, num_units(&run), linear_unit, &run, error);
     return status;
 }

@@ -1,15 +1,18 @@
 /* processor.c - the Cache Processor: packed weights, and one boundary as a sequence of backend calls.
  *
- *     for every layer                                             stage
- *       attention_lse, attention_mass                             mass
+ *     for every unit, some layers of some steps                   stage
+ *       attention_mass                                            mass
  *       top_k                        -> positions                 top_k
- *       gather_kv                    -> rows [total_rows, C]      gather
- *       rms_norm, in_proj            -> u [total_rows, D]         processor
+ *       gather_kv                    -> x [rows, C]               gather
+ *       rms_norm, in_proj            -> u [rows, D]               processor
  *       rms_norm, qkv, attention, o_proj    (u += ...)
- *       rms_norm, gate_up, swiglu, down_proj (u += ...)
- *       out_proj, gate_delta         -> delta [total_rows, C]
- *     then, when every layer is staged and finite
+ *       rms_norm, gate_up with swiglu, down_proj (u += ...)
+ *       out_proj, gated              -> delta [rows, C]
+ *       stage_kv                     -> staged [rows, C]
+ *     then, when everything is staged and finite
  *       write_kv                                                  write
+ *
+ * Where there are fewer units than threads would like, the mass comes first, its KV heads units of their own.
  *
  * This file names no backend. arXiv 2505.16950, section 3; the arithmetic is stated in docs/processor.md. */
 #include <inttypes.h>
@@ -240,13 +243,14 @@ static const struct {
     [OUT_PROJ] = {1, {BTX_OUT_PROJ_WEIGHT}, {BTX_OUT_PROJ_BIAS}},
 };
 
-/* Sizes of everything the processor keeps; fills in_dim, out_dim, layer_bytes and the offsets. */
+/* Sizes of everything the processor keeps; fills in the products and the offsets. */
 static btx_status lay_out_weights(btx_processor *processor, size_t packed_offset[NUM_LINEARS],
                                   size_t bias_offset[NUM_LINEARS], size_t vector_offset[5], btx_error *error)
 {
     const btx_config *config = &processor->config;
-    size_t total = 0;
+    size_t total = 0, layer_bytes = 0, weights_at = 0;
     int fits = 1;
+    /* The products of a layer lie one behind the other, in the order of their use: linear.c fetches ahead. */
     for (int32_t p = 0; p < NUM_LINEARS; p++) {
         btx_linear *linear = &processor->linear[p];
         int64_t shape[2] = {0, 0};
@@ -254,9 +258,14 @@ static btx_status lay_out_weights(btx_processor *processor, size_t packed_offset
         linear->out_dim = products[p].num_parts * shape[0];
         linear->in_dim = shape[1];
         linear->dtype = config->weight_dtype;
-        linear->layer_bytes = processor->backend->packed_bytes(linear->out_dim, linear->in_dim, linear->dtype);
-        linear->layer_bytes += (BTX_ALIGNMENT - linear->layer_bytes % BTX_ALIGNMENT) % BTX_ALIGNMENT;
-        fits = fits && btx_reserve(&total, &packed_offset[p], config->num_layers, linear->layer_bytes);
+        linear->gated = p == GATE_UP_PROJ;
+        size_t bytes = processor->backend->packed_bytes(linear->out_dim, linear->in_dim, linear->dtype, linear->gated);
+        fits = fits && btx_reserve(&layer_bytes, &packed_offset[p], 1, bytes);
+    }
+    fits = fits && btx_reserve(&total, &weights_at, config->num_layers, layer_bytes);
+    for (int32_t p = 0; p < NUM_LINEARS; p++) {
+        btx_linear *linear = &processor->linear[p];
+        linear->layer_stride = layer_bytes;
         if (products[p].bias[0] != BTX_NUM_WEIGHTS)
             fits = fits && btx_reserve(&total, &bias_offset[p], config->num_layers * linear->out_dim, sizeof(float));
     }
@@ -289,8 +298,8 @@ static btx_status pack_layer(btx_processor *processor, const btx_tensor *weights
                                      (float *)linear->bias + layer * linear->out_dim + part * part_rows, error);
         }
         if (status == BTX_OK)
-            processor->backend->pack(unpacked, linear->out_dim, linear->in_dim, linear->dtype,
-                                     (char *)linear->packed + (size_t)layer * linear->layer_bytes);
+            processor->backend->pack(unpacked, linear->out_dim, linear->in_dim, linear->dtype, linear->gated,
+                                     (char *)linear->packed + (size_t)layer * linear->layer_stride);
     }
     if (status == BTX_OK)
         status = read_weight(config, weights, layer, BTX_INPUT_NORM_WEIGHT, processor->input_norm + layer * C, error);
@@ -391,22 +400,28 @@ size_t btx_processor_bytes(const btx_processor *processor)
 
 /* ---- one boundary --------------------------------------------------------------------------------- */
 
-/* Buffers of one lane, for one pass of layers. */
+/* Buffers of one lane, for one unit. */
 typedef struct lane_layout {
-    size_t lse, mass, rows, normed, u, wide, heads, scratch, bytes;
+    size_t mass, x, delta, normed, u, qkv, wide, scratch, bytes;
 } lane_layout;
 
 typedef struct boundary_run {
     const btx_processor *processor; /* NULL: attention mass alone */
     const btx_backend *backend;
     const btx_plan *plan;
+    int32_t num_lanes;
+    int32_t layers_per_unit;
+    int64_t num_chunks;   /* of steps; a unit is one of them for layers_per_unit layers */
+    int64_t *chunk_begin; /* [num_chunks + 1], steps */
+    int32_t num_parts;    /* of the mass, each some KV heads; 1: a unit's own */
     lane_layout layout;
-    char *lanes;        /* [num_threads] of layout.bytes */
+    char *lanes;        /* [num_lanes] of layout.bytes */
+    float *mass;        /* [num_layers, num_chunks][num_parts, prior of the chunk] where num_parts > 1 */
     int32_t *positions; /* [num_layers, total_rows] */
-    float *delta;       /* [num_layers, total_rows, C] */
+    char *staged;       /* [num_layers, total_rows, C] in the cache's dtype */
     float *delta_norm;  /* [num_layers, num_steps] */
     float *row_norm;    /* [num_layers, num_steps] */
-    double *seconds;    /* [num_threads, BTX_NUM_STAGES] */
+    double *seconds;    /* [num_lanes, BTX_NUM_STAGES] */
     const btx_tensor *mass_out;
 } boundary_run;
 
@@ -425,154 +440,331 @@ static void charge(boundary_run *run, int32_t lane, btx_stage stage, double *sin
     *since = time;
 }
 
-static btx_pass make_pass(const boundary_run *run, int32_t layer_begin, int32_t layer_end, int32_t lane)
+static int64_t num_units(const boundary_run *run)
 {
+    return (run->plan->num_layers + run->layers_per_unit - 1) / run->layers_per_unit * run->num_chunks;
+}
+
+/* Units of one layer are neighbours, so that lanes share its weights. */
+static btx_pass make_pass(const boundary_run *run, int64_t unit, int32_t lane)
+{
+    int64_t chunk = unit % run->num_chunks;
+    int32_t layer_begin = (int32_t)(unit / run->num_chunks) * run->layers_per_unit;
+    int32_t layer_end = layer_begin + run->layers_per_unit;
     return (btx_pass){
         .plan = run->plan,
         .layer_begin = layer_begin,
-        .layer_end = layer_end,
+        .layer_end = layer_end < run->plan->num_layers ? layer_end : run->plan->num_layers,
+        .step_begin = run->chunk_begin[chunk],
+        .step_end = run->chunk_begin[chunk + 1],
         .scratch = run->lanes + (size_t)lane * run->layout.bytes + run->layout.scratch,
     };
 }
 
-static btx_status measure_mass(boundary_run *run, const btx_pass *pass, float *lse, float *mass, btx_error *error)
+/* Where a pass's rows begin among all: a pass is of one layer, or of all steps. */
+static int64_t first_row(const btx_pass *pass)
 {
-    if (run->plan->total_prior == 0)
-        return BTX_OK;
-    btx_status status = run->backend->attention_lse(pass, lse, error);
-    if (status == BTX_OK)
-        status = run->backend->attention_mass(pass, lse, mass, error);
+    return pass->layer_begin * pass->plan->total_rows + pass->plan->steps[pass->step_begin].row_offset;
+}
+
+/* Where the mass of a pass goes: into the lane, or, in parts, among all. */
+static float *mass_of_pass(const boundary_run *run, const btx_pass *pass, int32_t lane)
+{
+    const btx_plan *plan = run->plan;
+    if (run->num_parts == 1)
+        return (float *)(run->lanes + (size_t)lane * run->layout.bytes + run->layout.mass);
+    return run->mass +
+           (pass->layer_begin * plan->total_prior + plan->steps[pass->step_begin].prior_offset) * run->num_parts;
+}
+
+static btx_status measure_mass(const boundary_run *run, const btx_pass *pass, int32_t part, int32_t lane,
+                               btx_error *error)
+{
+    int32_t heads = run->plan->num_kv_heads;
+    return run->backend->attention_mass(pass, heads * part / run->num_parts, heads * (part + 1) / run->num_parts,
+                                        mass_of_pass(run, pass, lane) + part * btx_pass_prior(pass), error);
+}
+
+/* One part of the mass of one unit: units of the run of their own. */
+static btx_status mass_part(void *context, int64_t index, int32_t lane, btx_error *error)
+{
+    boundary_run *run = context;
+    btx_pass pass = make_pass(run, index / run->num_parts, lane);
+    double since = now();
+    btx_status status = measure_mass(run, &pass, (int32_t)(index % run->num_parts), lane, error);
+    charge(run, lane, BTX_STAGE_MASS, &since);
     return status;
 }
 
-static btx_status process_rows(boundary_run *run, const btx_pass *pass, char *lane, const int32_t *positions,
-                               float *delta, float *delta_norm, float *row_norm, btx_error *error)
+static btx_status process_rows(const boundary_run *run, const btx_pass *pass, char *lane, btx_error *error)
 {
     const btx_processor *processor = run->processor;
     const btx_backend *backend = run->backend;
     const btx_config *config = &processor->config;
     const btx_linear *linear = processor->linear;
-    int64_t rows = run->plan->total_rows, D = config->processor_dim, F = config->processor_mlp_dim;
-    int64_t C = kv_width(config);
-    float *x = (float *)(lane + run->layout.rows), *normed = (float *)(lane + run->layout.normed);
-    float *u = (float *)(lane + run->layout.u), *wide = (float *)(lane + run->layout.wide);
-    float *heads = (float *)(lane + run->layout.heads);
+    const btx_dtype dtype = config->weight_dtype;
+    const lane_layout *layout = &run->layout;
+    int64_t C = kv_width(config), D = config->processor_dim;
+    float *x = (float *)(lane + layout->x), *u = (float *)(lane + layout->u), *qkv = (float *)(lane + layout->qkv);
+    float *delta = (float *)(lane + layout->delta);
+    void *normed = lane + layout->normed, *wide = lane + layout->wide;
+    const float eps = config->norm_eps;
+    const int64_t row = first_row(pass), norm = pass->layer_begin * run->plan->num_steps + pass->step_begin;
     btx_status status;
 
-    status = backend->rms_norm(pass, x, rows, C, processor->input_norm, config->norm_eps, normed, error);
+    status = backend->rms_norm(pass, x, C, processor->input_norm, eps, dtype, normed, error);
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[IN_PROJ], normed, rows, 0, u, error);
+        status = backend->linear(pass, &linear[IN_PROJ], normed, NULL, 0, u, error);
 
     if (status == BTX_OK)
-        status = backend->rms_norm(pass, u, rows, D, processor->attn_norm, config->norm_eps, normed, error);
+        status = backend->rms_norm(pass, u, D, processor->attn_norm, eps, dtype, normed, error);
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[QKV_PROJ], normed, rows, 0, wide, error);
+        status = backend->linear(pass, &linear[QKV_PROJ], normed, NULL, 0, qkv, error);
     if (status == BTX_OK)
-        status = backend->attention(pass, wide, D, config->processor_heads, heads, error);
+        status = backend->attention(pass, qkv, D, config->processor_heads, dtype, wide, error);
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[O_PROJ], heads, rows, 1, u, error);
+        status = backend->linear(pass, &linear[O_PROJ], wide, NULL, 1, u, error);
 
     if (status == BTX_OK)
-        status = backend->rms_norm(pass, u, rows, D, processor->mlp_norm, config->norm_eps, normed, error);
+        status = backend->rms_norm(pass, u, D, processor->mlp_norm, eps, dtype, normed, error);
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[GATE_UP_PROJ], normed, rows, 0, wide, error);
+        status = backend->linear_swiglu(pass, &linear[GATE_UP_PROJ], normed, wide, error);
     if (status == BTX_OK)
-        status = backend->swiglu(pass, wide, rows, F, heads, error);
-    if (status == BTX_OK)
-        status = backend->linear(pass, &linear[DOWN_PROJ], heads, rows, 1, u, error);
+        status = backend->linear(pass, &linear[DOWN_PROJ], wide, NULL, 1, u, error);
 
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[OUT_PROJ], u, rows, 0, delta, error);
+        status = backend->round(pass, u, D, dtype, normed, error);
     if (status == BTX_OK)
-        status = backend->gate_delta(pass, positions, x, processor->gate, delta, delta_norm, row_norm, error);
+        status = backend->linear(pass, &linear[OUT_PROJ], normed, processor->gate, 0, delta, error);
+    if (status == BTX_OK)
+        status = backend->stage_kv(pass, run->positions + row, x, delta,
+                                   run->staged + row * C * (int64_t)btx_dtype_size(run->plan->keys[0].dtype),
+                                   run->delta_norm + norm, run->row_norm + norm, error);
     return status;
 }
 
-/* Stages one pass: everything but the write. */
-static btx_status stage_pass(void *context, int32_t layer_begin, int32_t layer_end, int32_t lane_index,
-                             btx_error *error)
+/* Stages one unit: everything but the write. */
+static btx_status stage_unit(void *context, int64_t unit, int32_t lane_index, btx_error *error)
 {
     boundary_run *run = context;
-    const btx_plan *plan = run->plan;
-    btx_pass pass = make_pass(run, layer_begin, layer_end, lane_index);
+    btx_pass pass = make_pass(run, unit, lane_index);
     char *lane = run->lanes + (size_t)lane_index * run->layout.bytes;
-    float *mass = (float *)(lane + run->layout.mass);
-    int32_t *positions = run->positions + layer_begin * plan->total_rows;
+    int32_t *positions = run->positions + first_row(&pass);
     double since = now();
 
     btx_status status = BTX_OK;
-    if (run->processor->config.top_k > 0)
-        status = measure_mass(run, &pass, (float *)(lane + run->layout.lse), mass, error);
+    if (run->processor->config.top_k > 0 && run->num_parts == 1)
+        status = measure_mass(run, &pass, 0, lane_index, error);
     charge(run, lane_index, BTX_STAGE_MASS, &since);
     if (status == BTX_OK)
-        status = run->backend->top_k(&pass, mass, positions, error);
+        status = run->backend->top_k(&pass, run->num_parts, mass_of_pass(run, &pass, lane_index), positions, error);
     charge(run, lane_index, BTX_STAGE_TOP_K, &since);
     if (status == BTX_OK)
-        status = run->backend->gather_kv(&pass, positions, (float *)(lane + run->layout.rows), error);
+        status = run->backend->gather_kv(&pass, positions, (float *)(lane + run->layout.x), error);
     charge(run, lane_index, BTX_STAGE_GATHER, &since);
     if (status == BTX_OK)
-        status = process_rows(run, &pass, lane, positions,
-                              run->delta + layer_begin * plan->total_rows * kv_width(&run->processor->config),
-                              run->delta_norm + layer_begin * plan->num_steps,
-                              run->row_norm + layer_begin * plan->num_steps, error);
+        status = process_rows(run, &pass, lane, error);
     charge(run, lane_index, BTX_STAGE_PROCESSOR, &since);
     return status;
 }
 
-static btx_status write_pass(void *context, int32_t layer_begin, int32_t layer_end, int32_t lane, btx_error *error)
+static btx_status write_unit(void *context, int64_t unit, int32_t lane, btx_error *error)
 {
     boundary_run *run = context;
-    btx_pass pass = make_pass(run, layer_begin, layer_end, lane);
-    int64_t first_row = layer_begin * run->plan->total_rows;
+    btx_pass pass = make_pass(run, unit, lane);
+    int64_t row = first_row(&pass), row_bytes = kv_width(&run->processor->config);
+    row_bytes *= (int64_t)btx_dtype_size(run->plan->keys[0].dtype);
     double since = now();
-    btx_status status = run->backend->write_kv(&pass, run->positions + first_row,
-                                               run->delta + first_row * kv_width(&run->processor->config), error);
+    btx_status status = run->backend->write_kv(&pass, run->positions + row, run->staged + row * row_bytes, error);
     charge(run, lane, BTX_STAGE_WRITE, &since);
     return status;
 }
 
-/* Lays out lanes and staged results in the workspace. C == 0: attention mass alone. */
-static btx_status lay_out_run(boundary_run *run, btx_workspace *workspace, int64_t C, int64_t D, int64_t F,
-                              btx_error *error)
+/* Cuts the steps into chunks of about rows_per_pass rows, and fills in chunk_begin when there is room for it. */
+static void cut_chunks(boundary_run *run)
 {
     const btx_plan *plan = run->plan;
+    int64_t limit = run->backend->rows_per_pass, rows = 0;
+    run->num_chunks = 0;
+    for (int64_t s = 0; s < plan->num_steps; s++) {
+        int64_t more = plan->steps[s].num_recalled + plan->steps[s].num_window;
+        if (s == 0 || (limit > 0 && rows + more > limit)) {
+            if (run->chunk_begin != NULL)
+                run->chunk_begin[run->num_chunks] = s;
+            run->num_chunks++;
+            rows = 0;
+        }
+        rows += more;
+    }
+    if (run->chunk_begin != NULL)
+        run->chunk_begin[run->num_chunks] = plan->num_steps;
+}
+
+/* What the memory of a run depends on. It grows with each of these and depends on nothing else, so that it can be
+ * planned: the largest boundary needs the most. For that it is here and there a little more than a boundary uses. */
+typedef struct run_size {
+    int64_t num_steps;
+    int64_t total_rows;
+    int64_t max_rows;      /* of a step: recalled and window */
+    int64_t max_window;    /* of a step */
+    int64_t max_positions; /* of a step: prior and window */
+} run_size;
+
+/* Where the buffers of a run begin in the workspace. */
+typedef struct run_layout {
+    size_t lanes, chunks, mass, positions, staged, delta_norm, row_norm, seconds, bytes;
+} run_layout;
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+static run_size size_of_plan(const btx_plan *plan)
+{
+    run_size size = {.num_steps = plan->num_steps, .total_rows = plan->total_rows};
+    for (int64_t s = 0; s < plan->num_steps; s++) {
+        const btx_plan_step *step = &plan->steps[s];
+        size.max_rows = larger(size.max_rows, step->num_recalled + step->num_window);
+        size.max_window = larger(size.max_window, step->num_window);
+        size.max_positions = larger(size.max_positions, step->num_prior + step->num_window);
+    }
+    return size;
+}
+
+/* The work is split by KV heads too where units are few. The results do not depend on it: parts are single heads, and
+ * their sum has one order. */
+static int is_split(const boundary_run *run, int64_t units)
+{
+    const btx_processor *processor = run->processor;
+    return run->backend->layers_per_pass > 0 && units < 4 * (int64_t)run->num_lanes &&
+           (processor == NULL || processor->config.top_k > 0);
+}
+
+/* Lays out lanes and staged results for a run of this size; without a Processor for attention mass alone. 0 where they
+ * exceed the address space. Of the plan it reads the backbone's shape alone. */
+static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtype, run_layout *out)
+{
+    const btx_plan *plan = run->plan;
+    const btx_backend *backend = run->backend;
+    const btx_config *config = run->processor != NULL ? &run->processor->config : NULL;
+    const btx_dtype dtype = config != NULL ? config->weight_dtype : BTX_F32;
+    const size_t C = config != NULL ? (size_t)kv_width(config) : 0,
+                 D = config != NULL ? (size_t)config->processor_dim : 0;
+    const size_t F = config != NULL ? (size_t)config->processor_mlp_dim : 0;
+    const int64_t limit = backend->rows_per_pass, top_k = config != NULL ? config->top_k : 0;
+    run->layers_per_unit = backend->layers_per_pass > 0 ? backend->layers_per_pass : plan->num_layers;
+
+    /* A chunk is a single step, or has at most limit rows: steps with more than top_k prior positions have top_k + 1
+     * rows or more, those with fewer recall them all. */
+    int64_t chunk_rows = size->num_steps * size->max_rows, all_prior = size->num_steps * size->max_positions;
+    int64_t chunk_prior = config != NULL && top_k == 0 ? 0 : all_prior;
+    if (limit > 0) {
+        chunk_rows = smaller(chunk_rows, larger(limit, size->max_rows));
+        chunk_prior = smaller(chunk_prior, larger(1, limit / (top_k + 1)) * size->max_positions + limit);
+    }
+    /* Of mass in parts, for as many chunks as are still split. */
+    int64_t layer_units = (plan->num_layers + run->layers_per_unit - 1) / run->layers_per_unit, split_prior = 0;
+    if (is_split(run, layer_units) && plan->num_kv_heads > 1)
+        split_prior = smaller(all_prior, (4 * (int64_t)run->num_lanes - 1) / layer_units * chunk_prior);
+
+    const btx_plan_step longest = {.num_prior = size->max_positions, .num_window = size->max_window};
+    btx_plan plan_of_longest = *plan;
+    plan_of_longest.steps = &longest;
+    plan_of_longest.num_steps = 1;
+    const int64_t rows = run->layers_per_unit * chunk_rows;
+    const int64_t all_rows = plan->num_layers * size->total_rows, all_steps = plan->num_layers * size->num_steps;
     lane_layout *lane = &run->layout;
-    int32_t num_threads = btx_workspace_num_threads(workspace);
-    int64_t layers = run->backend->layers_per_pass > 0 ? run->backend->layers_per_pass : plan->num_layers;
-    int64_t rows = layers * plan->total_rows;
-    int64_t wide = 3 * D > 2 * F ? 3 * D : 2 * F;
-    int64_t narrow = D > F ? D : F;
-    int fits =
-        btx_reserve(&lane->bytes, &lane->lse, layers * plan->total_window * plan->num_query_heads, sizeof(float)) &&
-        btx_reserve(&lane->bytes, &lane->mass, layers * plan->total_prior, sizeof(float)) &&
-        btx_reserve(&lane->bytes, &lane->rows, rows * C, sizeof(float)) &&
-        btx_reserve(&lane->bytes, &lane->normed, rows * (C > D ? C : D), sizeof(float)) &&
-        btx_reserve(&lane->bytes, &lane->u, rows * D, sizeof(float)) &&
-        btx_reserve(&lane->bytes, &lane->wide, rows * wide, sizeof(float)) &&
-        btx_reserve(&lane->bytes, &lane->heads, rows * narrow, sizeof(float)) &&
-        btx_reserve(&lane->bytes, &lane->scratch, 1, run->backend->scratch_bytes(plan, C > narrow ? C : narrow));
-    size_t total = 0, lanes = 0, positions = 0, delta = 0, delta_norm = 0, row_norm = 0, seconds = 0;
-    int64_t all_rows = plan->num_layers * plan->total_rows, all_steps = plan->num_layers * plan->num_steps;
-    fits = fits && btx_reserve(&total, &lanes, num_threads, lane->bytes) &&
-           btx_reserve(&total, &positions, all_rows, sizeof(int32_t)) &&
-           btx_reserve(&total, &delta, all_rows * C, sizeof(float)) &&
-           btx_reserve(&total, &delta_norm, all_steps, sizeof(float)) &&
-           btx_reserve(&total, &row_norm, all_steps, sizeof(float)) &&
-           btx_reserve(&total, &seconds, num_threads, BTX_NUM_STAGES * sizeof(double));
-    if (!fits)
+    *lane = (lane_layout){0};
+    *out = (run_layout){0};
+    return btx_reserve(&lane->bytes, &lane->mass, run->layers_per_unit * chunk_prior, sizeof(float)) &&
+           btx_reserve(&lane->bytes, &lane->x, rows, C * sizeof(float)) &&
+           btx_reserve(&lane->bytes, &lane->delta, rows, C * sizeof(float)) &&
+           btx_reserve(&lane->bytes, &lane->normed, 1, backend->operand_bytes(rows, (int64_t)(C > D ? C : D), dtype)) &&
+           btx_reserve(&lane->bytes, &lane->u, rows, D * sizeof(float)) &&
+           btx_reserve(&lane->bytes, &lane->qkv, rows, 3 * D * sizeof(float)) &&
+           btx_reserve(&lane->bytes, &lane->wide, 1, backend->operand_bytes(rows, (int64_t)(D > F ? D : F), dtype)) &&
+           btx_reserve(&lane->bytes, &lane->scratch, 1,
+                       backend->scratch_bytes(&plan_of_longest, chunk_rows, (int64_t)D)) &&
+           btx_reserve(&out->bytes, &out->lanes, run->num_lanes, lane->bytes) &&
+           btx_reserve(&out->bytes, &out->chunks, size->num_steps + 1, sizeof(int64_t)) &&
+           btx_reserve(&out->bytes, &out->mass, plan->num_layers * split_prior,
+                       (size_t)plan->num_kv_heads * sizeof(float)) &&
+           btx_reserve(&out->bytes, &out->positions, all_rows, sizeof(int32_t)) &&
+           btx_reserve(&out->bytes, &out->staged, all_rows, C * btx_dtype_size(cache_dtype)) &&
+           btx_reserve(&out->bytes, &out->delta_norm, all_steps, sizeof(float)) &&
+           btx_reserve(&out->bytes, &out->row_norm, all_steps, sizeof(float)) &&
+           btx_reserve(&out->bytes, &out->seconds, run->num_lanes, BTX_NUM_STAGES * sizeof(double));
+}
+
+/* Makes room in the workspace and cuts the run into units. */
+static btx_status prepare_run(boundary_run *run, btx_workspace *workspace, btx_error *error)
+{
+    const btx_plan *plan = run->plan;
+    const run_size size = size_of_plan(plan);
+    run_layout layout;
+    run->num_lanes = btx_workspace_num_threads(workspace);
+    if (!lay_out(run, &size, plan->keys[0].dtype, &layout))
         return btx_fail(error, BTX_OUT_OF_MEMORY, "%" PRId64 " rows exceed the address space; split the call",
                         plan->total_rows);
-    char *memory = NULL;
-    btx_status status = btx_workspace_reserve(workspace, total, &memory, error);
+    btx_status status = btx_workspace_reserve(workspace, layout.bytes, error);
     if (status != BTX_OK)
         return status;
-    run->lanes = memory + lanes;
-    run->positions = (int32_t *)(memory + positions);
-    run->delta = (float *)(memory + delta);
-    run->delta_norm = (float *)(memory + delta_norm);
-    run->row_norm = (float *)(memory + row_norm);
-    run->seconds = (double *)(memory + seconds);
-    memset(run->seconds, 0, (size_t)num_threads * BTX_NUM_STAGES * sizeof(double));
+    char *memory = btx_workspace_memory(workspace);
+    run->lanes = memory + layout.lanes;
+    run->chunk_begin = (int64_t *)(memory + layout.chunks);
+    run->mass = (float *)(memory + layout.mass);
+    run->positions = (int32_t *)(memory + layout.positions);
+    run->staged = memory + layout.staged;
+    run->delta_norm = (float *)(memory + layout.delta_norm);
+    run->row_norm = (float *)(memory + layout.row_norm);
+    run->seconds = (double *)(memory + layout.seconds);
+    memset(run->seconds, 0, (size_t)run->num_lanes * BTX_NUM_STAGES * sizeof(double));
+    cut_chunks(run);
+    run->num_parts = plan->total_prior > 0 && is_split(run, num_units(run)) ? plan->num_kv_heads : 1;
+    return BTX_OK;
+}
+
+btx_status btx_processor_workspace_bytes(const btx_processor *processor, int32_t num_threads, int64_t num_sequences,
+                                         int64_t max_tokens, btx_dtype cache_dtype, size_t *bytes, btx_error *error)
+{
+    const btx_config *config = &processor->config;
+    btx_status status = check_range("num_threads", num_threads, 1, BTX_MAX_THREADS, error);
+    if (status == BTX_OK)
+        status = check_range("num_sequences", num_sequences, 1, 65536, error);
+    if (status == BTX_OK)
+        status = check_range("max_tokens", max_tokens, 1, INT32_MAX, error);
+    if (status == BTX_OK && cache_dtype != BTX_F32 && cache_dtype != BTX_F16 && cache_dtype != BTX_BF16)
+        status = btx_fail(error, BTX_INVALID_ARGUMENT, "cache_dtype is %s; it must be float32, float16 or bfloat16",
+                          btx_dtype_name(cache_dtype));
+    if (status != BTX_OK)
+        return status;
+    const btx_plan plan = {
+        .num_layers = config->num_layers,
+        .num_kv_heads = config->num_kv_heads,
+        .num_query_heads = config->num_query_heads,
+        .head_dim = config->head_dim,
+    };
+    const int64_t rows = smaller((int64_t)config->recent_window + config->top_k, max_tokens);
+    const run_size size = {
+        .num_steps = num_sequences,
+        .total_rows = num_sequences * rows,
+        .max_rows = rows,
+        .max_window = smaller(config->recent_window, max_tokens),
+        .max_positions = max_tokens,
+    };
+    boundary_run run = {.processor = processor, .backend = processor->backend, .plan = &plan, .num_lanes = num_threads};
+    run_layout layout;
+    if (!lay_out(&run, &size, cache_dtype, &layout))
+        return btx_fail(error, BTX_OUT_OF_MEMORY,
+                        "%" PRId64 " sequences of %" PRId64 " positions exceed the address space; plan for fewer",
+                        num_sequences, max_tokens);
+    *bytes = layout.bytes;
     return BTX_OK;
 }
 
@@ -598,7 +790,7 @@ static void copy_norms(const btx_tensor *out, const float *norms, const btx_plan
     }
 }
 
-static void fill_report(btx_report *report, const boundary_run *run, int32_t top_k, int32_t num_threads)
+static void fill_report(btx_report *report, const boundary_run *run, int32_t top_k)
 {
     const btx_plan *plan = run->plan;
     const btx_tensor *out = &report->recalled;
@@ -613,7 +805,7 @@ static void fill_report(btx_report *report, const boundary_run *run, int32_t top
     }
     copy_norms(&report->delta_norm, run->delta_norm, plan);
     copy_norms(&report->row_norm, run->row_norm, plan);
-    for (int32_t lane = 0; lane < num_threads; lane++) {
+    for (int32_t lane = 0; lane < run->num_lanes; lane++) {
         for (int32_t stage = 0; stage < BTX_NUM_STAGES; stage++)
             report->stage_seconds[stage] += run->seconds[lane * BTX_NUM_STAGES + stage];
     }
@@ -633,21 +825,12 @@ static btx_status check_finite(const boundary_run *run, btx_error *error)
     return BTX_OK;
 }
 
-static btx_status check_pair(const btx_backend *backend, const btx_workspace *workspace, btx_error *error)
-{
-    if (workspace == NULL || btx_workspace_backend(workspace) != backend)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "the workspace is of another backend than '%s:%s'; create it with this one", backend->name,
-                        backend->variant);
-    return BTX_OK;
-}
-
 btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace, const btx_boundary *boundary,
                        btx_report *report, btx_error *error)
 {
     const btx_config *config = &processor->config;
     btx_boundary_plan planned = {0};
-    btx_status status = check_pair(processor->backend, workspace, error);
+    btx_status status = btx_workspace_check(workspace, processor->backend, error);
     if (status == BTX_OK)
         status = btx_boundary_plan_create(boundary, processor->backend->device_type, config->num_layers,
                                           config->num_kv_heads, config->num_query_heads, config->head_dim,
@@ -662,48 +845,55 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
     }
     if (status != BTX_OK || planned.plan.num_steps == 0)
         goto cleanup;
-    status = lay_out_run(&run, workspace, kv_width(config), config->processor_dim, config->processor_mlp_dim, error);
+    status = prepare_run(&run, workspace, error);
+    if (status == BTX_OK && run.num_parts > 1)
+        status = btx_workspace_run(workspace, num_units(&run) * run.num_parts, mass_part, &run, error);
     if (status == BTX_OK)
-        status = btx_workspace_run(workspace, config->num_layers, stage_pass, &run, error);
+        status = btx_workspace_run(workspace, num_units(&run), stage_unit, &run, error);
     if (status == BTX_OK)
         status = check_finite(&run, error);
     if (status != BTX_OK)
         goto cleanup;
 
     /* The only writes to the caller's cache. */
-    if (btx_workspace_run(workspace, config->num_layers, write_pass, &run, error) != BTX_OK) {
+    if (btx_workspace_run(workspace, num_units(&run), write_unit, &run, error) != BTX_OK) {
         status = BTX_REBUILD_NEEDED;
         goto cleanup;
     }
     if (report != NULL)
-        fill_report(report, &run, config->top_k, btx_workspace_num_threads(workspace));
+        fill_report(report, &run, config->top_k);
 
 cleanup:
     btx_boundary_plan_destroy(&planned);
     return status;
 }
 
-static btx_status mass_pass(void *context, int32_t layer_begin, int32_t layer_end, int32_t lane_index, btx_error *error)
+/* The mass of one unit, summed over its parts, to the caller's tensor. */
+static btx_status mass_unit(void *context, int64_t unit, int32_t lane, btx_error *error)
 {
     boundary_run *run = context;
     const btx_plan *plan = run->plan;
     const btx_tensor *out = run->mass_out;
-    btx_pass pass = make_pass(run, layer_begin, layer_end, lane_index);
-    char *lane = run->lanes + (size_t)lane_index * run->layout.bytes;
-    const float *mass = (const float *)(lane + run->layout.mass);
-    btx_status status =
-        measure_mass(run, &pass, (float *)(lane + run->layout.lse), (float *)(lane + run->layout.mass), error);
-    if (status != BTX_OK)
-        return status;
-    for (int64_t layer = layer_begin; layer < layer_end; layer++, mass += plan->total_prior) {
-        for (int64_t s = 0; s < plan->num_steps; s++) {
+    btx_pass pass = make_pass(run, unit, lane);
+    const float *mass = mass_of_pass(run, &pass, lane);
+    const int64_t prior = btx_pass_prior(&pass);
+    btx_status status = run->num_parts == 1 ? measure_mass(run, &pass, 0, lane, error) : BTX_OK;
+    for (int64_t layer = pass.layer_begin; layer < pass.layer_end && status == BTX_OK; layer++) {
+        const float *of_step = mass;
+        for (int64_t s = pass.step_begin; s < pass.step_end; s++) {
             const btx_plan_step *step = &plan->steps[s];
             float *row = (float *)out->data + layer * out->stride[0] + s * out->stride[1];
-            for (int64_t i = 0; i < out->shape[2]; i++)
-                row[i * out->stride[2]] = i < step->num_prior ? mass[step->prior_offset + i] : 0.0f;
+            for (int64_t i = 0; i < out->shape[2]; i++) {
+                float sum = 0.0f;
+                for (int32_t part = 0; i < step->num_prior && part < run->num_parts; part++)
+                    sum += of_step[part * prior + i];
+                row[i * out->stride[2]] = sum;
+            }
+            of_step += step->num_prior;
         }
+        mass += run->num_parts * prior;
     }
-    return BTX_OK;
+    return status;
 }
 
 btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspace, const btx_boundary *boundary,
@@ -712,7 +902,7 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
     btx_boundary_plan planned = {0};
     btx_status status = btx_backend_check(backend, error);
     if (status == BTX_OK)
-        status = check_pair(backend, workspace, error);
+        status = btx_workspace_check(workspace, backend, error);
     if (status == BTX_OK)
         status = check_range("recent_window", recent_window, 1, BTX_MAX_RECENT_WINDOW, error);
     if (status != BTX_OK)
@@ -744,9 +934,11 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
     boundary_run run = {.backend = backend, .plan = &planned.plan, .mass_out = out};
     if (status != BTX_OK || planned.plan.num_steps == 0)
         goto cleanup;
-    status = lay_out_run(&run, workspace, 0, 0, 0, error);
+    status = prepare_run(&run, workspace, error);
+    if (status == BTX_OK && run.num_parts > 1)
+        status = btx_workspace_run(workspace, num_units(&run) * run.num_parts, mass_part, &run, error);
     if (status == BTX_OK)
-        status = btx_workspace_run(workspace, planned.plan.num_layers, mass_pass, &run, error);
+        status = btx_workspace_run(workspace, num_units(&run), mass_unit, &run, error);
 
 cleanup:
     btx_boundary_plan_destroy(&planned);
@@ -794,7 +986,7 @@ btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, 
     step.num_prior = n;
     row_mass = malloc((size_t)(n + 1) * sizeof *row_mass);
     positions = malloc((size_t)(n + 1) * sizeof *positions);
-    scratch = malloc(backend->scratch_bytes(&plan, 0) + 1);
+    scratch = malloc(backend->scratch_bytes(&plan, 0, 0) + 1);
     if (row_mass == NULL || positions == NULL || scratch == NULL) {
         status = btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for selecting among %" PRId64 " positions", n);
         goto cleanup;
@@ -807,8 +999,8 @@ btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, 
             row_mass[i] = from[i * mass->stride[1]];
         step.num_prior = plan.total_prior = length;
         step.num_recalled = plan.total_rows = length < top_k ? length : top_k;
-        btx_pass pass = {.plan = &plan, .layer_begin = 0, .layer_end = 1, .scratch = scratch};
-        status = backend->top_k(&pass, row_mass, positions, error);
+        btx_pass pass = {.plan = &plan, .layer_end = 1, .step_end = 1, .scratch = scratch};
+        status = backend->top_k(&pass, 1, row_mass, positions, error);
         for (int64_t i = 0; i < top_k && status == BTX_OK; i++)
             to[i * out->stride[1]] = i < step.num_recalled ? positions[i] : -1;
     }

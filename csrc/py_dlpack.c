@@ -1,6 +1,9 @@
 /* py_dlpack.c - tensors of any library enter through DLPack 1.x, without a copy.
  *
- * The capsule that __dlpack__ returns is kept unconsumed: it owns the export, and dropping it releases it. */
+ * Every object can be asked by its method __dlpack__; the capsule that it returns is kept unconsumed: it owns the
+ * export, and dropping it releases it. A type may also offer a table of C functions (the DLPack C exchange API), which
+ * is many times faster, and owns the same. Whatever that way cannot say or does not refuse as __dlpack__ would is
+ * left to __dlpack__: gradients, complex numbers, devices with streams, and all errors. */
 #include "py_module.h"
 
 /* The part of the DLPack ABI that is read here (https://dmlc.github.io/dlpack/latest/c_api.html). */
@@ -32,15 +35,26 @@ typedef struct dl_managed_tensor {
     void (*deleter)(struct dl_managed_tensor *);
 } dl_managed_tensor;
 
-typedef struct dl_managed_tensor_versioned {
-    struct {
-        uint32_t major, minor;
-    } version;
+typedef struct dl_version {
+    uint32_t major, minor;
+} dl_version;
+
+struct dl_managed_tensor_versioned {
+    dl_version version;
     void *context;
-    void (*deleter)(struct dl_managed_tensor_versioned *);
+    void (*deleter)(dl_managed_tensor_versioned *);
     uint64_t flags;
     dl_tensor tensor;
-} dl_managed_tensor_versioned;
+};
+
+/* Exported under the name __dlpack_c_exchange_api__ of a type, as a capsule; lives as long as the process. */
+struct dl_exchange_api {
+    dl_version version;
+    const dl_exchange_api *previous; /* an older one, or NULL */
+    void (*managed_tensor_allocator)(void);
+    int (*managed_tensor_from_object)(void *object, dl_managed_tensor_versioned **out); /* 0, or -1: Python error set */
+    /* and more that is not used here */
+};
 
 #define DL_FLAG_READ_ONLY ((uint64_t)1)
 #define DL_FLAG_IS_COPIED ((uint64_t)2)
@@ -51,7 +65,8 @@ static PyObject *argument_name(const char *name, Py_ssize_t index)
     return index < 0 ? PyUnicode_FromString(name) : PyUnicode_FromFormat("%s of layer %zd", name, index);
 }
 
-static PyObject *refuse(PyObject *exception, const char *name, Py_ssize_t index, const char *format, ...)
+/* Sets the exception and returns -1. */
+static int refuse(PyObject *exception, const char *name, Py_ssize_t index, const char *format, ...)
 {
     va_list arguments;
     va_start(arguments, format);
@@ -62,22 +77,21 @@ static PyObject *refuse(PyObject *exception, const char *name, Py_ssize_t index,
         PyErr_Format(exception, "%U: %U", what, why);
     Py_XDECREF(what);
     Py_XDECREF(why);
-    return NULL;
+    return -1;
 }
 
 /* Turns the exception a producer raised (BufferError and such) into ours, keeping its text. */
-static PyObject *refuse_export(module_state *state, const char *name, Py_ssize_t index)
+static void refuse_export(module_state *state, const char *name, Py_ssize_t index)
 {
     PyObject *type = NULL, *value = NULL, *traceback = NULL;
     if (PyErr_ExceptionMatches(PyExc_MemoryError) || !PyErr_ExceptionMatches(PyExc_Exception))
-        return NULL;
+        return;
     PyErr_Fetch(&type, &value, &traceback);
     PyErr_NormalizeException(&type, &value, &traceback);
     refuse(state->invalid_argument_error, name, index, "cannot be exported through DLPack: %S", value);
     Py_XDECREF(type);
     Py_XDECREF(value);
     Py_XDECREF(traceback);
-    return NULL;
 }
 
 static PyObject *call_dlpack(module_state *state, PyObject *object, const char *name, Py_ssize_t index)
@@ -87,9 +101,10 @@ static PyObject *call_dlpack(module_state *state, PyObject *object, const char *
         if (!PyErr_ExceptionMatches(PyExc_AttributeError))
             return NULL;
         PyErr_Clear();
-        return refuse(PyExc_TypeError, name, index,
-                      "an object of type %S has no __dlpack__; pass a NumPy array, a torch tensor or alike",
-                      (PyObject *)Py_TYPE(object));
+        refuse(PyExc_TypeError, name, index,
+               "an object of type %S has no __dlpack__; pass a NumPy array, a torch tensor or alike",
+               (PyObject *)Py_TYPE(object));
+        return NULL;
     }
     PyObject *capsule = PyObject_Call(method, state->empty_tuple, state->dlpack_keywords);
     if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) { /* a producer older than DLPack 1.0 */
@@ -98,7 +113,7 @@ static PyObject *call_dlpack(module_state *state, PyObject *object, const char *
     }
     Py_DECREF(method);
     if (capsule == NULL)
-        return refuse_export(state, name, index);
+        refuse_export(state, name, index);
     return capsule;
 }
 
@@ -122,56 +137,133 @@ static int read_dtype(const dl_tensor *tensor, btx_dtype *dtype)
     return 1;
 }
 
-PyObject *borrow_tensor(module_state *state, PyObject *object, const char *name, Py_ssize_t index, btx_tensor *view)
+/* Looks up the table that the object's type itself offers. That of a base class is not for a subclass, whose __dlpack__
+ * may be another. The answer for the latest type is remembered, since a list mostly holds one. */
+static int find_exchange(module_state *state, borrowed_list *list, PyObject *object)
 {
-    PyObject *capsule = call_dlpack(state, object, name, index);
+    PyObject *type = (PyObject *)Py_TYPE(object);
+    if (list->exchange_type == type)
+        return 0;
+    Py_XDECREF(list->exchange_type);
+    list->exchange_type = Py_NewRef(type);
+    list->exchange = NULL;
+    PyObject *members = PyObject_GetAttr(type, state->dict_name);
+    PyObject *capsule = members != NULL ? PyObject_GetItem(members, state->exchange_name) : NULL;
+    Py_XDECREF(members);
+    if (capsule == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_KeyError))
+            return -1;
+        PyErr_Clear();
+        return 0;
+    }
+    const dl_exchange_api *exchange = NULL;
+    if (PyCapsule_IsValid(capsule, "dlpack_exchange_api"))
+        exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+    Py_DECREF(capsule);
+    while (exchange != NULL && exchange->version.major > 1)
+        exchange = exchange->previous;
+    if (exchange == NULL || exchange->version.major != 1)
+        return 0;
+    /* PyTorch's function exports a tensor that requires grad, which its __dlpack__ refuses. */
+    PyObject *requires_grad = PyObject_GetAttr(type, state->requires_grad_name);
+    if (requires_grad == NULL && !PyErr_ExceptionMatches(PyExc_AttributeError))
+        return -1;
+    PyErr_Clear();
+    list->exchange_has_gradients = requires_grad != NULL;
+    Py_XDECREF(requires_grad);
+    list->exchange = exchange;
+    return 0;
+}
+
+static void release_managed(dl_managed_tensor_versioned *managed)
+{
+    if (managed != NULL && managed->deleter != NULL)
+        managed->deleter(managed);
+}
+
+/* Exports through the C exchange API. *out stays NULL where __dlpack__ is to be asked. -1: a Python error is set. */
+static int exchange_tensor(module_state *state, borrowed_list *list, PyObject *object,
+                           dl_managed_tensor_versioned **out)
+{
+    btx_dtype dtype;
+    if (find_exchange(state, list, object) < 0)
+        return -1;
+    if (list->exchange == NULL)
+        return 0;
+    if (list->exchange_has_gradients) {
+        PyObject *requires_grad = PyObject_GetAttr(object, state->requires_grad_name);
+        int no_gradient = requires_grad == Py_False;
+        Py_XDECREF(requires_grad);
+        if (requires_grad == NULL)
+            return -1;
+        if (!no_gradient)
+            return 0;
+    }
+    if (list->exchange->managed_tensor_from_object(object, out) != 0) {
+        *out = NULL;
+        if (PyErr_ExceptionMatches(PyExc_MemoryError) || !PyErr_ExceptionMatches(PyExc_Exception))
+            return -1;
+        PyErr_Clear();
+        return 0;
+    }
+    const dl_managed_tensor_versioned *managed = *out;
+    if (managed->version.major != 1 || managed->tensor.device.type != DL_CPU || !read_dtype(&managed->tensor, &dtype)) {
+        release_managed(*out);
+        *out = NULL;
+    }
+    return 0;
+}
+
+int borrow_tensor(module_state *state, borrowed_list *list, Py_ssize_t i, PyObject *object, const char *name,
+                  Py_ssize_t index)
+{
+    btx_tensor *view = &list->views[i];
+    const dl_managed_tensor_versioned *managed = NULL;
     const dl_tensor *tensor = NULL;
-    int read_only = 0;
-    if (capsule == NULL)
-        return NULL;
-    if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
-        const dl_managed_tensor_versioned *managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
-        if (managed->version.major != 1) {
-            refuse(state->unsupported_error, name, index, "exported with DLPack %u; version 1 is understood",
-                   (unsigned)managed->version.major);
-            goto fail;
+    if (exchange_tensor(state, list, object, &list->exports[i]) < 0)
+        return -1;
+    managed = list->exports[i];
+    if (managed == NULL) {
+        PyObject *capsule = list->capsules[i] = call_dlpack(state, object, name, index);
+        if (capsule == NULL)
+            return -1;
+        if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
+            managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
         }
+        else if (PyCapsule_IsValid(capsule, "dltensor")) {
+            tensor = &((const dl_managed_tensor *)PyCapsule_GetPointer(capsule, "dltensor"))->tensor;
+        }
+        else {
+            return refuse(PyExc_TypeError, name, index, "__dlpack__ of %S returned no DLPack capsule",
+                          (PyObject *)Py_TYPE(object));
+        }
+    }
+    int read_only = 0;
+    if (managed != NULL) {
+        if (managed->version.major != 1)
+            return refuse(state->unsupported_error, name, index, "exported with DLPack %u; version 1 is understood",
+                          (unsigned)managed->version.major);
+        if ((managed->flags & DL_FLAG_IS_COPIED) != 0)
+            return refuse(
+                state->invalid_argument_error, name, index,
+                "its library exported a copy, in which writes are lost; pass a tensor that shares its memory");
         tensor = &managed->tensor;
         read_only = (managed->flags & DL_FLAG_READ_ONLY) != 0;
-        if ((managed->flags & DL_FLAG_IS_COPIED) != 0) {
-            refuse(state->invalid_argument_error, name, index,
-                   "its library exported a copy, in which writes are lost; pass a tensor that shares its memory");
-            goto fail;
-        }
-    }
-    else if (PyCapsule_IsValid(capsule, "dltensor")) {
-        tensor = &((const dl_managed_tensor *)PyCapsule_GetPointer(capsule, "dltensor"))->tensor;
-    }
-    else {
-        refuse(PyExc_TypeError, name, index, "__dlpack__ of %S returned no DLPack capsule",
-               (PyObject *)Py_TYPE(object));
-        goto fail;
     }
 
-    if (tensor->ndim < 0 || tensor->ndim > BTX_MAX_DIMS) {
-        refuse(state->invalid_argument_error, name, index, "has %d dimensions; at most %d are used", (int)tensor->ndim,
-               BTX_MAX_DIMS);
-        goto fail;
-    }
+    if (tensor->ndim < 0 || tensor->ndim > BTX_MAX_DIMS)
+        return refuse(state->invalid_argument_error, name, index, "has %d dimensions; at most %d are used",
+                      (int)tensor->ndim, BTX_MAX_DIMS);
     *view = (btx_tensor){.num_dims = tensor->ndim, .read_only = read_only};
-    if (!read_dtype(tensor, &view->dtype)) {
-        refuse(state->invalid_argument_error, name, index,
-               "its dtype (DLPack code %d, %d bits) is none of float32, float16, bfloat16, int32, int64",
-               (int)tensor->dtype.code, (int)tensor->dtype.bits);
-        goto fail;
-    }
+    if (!read_dtype(tensor, &view->dtype))
+        return refuse(state->invalid_argument_error, name, index,
+                      "its dtype (DLPack code %d, %d bits) is none of float32, float16, bfloat16, int32, int64",
+                      (int)tensor->dtype.code, (int)tensor->dtype.bits);
     if (tensor->device.type == DL_CUDA)
         view->device = (btx_device){BTX_CUDA, tensor->device.id};
-    else if (tensor->device.type != DL_CPU && tensor->device.type != DL_CUDA_HOST) {
-        refuse(state->unsupported_error, name, index, "is on DLPack device type %d; CPU and CUDA are supported",
-               (int)tensor->device.type);
-        goto fail;
-    }
+    else if (tensor->device.type != DL_CPU && tensor->device.type != DL_CUDA_HOST)
+        return refuse(state->unsupported_error, name, index, "is on DLPack device type %d; CPU and CUDA are supported",
+                      (int)tensor->device.type);
     int64_t stride = 1;
     for (int32_t d = tensor->ndim - 1; d >= 0; d--) {
         view->shape[d] = tensor->shape[d];
@@ -180,24 +272,19 @@ PyObject *borrow_tensor(module_state *state, PyObject *object, const char *name,
             stride *= tensor->shape[d];
     }
     view->data = tensor->data == NULL ? NULL : (char *)tensor->data + tensor->byte_offset;
-    if (view->data != NULL && (uintptr_t)view->data % btx_dtype_size(view->dtype) != 0) {
-        refuse(state->invalid_argument_error, name, index, "its data are not aligned to %zu bytes; copy the tensor",
-               btx_dtype_size(view->dtype));
-        goto fail;
-    }
-    return capsule;
-
-fail:
-    Py_DECREF(capsule);
-    return NULL;
+    if (view->data != NULL && (uintptr_t)view->data % btx_dtype_size(view->dtype) != 0)
+        return refuse(state->invalid_argument_error, name, index,
+                      "its data are not aligned to %zu bytes; copy the tensor", btx_dtype_size(view->dtype));
+    return 0;
 }
 
 int borrowed_list_init(borrowed_list *list, Py_ssize_t length)
 {
-    list->length = length;
+    *list = (borrowed_list){.length = length};
     list->capsules = PyMem_Calloc((size_t)length + 1, sizeof *list->capsules);
+    list->exports = PyMem_Calloc((size_t)length + 1, sizeof *list->exports);
     list->views = PyMem_Calloc((size_t)length + 1, sizeof *list->views);
-    if (list->capsules != NULL && list->views != NULL)
+    if (list->capsules != NULL && list->exports != NULL && list->views != NULL)
         return 0;
     borrowed_list_clear(list);
     PyErr_NoMemory();
@@ -206,9 +293,18 @@ int borrowed_list_init(borrowed_list *list, Py_ssize_t length)
 
 void borrowed_list_clear(borrowed_list *list)
 {
-    for (Py_ssize_t i = 0; list->capsules != NULL && i < list->length; i++)
-        Py_XDECREF(list->capsules[i]);
+    PyObject *type, *value, *traceback; /* a deleter may run Python, in which none may be pending */
+    PyErr_Fetch(&type, &value, &traceback);
+    for (Py_ssize_t i = 0; i < list->length; i++) {
+        if (list->capsules != NULL)
+            Py_XDECREF(list->capsules[i]);
+        if (list->exports != NULL)
+            release_managed(list->exports[i]);
+    }
+    Py_XDECREF(list->exchange_type);
     PyMem_Free(list->capsules);
+    PyMem_Free(list->exports);
     PyMem_Free(list->views);
     *list = (borrowed_list){0};
+    PyErr_Restore(type, value, traceback);
 }

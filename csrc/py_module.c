@@ -180,9 +180,13 @@ static int module_exec(PyObject *module)
     state->linear_type = add_type(module, &linear_spec);
     state->empty_tuple = PyTuple_New(0);
     state->dlpack_keywords = Py_BuildValue("{s:(ii)}", "max_version", 1, 0);
+    state->dict_name = PyUnicode_InternFromString("__dict__");
+    state->exchange_name = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+    state->requires_grad_name = PyUnicode_InternFromString("requires_grad");
     if (state->kv_cache_type == NULL || state->query_cache_type == NULL || state->workspace_type == NULL ||
         state->processor_type == NULL || state->linear_type == NULL || state->empty_tuple == NULL ||
-        state->dlpack_keywords == NULL)
+        state->dlpack_keywords == NULL || state->dict_name == NULL || state->exchange_name == NULL ||
+        state->requires_grad_name == NULL)
         return -1;
     return PyModule_AddStringConstant(module, "__version__", BTX_VERSION);
 }
@@ -202,6 +206,9 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->workspace_type);
     Py_VISIT(state->dlpack_keywords);
     Py_VISIT(state->empty_tuple);
+    Py_VISIT(state->dict_name);
+    Py_VISIT(state->exchange_name);
+    Py_VISIT(state->requires_grad_name);
     return 0;
 }
 
@@ -220,6 +227,9 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->workspace_type);
     Py_CLEAR(state->dlpack_keywords);
     Py_CLEAR(state->empty_tuple);
+    Py_CLEAR(state->dict_name);
+    Py_CLEAR(state->exchange_name);
+    Py_CLEAR(state->requires_grad_name);
     return 0;
 }
 

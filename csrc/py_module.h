@@ -26,6 +26,8 @@ typedef struct module_state {
     /* The keyword arguments {"max_version": (1, 0)}. Owned. */
     PyObject *dlpack_keywords;
     PyObject *empty_tuple;
+    /* "__dict__", "__dlpack_c_exchange_api__", "requires_grad". Owned. */
+    PyObject *dict_name, *exchange_name, *requires_grad_name;
 } module_state;
 
 extern struct PyModuleDef btx_module_def;
@@ -41,19 +43,27 @@ PyObject *raise_status(module_state *state, btx_status status, const btx_error *
  * BOTTLENECKED_CPU_ISA stands for the variant where "cpu" names none. */
 const btx_backend *find_backend(module_state *state, const char *name);
 
-/* py_dlpack.c: borrows a tensor. The returned capsule owns the export and must outlive the view. NULL with an
- * exception set on failure; name and index (-1: none) say in the message which argument it was. */
-PyObject *borrow_tensor(module_state *state, PyObject *object, const char *name, Py_ssize_t index, btx_tensor *view);
+/* Tensors borrowed for the duration of a call (py_dlpack.c). */
+typedef struct dl_managed_tensor_versioned dl_managed_tensor_versioned;
+typedef struct dl_exchange_api dl_exchange_api;
 
-/* A list of tensors borrowed for the duration of a call. */
 typedef struct borrowed_list {
     Py_ssize_t length;
-    PyObject **capsules; /* Owned, [length]; NULL behind the last borrowed one. */
-    btx_tensor *views;   /* Owned, [length]. */
+    /* What owns the memory behind views[i]: one of the two. Owned, [length]. */
+    PyObject **capsules;
+    dl_managed_tensor_versioned **exports;
+    btx_tensor *views;               /* Owned, [length]. */
+    PyObject *exchange_type;         /* Owned: the type of the tensor seen last, or NULL. */
+    const dl_exchange_api *exchange; /* its DLPack C exchange API, or NULL */
+    int exchange_has_gradients;      /* its tensors have requires_grad */
 } borrowed_list;
 
 int borrowed_list_init(borrowed_list *list, Py_ssize_t length);
 void borrowed_list_clear(borrowed_list *list);
+/* Borrows a tensor into views[i], until the list is cleared. -1 with an exception set on failure; name and index (-1:
+ * none) say in the message which argument it was. */
+int borrow_tensor(module_state *state, borrowed_list *list, Py_ssize_t i, PyObject *object, const char *name,
+                  Py_ssize_t index);
 
 /* py_types.c */
 extern PyType_Spec kv_cache_spec, query_cache_spec, processor_spec, linear_spec, workspace_spec;

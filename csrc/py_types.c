@@ -72,6 +72,7 @@ typedef struct cache_object {
     PyObject *table;                 /* Owned: the query table, or NULL. */
     btx_tensor *views;               /* Owned: as they were when bound. */
     Py_ssize_t num_layers;
+    int heads_first; /* the tensors are [num_blocks, num_kv_heads, block_size, head_dim] */
 } cache_object;
 
 static const char *const kv_names[2] = {"keys", "values"};
@@ -103,37 +104,52 @@ static void cache_dealloc(PyObject *object)
     free_instance(object);
 }
 
-/* Takes over tensors (a tuple of num_layers times the number of names) after looking at each once. */
+/* Borrows the tensors (a tuple of num_layers times the number of names) and views each as
+ * [num_blocks, block_size, heads, head_dim]. */
+static int borrow_layers(module_state *state, PyObject *tensors, Py_ssize_t num_layers, const char *const *names,
+                         int heads_first, borrowed_list *list)
+{
+    Py_ssize_t size = PyTuple_Size(tensors);
+    if (size < 0 || borrowed_list_init(list, size) < 0)
+        return -1;
+    for (Py_ssize_t i = 0; i < size; i++) {
+        btx_tensor *view = &list->views[i];
+        if (borrow_tensor(state, list, i, PyTuple_GetItem(tensors, i), names[i / num_layers], i % num_layers) < 0)
+            return -1;
+        if (view->num_dims != 4) {
+            PyErr_Format(state->invalid_argument_error, "%s of layer %zd have %d dimensions; they must have 4",
+                         names[i / num_layers], i % num_layers, (int)view->num_dims);
+            return -1;
+        }
+        if (heads_first) {
+            int64_t heads = view->shape[1], head_stride = view->stride[1];
+            view->shape[1] = view->shape[2], view->stride[1] = view->stride[2];
+            view->shape[2] = heads, view->stride[2] = head_stride;
+        }
+    }
+    return 0;
+}
+
+/* Takes over tensors after looking at each once. */
 static PyObject *cache_new(PyTypeObject *type, PyObject *tensors, PyObject *table, Py_ssize_t num_layers,
-                           const char *const *names)
+                           const char *const *names, int heads_first)
 {
     module_state *state = module_state_of_self(type);
     borrowed_list borrowed = {0};
     cache_object *self = NULL;
-    Py_ssize_t size = PyTuple_Size(tensors);
     if (num_layers == 0) {
         PyErr_Format(state->invalid_argument_error, "%s: no layers; pass one tensor per layer", names[0]);
         goto cleanup;
     }
-    if (borrowed_list_init(&borrowed, size) < 0)
+    if (borrow_layers(state, tensors, num_layers, names, heads_first, &borrowed) < 0)
         goto cleanup;
-    for (Py_ssize_t i = 0; i < size; i++) {
-        borrowed.capsules[i] = borrow_tensor(state, PyTuple_GetItem(tensors, i), names[i / num_layers], i % num_layers,
-                                             &borrowed.views[i]);
-        if (borrowed.capsules[i] == NULL)
-            goto cleanup;
-        if (borrowed.views[i].num_dims != 4) {
-            PyErr_Format(state->invalid_argument_error, "%s of layer %zd have %d dimensions; they must have 4",
-                         names[i / num_layers], i % num_layers, (int)borrowed.views[i].num_dims);
-            goto cleanup;
-        }
-    }
     self = (cache_object *)new_instance(type);
     if (self == NULL)
         goto cleanup;
     self->tensors = Py_NewRef(tensors);
     self->table = Py_XNewRef(table);
     self->num_layers = num_layers;
+    self->heads_first = heads_first;
     self->views = borrowed.views;
     borrowed.views = NULL;
 
@@ -145,23 +161,17 @@ cleanup:
 /* The tensors again, for one call. */
 static int cache_borrow(module_state *state, cache_object *self, borrowed_list *list, const char *const *names)
 {
-    Py_ssize_t size = PyTuple_Size(self->tensors);
-    if (size < 0 || borrowed_list_init(list, size) < 0)
+    if (borrow_layers(state, self->tensors, self->num_layers, names, self->heads_first, list) < 0)
         return -1;
-    for (Py_ssize_t i = 0; i < size; i++) {
-        list->capsules[i] = borrow_tensor(state, PyTuple_GetItem(self->tensors, i), names[i / self->num_layers],
-                                          i % self->num_layers, &list->views[i]);
-        if (list->capsules[i] == NULL)
-            return -1;
-    }
     return check_unmoved(state, list, self->views, self->num_layers, names);
 }
 
 static PyObject *kv_cache_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"keys", "values", NULL};
+    static char *names[] = {"keys", "values", "heads_first", NULL};
     PyObject *keys = NULL, *values = NULL, *key_tuple = NULL, *value_tuple = NULL, *both = NULL, *self = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO:KVCache", names, &keys, &values))
+    int heads_first = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$p:KVCache", names, &keys, &values, &heads_first))
         return NULL;
     key_tuple = tuple_of(keys, "keys");
     if (key_tuple == NULL)
@@ -177,7 +187,7 @@ static PyObject *kv_cache_new(PyTypeObject *type, PyObject *args, PyObject *keyw
     }
     both = PySequence_Concat(key_tuple, value_tuple);
     if (both != NULL)
-        self = cache_new(type, both, NULL, PyTuple_Size(key_tuple), kv_names);
+        self = cache_new(type, both, NULL, PyTuple_Size(key_tuple), kv_names, heads_first);
 
 cleanup:
     Py_XDECREF(key_tuple);
@@ -194,7 +204,7 @@ static PyObject *query_cache_new(PyTypeObject *type, PyObject *args, PyObject *k
         return NULL;
     tuple = tuple_of(queries, "queries");
     if (tuple != NULL)
-        self = cache_new(type, tuple, table == Py_None ? NULL : table, PyTuple_Size(tuple), query_names);
+        self = cache_new(type, tuple, table == Py_None ? NULL : table, PyTuple_Size(tuple), query_names, 0);
     Py_XDECREF(tuple);
     return self;
 }
@@ -237,11 +247,13 @@ static PyGetSetDef query_cache_getset[] = {
     {0},
 };
 
-PyDoc_STRVAR(kv_cache_doc,
-             "KVCache(keys, values)\n--\n\n"
-             "A stack's KV cache, borrowed through DLPack: per layer one key and one value tensor\n"
-             "[num_blocks, block_size, num_kv_heads, head_dim], any strides, float32, float16 or bfloat16.\n"
-             "The tensors are kept alive; a call made after one of them moved is refused.");
+PyDoc_STRVAR(
+    kv_cache_doc,
+    "KVCache(keys, values, *, heads_first=False)\n--\n\n"
+    "A stack's KV cache, borrowed through DLPack: per layer one key and one value tensor\n"
+    "[num_blocks, block_size, num_kv_heads, head_dim], any strides, float32, float16 or bfloat16.\n"
+    "heads_first: they are [num_blocks, num_kv_heads, block_size, head_dim]; spares a transposed view of each.\n"
+    "The tensors are kept alive; a call made after one of them moved is refused.");
 
 PyDoc_STRVAR(query_cache_doc,
              "QueryCache(queries, query_table=None)\n--\n\n"
@@ -294,20 +306,27 @@ typedef struct workspace_object {
 
 static PyObject *workspace_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"num_threads", "backend", NULL};
+    static char *names[] = {"num_threads", "backend", "reserve", NULL};
     int num_threads = 1;
+    Py_ssize_t reserve = 0;
     const char *backend_name = "cpu";
     module_state *state = module_state_of_self(type);
     btx_error error = {{0}};
     btx_workspace *workspace = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|is:Workspace", names, &num_threads, &backend_name))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|is$n:Workspace", names, &num_threads, &backend_name, &reserve))
         return NULL;
+    if (reserve < 0)
+        return PyErr_Format(state->invalid_argument_error, "reserve is %zd; it must be 0 or more bytes", reserve);
     const btx_backend *backend = find_backend(state, backend_name);
     if (backend == NULL)
         return NULL;
     btx_status status = btx_workspace_create(backend, num_threads, &workspace, &error);
-    if (status != BTX_OK)
+    if (status == BTX_OK)
+        status = btx_workspace_reserve(workspace, (size_t)reserve, &error);
+    if (status != BTX_OK) {
+        btx_workspace_destroy(workspace);
         return raise_status(state, status, &error);
+    }
     workspace_object *self = (workspace_object *)new_instance(type);
     if (self == NULL) {
         btx_workspace_destroy(workspace);
@@ -352,14 +371,15 @@ static PyObject *workspace_backend(PyObject *self, void *closure)
 
 static PyGetSetDef workspace_getset[] = {
     {"num_threads", workspace_num_threads, NULL, "Threads a call may use, the caller's own included.", NULL},
-    {"nbytes", workspace_nbytes, NULL, "Bytes of staging memory, grown to the largest call so far.", NULL},
+    {"nbytes", workspace_nbytes, NULL, "Bytes of staging memory: reserved, or grown to the largest call so far.", NULL},
     {"backend", workspace_backend, NULL, "For instance \"cpu:avx2\".", NULL},
     {0},
 };
 
-PyDoc_STRVAR(workspace_doc, "Workspace(num_threads=1, backend=\"cpu\")\n--\n\n"
+PyDoc_STRVAR(workspace_doc, "Workspace(num_threads=1, backend=\"cpu\", *, reserve=0)\n--\n\n"
                             "Staging memory and threads of one caller: one call at a time. Its threads start at the\n"
-                            "first call and sleep between calls; a forked child starts its own.");
+                            "first call and sleep between calls; a forked child starts its own. reserve: bytes to\n"
+                            "allocate now rather than when calls need them, see Processor.workspace_bytes.");
 
 static PyType_Slot workspace_slots[] = {
     {Py_tp_doc, (void *)workspace_doc},
@@ -450,8 +470,10 @@ static int parse_table(module_state *state, boundary_arguments *arguments, Py_ss
         *out = btx_tensor_contiguous(arguments->identity, BTX_I32, 2, shape);
         return 0;
     }
-    arguments->tables.capsules[index] = borrow_tensor(state, table, name, -1, out);
-    return arguments->tables.capsules[index] == NULL ? -1 : 0;
+    if (borrow_tensor(state, &arguments->tables, index, table, name, -1) < 0)
+        return -1;
+    *out = arguments->tables.views[index];
+    return 0;
 }
 
 static int boundary_arguments_parse(module_state *state, boundary_arguments *arguments, cache_object *kv_cache,
@@ -640,9 +662,9 @@ static int borrow_weights(module_state *state, PyObject *weights, int32_t num_la
                 PyErr_Format(state->invalid_argument_error, "tensor %s is missing", name);
             return -1;
         }
-        list->capsules[i] = borrow_tensor(state, tensor, name, -1, &list->views[i]);
+        int borrowed = borrow_tensor(state, list, i, tensor, name, -1);
         Py_DECREF(tensor);
-        if (list->capsules[i] == NULL)
+        if (borrowed < 0)
             return -1;
     }
     return 0;
@@ -764,8 +786,7 @@ static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *k
     for (Py_ssize_t i = 0; i < 3; i++) {
         if (outputs[i] == Py_None)
             continue;
-        borrowed.capsules[i] = borrow_tensor(state, outputs[i], output_names[i], -1, &borrowed.views[i]);
-        if (borrowed.capsules[i] == NULL)
+        if (borrow_tensor(state, &borrowed, i, outputs[i], output_names[i], -1) < 0)
             goto cleanup;
         if (borrowed.views[i].data == NULL) /* an empty tensor is to be checked, not taken for "not wanted" */
             borrowed.views[i].data = &nothing;
@@ -807,7 +828,41 @@ cleanup:
     return result;
 }
 
+PyDoc_STRVAR(
+    workspace_bytes_doc,
+    "workspace_bytes($self, num_threads, num_sequences, max_tokens, *, cache_dtype=\"float32\")\n--\n\n"
+    "What a workspace of num_threads grows to by boundaries of up to num_sequences (1 to 65536) steps at once,\n"
+    "each of a sequence of up to max_tokens positions, in a cache of cache_dtype (\"float32\", which is enough\n"
+    "for all, \"float16\", \"bfloat16\"): the largest such boundary takes exactly this, none takes more.");
+
+static PyObject *processor_workspace_bytes(PyObject *object, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"num_threads", "num_sequences", "max_tokens", "cache_dtype", NULL};
+    module_state *state = module_state_of_self(Py_TYPE(object));
+    int num_threads;
+    long long num_sequences, max_tokens;
+    const char *name = "float32";
+    btx_dtype cache_dtype = BTX_F32;
+    btx_error error = {{0}};
+    size_t bytes = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "iLL|$s:workspace_bytes", names, &num_threads, &num_sequences,
+                                     &max_tokens, &name))
+        return NULL;
+    if (strcmp(name, "float16") == 0)
+        cache_dtype = BTX_F16;
+    else if (strcmp(name, "bfloat16") == 0)
+        cache_dtype = BTX_BF16;
+    else if (strcmp(name, "float32") != 0)
+        return PyErr_Format(state->invalid_argument_error,
+                            "cache_dtype is '%s'; it must be 'float32', 'float16' or 'bfloat16'", name);
+    btx_status status = btx_processor_workspace_bytes(((processor_object *)object)->processor, num_threads,
+                                                      num_sequences, max_tokens, cache_dtype, &bytes, &error);
+    return status == BTX_OK ? PyLong_FromSize_t(bytes) : raise_status(state, status, &error);
+}
+
 static PyMethodDef processor_methods[] = {
+    {"workspace_bytes", (PyCFunction)(void (*)(void))processor_workspace_bytes, METH_VARARGS | METH_KEYWORDS,
+     workspace_bytes_doc},
     {"rewrite", (PyCFunction)(void (*)(void))processor_rewrite, METH_VARARGS | METH_KEYWORDS, rewrite_doc},
     {0},
 };
@@ -856,14 +911,9 @@ static PyObject *linear_new(PyTypeObject *type, PyObject *args, PyObject *keywor
     if (backend == NULL || read_weight_dtype(state, weight_dtype_name, &weight_dtype) < 0 ||
         borrowed_list_init(&borrowed, 2) < 0)
         return NULL;
-    borrowed.capsules[0] = borrow_tensor(state, weight, "weight", -1, &borrowed.views[0]);
-    if (borrowed.capsules[0] == NULL)
+    if (borrow_tensor(state, &borrowed, 0, weight, "weight", -1) < 0 ||
+        (bias != Py_None && borrow_tensor(state, &borrowed, 1, bias, "bias", -1) < 0))
         goto cleanup;
-    if (bias != Py_None) {
-        borrowed.capsules[1] = borrow_tensor(state, bias, "bias", -1, &borrowed.views[1]);
-        if (borrowed.capsules[1] == NULL)
-            goto cleanup;
-    }
     btx_status status;
     Py_BEGIN_ALLOW_THREADS
     status = btx_packed_linear_create(backend, &borrowed.views[0], bias != Py_None ? &borrowed.views[1] : NULL,
@@ -936,8 +986,7 @@ static PyObject *linear_apply(PyObject *object, PyObject *args, PyObject *keywor
     if (borrowed_list_init(&borrowed, 2) < 0)
         return NULL;
     for (Py_ssize_t i = 0; i < 2; i++) {
-        borrowed.capsules[i] = borrow_tensor(state, tensors[i], tensor_names[i], -1, &borrowed.views[i]);
-        if (borrowed.capsules[i] == NULL)
+        if (borrow_tensor(state, &borrowed, i, tensors[i], tensor_names[i], -1) < 0)
             goto cleanup;
     }
     if (workspace_enter(state, scratch) < 0)
@@ -992,8 +1041,7 @@ PyObject *module_attention_mass(PyObject *module, PyObject *args, PyObject *keyw
     int recent_window = BTX_MAX_RECENT_WINDOW;
     double softmax_scale = 0.0;
     boundary_arguments arguments = {0};
-    PyObject *capsule = NULL;
-    btx_tensor view;
+    borrowed_list borrowed = {0};
     btx_error error = {{0}};
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!O|O$OO!id:attention_mass", names, state->kv_cache_type,
                                      &kv_cache, state->query_cache_type, &query_cache, &steps, &block_table, &out,
@@ -1007,13 +1055,13 @@ PyObject *module_attention_mass(PyObject *module, PyObject *args, PyObject *keyw
     if (boundary_arguments_parse(state, &arguments, (cache_object *)kv_cache, (cache_object *)query_cache, steps,
                                  block_table, softmax_scale) < 0)
         goto cleanup;
-    capsule = borrow_tensor(state, out, "out", -1, &view);
-    if (capsule == NULL || workspace_enter(state, scratch) < 0)
+    if (borrowed_list_init(&borrowed, 1) < 0 || borrow_tensor(state, &borrowed, 0, out, "out", -1) < 0 ||
+        workspace_enter(state, scratch) < 0)
         goto cleanup;
     btx_status status;
     Py_BEGIN_ALLOW_THREADS
-    status =
-        btx_attention_mass(scratch->backend, scratch->workspace, &arguments.boundary, recent_window, &view, &error);
+    status = btx_attention_mass(scratch->backend, scratch->workspace, &arguments.boundary, recent_window,
+                                &borrowed.views[0], &error);
     Py_END_ALLOW_THREADS
     scratch->busy = 0;
     if (status != BTX_OK)
@@ -1022,7 +1070,7 @@ PyObject *module_attention_mass(PyObject *module, PyObject *args, PyObject *keyw
         result = Py_NewRef(Py_None);
 
 cleanup:
-    Py_XDECREF(capsule);
+    borrowed_list_clear(&borrowed);
     boundary_arguments_clear(&arguments);
     return result;
 }
@@ -1043,8 +1091,7 @@ PyObject *module_select_top_k(PyObject *module, PyObject *args, PyObject *keywor
     if (backend == NULL || borrowed_list_init(&borrowed, 3) < 0)
         return NULL;
     for (Py_ssize_t i = 0; i < 3; i++) {
-        borrowed.capsules[i] = borrow_tensor(state, tensors[i], tensor_names[i], -1, &borrowed.views[i]);
-        if (borrowed.capsules[i] == NULL)
+        if (borrow_tensor(state, &borrowed, i, tensors[i], tensor_names[i], -1) < 0)
             goto cleanup;
     }
     btx_status status;

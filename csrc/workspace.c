@@ -18,8 +18,9 @@ btx_status btx_workspace_create(const btx_backend *backend, int32_t num_threads,
     btx_status status = btx_backend_check(backend, error);
     if (status != BTX_OK)
         return status;
-    if (num_threads < 1 || num_threads > 1024)
-        return btx_fail(error, BTX_INVALID_ARGUMENT, "num_threads is %d; it must be 1 to 1024", (int)num_threads);
+    if (num_threads < 1 || num_threads > BTX_MAX_THREADS)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "num_threads is %d; it must be 1 to %d", (int)num_threads,
+                        BTX_MAX_THREADS);
     btx_workspace *created = calloc(1, sizeof *created);
     if (created == NULL)
         return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for a workspace");
@@ -53,28 +54,36 @@ size_t btx_workspace_bytes(const btx_workspace *workspace)
     return workspace->bytes;
 }
 
-const btx_backend *btx_workspace_backend(const btx_workspace *workspace)
+btx_status btx_workspace_check(const btx_workspace *workspace, const btx_backend *backend, btx_error *error)
 {
-    return workspace->backend;
-}
-
-btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, char **memory, btx_error *error)
-{
-    if (bytes > workspace->bytes) {
-        void *grown = NULL;
-        btx_status status = workspace->backend->allocate(bytes, &grown, error);
-        if (status != BTX_OK)
-            return status;
-        workspace->backend->release(workspace->memory);
-        workspace->memory = grown;
-        workspace->bytes = bytes;
-    }
-    *memory = workspace->memory;
+    if (workspace == NULL || workspace->backend != backend)
+        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                        "the workspace is of another backend than '%s:%s'; create it with this one", backend->name,
+                        backend->variant);
     return BTX_OK;
 }
 
-btx_status btx_workspace_run(btx_workspace *workspace, int32_t num_layers, btx_pass_function fn, void *context,
+btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, btx_error *error)
+{
+    if (bytes <= workspace->bytes)
+        return BTX_OK;
+    void *grown = NULL;
+    btx_status status = workspace->backend->allocate(bytes, &grown, error);
+    if (status != BTX_OK)
+        return status;
+    workspace->backend->release(workspace->memory);
+    workspace->memory = grown;
+    workspace->bytes = bytes;
+    return BTX_OK;
+}
+
+char *btx_workspace_memory(const btx_workspace *workspace)
+{
+    return workspace->memory;
+}
+
+btx_status btx_workspace_run(btx_workspace *workspace, int64_t num_units, btx_unit_function fn, void *context,
                              btx_error *error)
 {
-    return workspace->backend->executor_run(workspace->executor, num_layers, fn, context, error);
+    return workspace->backend->executor_run(workspace->executor, num_units, fn, context, error);
 }

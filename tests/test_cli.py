@@ -86,6 +86,35 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert ("CPU-only build" in out) == (not found["cuda"]["compiled"])
 
 
+def test_info_about_memory(capsys: pytest.CaptureFixture[str], processor: Path) -> None:
+    made = CacheProcessor.from_pretrained(processor)
+    options = ["--processor", processor, "--batch", 5, "--tokens", 300, "--threads", 2, "--dtype", "bfloat16"]
+    memory = json.loads(run(capsys, "info", "--json", *options)[1])["memory"]
+    workspace = made.workspace(2, max_sequences=5, max_tokens=300, cache_dtype="bfloat16")
+    assert memory == {
+        "processor": str(processor),
+        "batch": 5,
+        "tokens": 300,
+        "threads": 2,
+        "dtype": "bfloat16",
+        "weight_dtype": made.weight_dtype,
+        "weights": made.nbytes,
+        "query_store_per_sequence": 3 * 8 * 4 * 16 * 2,
+        "query_store": 5 * 3 * 8 * 4 * 16 * 2,
+        "workspace": workspace.nbytes,
+    }
+    status, out, err = run(capsys, "info", *options)
+    assert (status, err) == (0, "")
+    assert "memory           5 x 300 tokens, bfloat16, 2 threads\n" in out
+    assert "  query store    15.4 kB, 3.1 kB a sequence\n" in out
+    memory = json.loads(run(capsys, "info", "--json", "--processor", processor)[1])["memory"]
+    assert (memory["batch"], memory["tokens"], memory["threads"], memory["dtype"]) == (1, 4096, 1, "float32")
+    assert "memory" not in json.loads(run(capsys, "info", "--json")[1])
+    fails(capsys, 2, "--batch.*give --processor too", "info", "--batch", 2)
+    fails(capsys, 1, "num_sequences is 0; it must be 1 to 65536", "info", "--processor", processor, "--batch", 0)
+    fails(capsys, 1, "config.json", "info", "--processor", processor / "nothing")
+
+
 def test_info_and_init_import_neither_torch_nor_transformers(backbone: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from bottlenecked.cli import main; status = main(sys.argv[1:]);"
@@ -100,7 +129,8 @@ def test_info_and_init_import_neither_torch_nor_transformers(backbone: Path, tmp
 
 def test_forced_instruction_set(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOTTLENECKED_CPU_ISA", "scalar")
-    assert json.loads(run(capsys, "info", "--json")[1])["instruction_set"] == "scalar"
+    found = json.loads(run(capsys, "info", "--json")[1])
+    assert (found["instruction_set"], found["weight_dtype"]) == ("scalar", "float32")
     monkeypatch.setenv("BOTTLENECKED_CPU_ISA", "mmx")
     fails(capsys, 1, "mmx", "info")
 

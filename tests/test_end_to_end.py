@@ -61,7 +61,8 @@ def test_same_text_and_positions_as_the_plain_loop(
     stock = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, length:].tolist()
 
     reports: list[Any] = []
-    with attach(model, CacheProcessor(config, weights), tokenizer, on_boundary=reports.append):
+    processor = CacheProcessor(config, weights, weight_dtype="float32")
+    with attach(model, processor, tokenizer, on_boundary=reports.append):
         ours = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, length:].tolist()
 
     model.set_attn_implementation("eager")

@@ -8,6 +8,8 @@ import multiprocessing
 import sys
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from bottleneck_ext import (
 )
 from bottlenecked import BoundaryEvent, CacheProcessor
 
-from .cases import Case, Shape, make_case
+from .cases import LAYOUTS, Case, Shape, make_case
 
 SHAPE = Shape(lengths=((0, 30, 9), (3, 22, 5)), block_size=8)
 AVAILABLE = [b["name"] for b in bottleneck_ext.backends() if b["available"]]
@@ -525,6 +527,197 @@ def test_producers_that_misbehave(case: Case) -> None:
     refused(case, "^$", MemoryError, keys=[Producer(MemoryError()), case.keys[1]])
 
 
+# ---- the C exchange API of DLPack -----------------------------------------------------------------------
+
+
+class ManagedTensor(ctypes.Structure):
+    """DLManagedTensorVersioned."""
+
+    _fields_ = [
+        ("version", ctypes.c_uint32 * 2),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("dtype", ctypes.c_uint8 * 4),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class ExchangeAPI(ctypes.Structure):
+    """DLPackExchangeAPI, as far as it is used."""
+
+    _fields_ = [
+        ("version", ctypes.c_uint32 * 2),
+        ("previous", ctypes.c_void_p),
+        ("allocator", ctypes.c_void_p),
+        ("from_object", ctypes.c_void_p),
+    ]
+
+
+class Exchange:
+    """Makes types that offer the C exchange API: fast exports count in `exported` and `deleted`, others in `asked`.
+
+    fails: the C function raises an exception. changes: of the exported ManagedTensor.
+    """
+
+    def __init__(self, *, versions: tuple[int, ...] = (1,), fails: bool = False, **changes: object) -> None:
+        self.exported = self.deleted = self.asked = 0
+        self.alive: list[object] = []  # what C points to
+        changes = {"flags": 0, "device": (1, 0), "version": (1, 3)} | changes
+
+        def from_object(array: Exchange.Array, out: int) -> int:
+            array = array.array
+            shape = (ctypes.c_int64 * array.ndim)(*array.shape)
+            strides = (ctypes.c_int64 * array.ndim)(*(stride // 4 for stride in array.strides))
+            managed = ManagedTensor(data=array.ctypes.data, ndim=array.ndim, dtype=(2, 32, 1, 0))
+            managed.shape, managed.strides = ctypes.addressof(shape), ctypes.addressof(strides)
+            managed.deleter = ctypes.cast(deleter, ctypes.c_void_p)
+            for name, value in changes.items():
+                setattr(managed, name, value)
+            self.alive += [shape, strides, managed]
+            self.exported += 1
+            ctypes.c_void_p.from_address(out).value = ctypes.addressof(managed)
+            return 0
+
+        def delete(managed: int) -> None:
+            self.deleted += 1
+
+        # A callback of ctypes cannot raise; appending to what is no list does.
+        function = ctypes.pythonapi.PyList_Append
+        if not fails:
+            function = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)(from_object)
+        deleter = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(delete)
+        self.alive += [function, deleter]
+        previous = None
+        for version in sorted(versions):
+            api = ExchangeAPI((version, 0), previous, None, ctypes.cast(function, ctypes.c_void_p))
+            self.alive.append(api)
+            previous = ctypes.addressof(api)
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        capsule = new(previous, b"dlpack_exchange_api", None)
+
+        class Array:
+            __dlpack_c_exchange_api__ = capsule
+
+            def __init__(array, values: torch.Tensor) -> None:
+                array.array = values.numpy()
+
+            def __dlpack__(array, **options: object) -> object:
+                self.asked += 1
+                return array.array.__dlpack__(**options)
+
+        self.Array = Array
+
+
+def test_the_c_exchange_api_is_used_where_it_is_offered(case: Case) -> None:
+    expected = make_case(SHAPE)
+    expected.rewrite(expected.processor())
+    exchange = Exchange()
+    case.keys = [exchange.Array(k) for k in case.keys]
+    case.rewrite(case.processor())
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+    assert exchange.asked == 0
+    assert exchange.exported == exchange.deleted == 4  # two layers, when bound and when rewritten
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exported"),
+    [
+        ({"versions": (2, 1)}, 4),  # an older table in the chain
+        ({"versions": (2,)}, 0),
+        ({"fails": True}, 0),
+        ({"device": (2, 0)}, 4),  # CUDA: its stream is __dlpack__'s business
+        ({"dtype": (5, 64, 1, 0)}, 4),  # complex: so is its conjugate bit
+        ({"version": (2, 0)}, 4),
+    ],
+    ids=lambda value: str(value),
+)
+def test_what_the_c_exchange_api_cannot_say_is_left_to_dlpack(
+    case: Case, arguments: dict[str, object], exported: int
+) -> None:
+    exchange = Exchange(**arguments)
+    case.keys = [exchange.Array(k) for k in case.keys]
+    case.rewrite(case.processor())
+    assert exchange.exported == exchange.deleted == exported
+    assert exchange.asked == (0 if arguments == {"versions": (2, 1)} else 4)
+
+
+def test_refusals_of_the_c_exchange_api(case: Case) -> None:
+    for changes, match in (
+        ({"flags": 1}, "keys of layer 0 are read-only"),
+        ({"flags": 2}, "keys of layer 0: its library exported a copy"),
+        ({"ndim": 5}, "keys of layer 0: has 5 dimensions; at most 4 are used"),
+        ({"byte_offset": 1}, "keys of layer 0: its data are not aligned to 4 bytes"),
+    ):
+        exchange = Exchange(**changes)
+        refused(case, match, keys=[exchange.Array(k) for k in case.keys])
+        assert exchange.asked == 0
+        assert exchange.exported == exchange.deleted > 0
+
+
+def test_a_subclass_is_asked_itself(case: Case) -> None:
+    exchange = Exchange()
+
+    class Copying(exchange.Array):
+        def __dlpack__(self, **options: object) -> object:
+            return self.array.__dlpack__(**{**options, "copy": True})
+
+    refused(case, "its library exported a copy", keys=[Copying(k) for k in case.keys])
+    assert exchange.exported == 0
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="a PyTorch without it")
+def test_torch_tensors_enter_through_the_c_exchange_api(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = make_case(SHAPE)
+    expected.rewrite(expected.processor())
+    processor = case.processor()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__dlpack__", None)
+        bound = processor.bind(
+            case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+        )
+        bound.rewrite(case.events, case.block_table)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+
+
+def test_torch_refuses_what_dlpack_cannot_say(case: Case) -> None:
+    """In PyTorch's own words, whichever way a tensor enters."""
+    refused(case, "keys of layer 0: .* tensors that require gradient", keys=[k.requires_grad_() for k in case.keys])
+    case = make_case(SHAPE)
+    refused(case, "tensors with the conjugate bit", keys=[k.to(torch.complex64).conj() for k in case.keys])
+    refused(case, "other than torch.strided", keys=[k.to_sparse() for k in case.keys])
+    processor = case.processor()
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    case.values[1].requires_grad_()
+    before = case.snapshot()
+    with pytest.raises(InvalidArgumentError, match=r"values of layer 1: .* tensors that require gradient"):
+        bound.rewrite(case.events, case.block_table)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_heads_first_is_a_transposed_view(layout: str) -> None:
+    shape = Shape(lengths=((0, 30, 9), (3, 22, 5)), block_size=8, layout=layout)
+    case, expected = make_case(shape), make_case(shape)
+    expected.rewrite(expected.processor())
+    processor = case.processor()
+    keys, values = [k.transpose(1, 2) for k in case.keys], [v.transpose(1, 2) for v in case.values]
+    bound = processor.bind(
+        keys, values, case.queries, workspace=processor.workspace(), query_table=case.query_table, heads_first=True
+    )
+    assert (bound.kv_cache.block_size, bound.kv_cache.num_kv_heads, bound.kv_cache.head_dim) == (8, 2, 16)
+    bound.rewrite(case.events, case.block_table)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+
+
 def test_misaligned_data(case: Case) -> None:
     raw = np.zeros(case.keys[0].numel() * 4 + 1, np.uint8)
     misaligned = raw[1:].view(np.float32).reshape(case.keys[0].shape)
@@ -748,6 +941,79 @@ def test_after_fork() -> None:
     bound.rewrite(case.events, case.block_table)  # and the parent goes on
 
 
+# ---- memory that can be planned ---------------------------------------------------------------------------------
+
+PLANS = {
+    "one sequence": (Shape(()), 1, 1, 200),
+    "a batch": (Shape((), top_k=4, recent_window=16), 2, 6, 150),
+    "chunks of many short steps": (Shape((), top_k=1, recent_window=5), 2, 40, 60),
+    "steps larger than a chunk": (Shape((), top_k=77, recent_window=96), 3, 4, 300),
+    "split by heads": (Shape((), num_layers=1, num_kv_heads=4, top_k=9), 8, 5, 250),
+    "split while the batch is small": (Shape((), num_layers=3, num_kv_heads=3, top_k=40, recent_window=70), 3, 7, 250),
+    "consolidation only": (Shape((), top_k=0, recent_window=33), 2, 5, 100),
+    "fewer positions than rows": (Shape((), top_k=32, recent_window=96), 2, 3, 20),
+}
+
+
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_planned_workspace_never_grows_and_is_no_larger_than_needed(name: str, weight_dtype: str) -> None:
+    shape, num_threads, max_sequences, max_tokens = PLANS[name]
+    rng = np.random.default_rng(len(name))
+    shape = replace(shape, dtype=("float32", "float16", "bfloat16")[len(name) % 3])
+
+    def rewrite(lengths: list[tuple[int, int, int]], planned: bool) -> bottleneck_ext.Workspace:
+        case = make_case(replace(shape, lengths=tuple(lengths)))
+        processor = case.processor(weight_dtype=weight_dtype)
+        workspace = processor.workspace(num_threads)
+        if planned:
+            workspace = processor.workspace(
+                num_threads, max_sequences=max_sequences, max_tokens=max_tokens, cache_dtype=shape.dtype
+            )
+        before = workspace.nbytes
+        processor.bind(case.keys, case.values, case.queries, workspace=workspace, query_table=case.query_table).rewrite(
+            case.events, case.block_table
+        )
+        assert not planned or workspace.nbytes == before
+        return workspace
+
+    largest = rewrite([(0, max_tokens, min(shape.recent_window, max_tokens))] * max_sequences, planned=False)
+    assert rewrite([(0, 1, 1)], planned=True).nbytes == largest.nbytes
+    for _ in range(20):
+        longest = rng.integers(1, max_tokens + 1)
+        window = rng.integers(1, longest + 1)
+        lengths = []
+        for _ in range(rng.integers(1, max_sequences + 1)):
+            tokens = int(rng.integers(max(1, longest // 2), longest + 1))
+            lengths.append((int(rng.integers(0, max_tokens - tokens + 1)), tokens, int(min(tokens, window))))
+        rewrite(lengths, planned=True)
+    rewrite([(0, max_tokens, 1)] * max_sequences, planned=True)
+
+
+def test_limits_of_a_planned_workspace(case: Case) -> None:
+    processor = case.processor()
+    for arguments, match in (
+        ((0, 1, 1), "num_threads is 0; it must be 1 to 1024"),
+        ((1, 0, 1), "num_sequences is 0; it must be 1 to 65536"),
+        ((1, 65537, 1), "num_sequences is 65537"),
+        ((1, 1, 0), "max_tokens is 0; it must be 1 to 2147483647"),
+        ((1, 1, 1 << 31), "max_tokens is 2147483648"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=match):
+            processor.native.workspace_bytes(*arguments)
+    with pytest.raises(InvalidArgumentError, match="cache_dtype is 'int32'; it must be 'float32'"):
+        processor.native.workspace_bytes(1, 1, 1, cache_dtype="int32")
+    with pytest.raises(InvalidArgumentError, match="max_sequences is 3 without max_tokens"):
+        processor.workspace(max_sequences=3)
+    with pytest.raises(InvalidArgumentError, match="reserve is -1; it must be 0 or more bytes"):
+        bottleneck_ext.Workspace(reserve=-1)
+    with pytest.raises(MemoryError):
+        bottleneck_ext.Workspace(reserve=sys.maxsize)
+    assert bottleneck_ext.Workspace(2, reserve=1000).nbytes == 1000
+    sizes = [processor.native.workspace_bytes(2, 2, 500, cache_dtype=d) for d in ("bfloat16", "float16", "float32")]
+    assert sizes[0] == sizes[1] < sizes[2]
+
+
 # ---- the rest of the surface ------------------------------------------------------------------------------------
 
 
@@ -776,6 +1042,21 @@ def test_bfloat16_weights_take_half_the_memory(case: Case) -> None:
     shape = Shape(lengths=((0, 9, 3),), processor_dim=128, processor_mlp_dim=512)
     case = make_case(shape)
     assert case.processor(weight_dtype="bfloat16").nbytes < 0.6 * case.processor().nbytes
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_auto_is_bfloat16_where_it_is_multiplied(
+    backend: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = "bfloat16" if backend == "cpu:avx512_bf16" else "float32"
+    named = CacheProcessor(case.config, case.weights, backend=backend)
+    assert (named.weight_dtype, named.backend) == (native, backend)
+    assert named.nbytes == case.processor(backend, native).nbytes
+    monkeypatch.setenv("BOTTLENECKED_CPU_ISA", backend.removeprefix("cpu:"))
+    named.save_pretrained(tmp_path)
+    assert CacheProcessor.from_pretrained(tmp_path).weight_dtype == native
+    for weight_dtype in ("float32", "bfloat16"):
+        assert CacheProcessor(case.config, case.weights, weight_dtype=weight_dtype).weight_dtype == weight_dtype
 
 
 def test_environment_forces_a_lower_instruction_set(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:

@@ -59,7 +59,8 @@ def config(**changes: Any) -> CacheProcessorConfig:
 def processor(random_scale: float = 5.0, **changes: Any) -> CacheProcessor:
     """random_scale 0 is the identity; 5 changes the text at once."""
     made = config(**changes)
-    return CacheProcessor(made, initial_weights(made, random_scale=random_scale, seed=1))
+    weights = initial_weights(made, random_scale=random_scale, seed=1)
+    return CacheProcessor(made, weights, weight_dtype="float32")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -11,8 +11,10 @@
 #include <math.h>
 
 #include "btx.h"
+#include "operand.h"
 #include "tile.h"
 
+#define NO_SCORE (-1e30f)                /* less than any score; finite, for differences are taken of it */
 #define BTX_KEY_BLOCK 256                /* keys at most */
 #define BTX_KEY_WORDS ((int64_t)1 << 16) /* of packed k and v, where a panel of keys is less */
 
@@ -34,18 +36,18 @@ static size_t btx_cpu_attention_scratch_bytes(int64_t max_rows, int64_t max_dim)
 {
     int64_t panel_words = BTX_PANEL * (max_dim + attention_panels(max_dim) * BTX_PANEL);
     int64_t words = panel_words > BTX_KEY_WORDS ? panel_words : BTX_KEY_WORDS;
-    return (size_t)(words + BTX_TILE_ROWS * BTX_KEY_BLOCK + 2 * max_rows) * sizeof(float);
+    return (size_t)(words + BTX_TILE_ROWS * BTX_KEY_BLOCK + (2 + max_dim) * max_rows) * sizeof(float);
 }
 
-/* One step and head: rows of q, k, v [num_rows, stride] and out [num_rows, out_stride], each head_dim wide. */
+/* One step and head: rows of q, k, v [num_rows, stride], each head_dim wide. */
 typedef struct attention_head {
     const float *q, *k, *v;
-    float *out;
-    int64_t num_rows, head_dim, stride, out_stride, key_block;
+    int64_t num_rows, head_dim, stride, key_block;
     float scale;
     /* Scratch. */
     float *packed_k, *packed_v, *scores;
     float *max, *sum; /* [num_rows], of the blocks so far */
+    float *out;       /* [num_rows, head_dim] */
 } attention_head;
 
 static void attention_pack(const attention_head *head, int64_t key_begin, int64_t num_keys)
@@ -69,18 +71,18 @@ static void attention_pack(const attention_head *head, int64_t key_begin, int64_
     }
 }
 
-/* scores [num_scores], whole vectors, become exp(scale * (score - max)), and *max and *sum go on to include
- * them. Returns what the sum so far, and so the output, was multiplied by. */
+/* scores [num_scores], whole vectors, become 2^(scale * (score - max)), and *max and *sum go on to include them.
+ * Returns what the sum so far, and so the output, was multiplied by. scale includes log2(e). */
 static float attention_softmax(float *scores, int64_t num_scores, float scale, float *max, float *sum)
 {
     vf largest = vf_set1(*max);
     for (int64_t j = 0; j < num_scores; j += BTX_VL)
         largest = vf_max(largest, vf_load(scores + j));
     float new_max = vf_reduce_max(largest);
-    float factor = vf_reduce_max(vf_exp(vf_set1((*max - new_max) * scale)));
+    float factor = vf_reduce_max(vf_exp2_from(vf_set1((*max - new_max) * scale), vf_zero()));
     vf total = vf_zero();
     for (int64_t j = 0; j < num_scores; j += BTX_VL) {
-        vf value = vf_exp(vf_mul(vf_sub(vf_load(scores + j), vf_set1(new_max)), vf_set1(scale)));
+        vf value = vf_exp2_from(vf_mul(vf_sub(vf_load(scores + j), vf_set1(new_max)), vf_set1(scale)), vf_zero());
         vf_store(scores + j, value);
         total = vf_add(total, value);
     }
@@ -106,11 +108,11 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
                      .a_stride = head->stride,
                      .b = head->packed_k};
     tile.depth = head->head_dim;
-    tile.c_stride = head->key_block;
+    tile.scale = 1.0f;
+    tile.c_stride = head->key_block * (int64_t)sizeof(float);
     tile.columns = BTX_PANEL;
     for (int64_t begin = 0; begin < num_keys; begin += BTX_PANEL) {
         tile.c = head->scores + begin;
-        tile.ahead = (const char *)tile.b;
         btx_tile_run(btx_tiles_f32, &tile);
         tile.b += tile.depth * BTX_PANEL;
     }
@@ -119,22 +121,22 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
     for (int64_t row = row_begin; row < row_end; row++) {
         float *scores = head->scores + (row - row_begin) * head->key_block;
         for (int64_t j = num_keys; j < num_scores; j++)
-            scores[j] = -INFINITY;
+            scores[j] = NO_SCORE;
         float factor = attention_softmax(scores, num_scores, head->scale, &head->max[row], &head->sum[row]);
         if (!first_block && factor != 1.0f)
-            attention_multiply(head->out + row * head->out_stride, head->head_dim, factor);
+            attention_multiply(head->out + row * head->head_dim, head->head_dim, factor);
     }
 
     tile = (btx_tile){
         .rows = (int)(row_end - row_begin), .a = head->scores, .a_stride = head->key_block, .b = head->packed_v};
     tile.depth = num_keys;
-    tile.c_stride = head->out_stride;
+    tile.scale = 1.0f;
+    tile.c_stride = head->head_dim * (int64_t)sizeof(float);
     tile.accumulate = !first_block;
     for (int64_t begin = 0; begin < head->head_dim; begin += BTX_PANEL) {
         int64_t n = head->head_dim - begin;
-        tile.c = head->out + row_begin * head->out_stride + begin;
+        tile.c = head->out + row_begin * head->head_dim + begin;
         tile.columns = n < BTX_PANEL ? (int)n : BTX_PANEL;
-        tile.ahead = (const char *)tile.b;
         btx_tile_run(btx_tiles_f32, &tile);
         tile.b += tile.depth * BTX_PANEL;
     }
@@ -143,7 +145,7 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
 static void attention_run(const attention_head *head)
 {
     for (int64_t row = 0; row < head->num_rows; row++) {
-        head->max[row] = -INFINITY;
+        head->max[row] = NO_SCORE;
         head->sum[row] = 0.0f;
     }
     for (int64_t key = 0; key < head->num_rows; key += head->key_block) {
@@ -153,37 +155,51 @@ static void attention_run(const attention_head *head)
             attention_tile(head, btx_tile_begin(head->num_rows, t), btx_tile_begin(head->num_rows, t + 1), num_keys,
                            key == 0);
     }
-    for (int64_t row = 0; row < head->num_rows; row++)
-        attention_multiply(head->out + row * head->out_stride, head->head_dim, 1.0f / head->sum[row]);
 }
 
-static btx_status btx_cpu_attention(const btx_pass *pass, const float *qkv, int64_t dim, int32_t heads, float *out,
-                                    btx_error *error)
+/* The finished rows of a head as columns [column, column + head_dim) of an operand of width dim. */
+static void attention_store(const attention_head *head, void *out, int64_t column, int64_t dim, btx_dtype dtype)
+{
+    const float *from = head->out;
+    for (int64_t row = 0; row < head->num_rows; row++, out = (char *)out + operand_stride(dim, dtype)) {
+        const vf factor = vf_set1(1.0f / head->sum[row]);
+        for (int64_t i = 0; i < head->head_dim; i += BTX_VL) {
+            int n = (int)(head->head_dim - i < BTX_VL ? head->head_dim - i : BTX_VL);
+            operand_store_n(out, dtype, column + i, vf_mul(vf_load_n(from + i, n), factor), n);
+        }
+        if (column + head->head_dim == dim)
+            operand_end(out, dtype, dim);
+        from += head->head_dim;
+    }
+}
+
+static btx_status btx_cpu_attention(const btx_pass *pass, const float *qkv, int64_t dim, int32_t heads, btx_dtype dtype,
+                                    void *out, btx_error *error)
 {
     const btx_plan *plan = pass->plan;
-    attention_head head = {.head_dim = dim / heads, .stride = 3 * dim, .out_stride = dim};
+    attention_head head = {.head_dim = dim / heads, .stride = 3 * dim};
     head.key_block = attention_key_block(head.head_dim);
-    head.scale = 1.0f / sqrtf((float)head.head_dim);
+    head.scale = (float)(1.44269504088896340736 / sqrt((double)head.head_dim));
     head.packed_k = pass->scratch;
     head.packed_v = head.packed_k + head.key_block * head.head_dim;
     head.scores = head.packed_v + head.key_block * attention_panels(head.head_dim) * BTX_PANEL;
     head.max = head.scores + BTX_TILE_ROWS * head.key_block;
     (void)error;
     for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
-        for (int64_t s = 0; s < plan->num_steps; s++) {
-            const btx_plan_step *step = &plan->steps[s];
-            head.num_rows = step->num_recalled + step->num_window;
+        for (int64_t s = pass->step_begin; s < pass->step_end; s++) {
+            head.num_rows = plan->steps[s].num_recalled + plan->steps[s].num_window;
             head.sum = head.max + head.num_rows;
+            head.out = head.sum + head.num_rows;
             for (int32_t h = 0; h < heads; h++) {
-                head.q = qkv + step->row_offset * head.stride + h * head.head_dim;
+                head.q = qkv + h * head.head_dim;
                 head.k = head.q + dim;
                 head.v = head.k + dim;
-                head.out = out + step->row_offset * dim + h * head.head_dim;
                 attention_run(&head);
+                attention_store(&head, out, h * head.head_dim, dim, dtype);
             }
+            qkv += head.num_rows * head.stride;
+            out = (char *)out + head.num_rows * operand_stride(dim, dtype);
         }
-        qkv += plan->total_rows * head.stride;
-        out += plan->total_rows * dim;
     }
     return BTX_OK;
 }

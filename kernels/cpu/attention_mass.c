@@ -1,84 +1,237 @@
 /* attention_mass.c - attention mass of every prior position: the backbone's attention from the window, averaged
- * over window queries and query heads (arXiv 2505.16950, section 3.2, equation for alpha).
+ * over window queries and query heads (arXiv 2505.16950, section 3.2, equation for alpha), exact.
  *
- * Scores are computed again rather than kept: they would need a row per query, which is what made the paper's own
- * implementation slow. A key's sum goes through the same additions in the same order wherever the key lies, so
- * equal keys get equal mass, bit for bit, and ties are real. */
+ * For one KV head and one block of rows (scores.h) at a time, in two sweeps over the prior keys:
+ *
+ *     1.  scores, and p = 2^(score - reference of the row), kept; their sum, to which the window's own keys are added,
+ *         is the denominator of the row's softmax
+ *     2.  mass of a key += sum over the rows of p / denominator
+ *
+ * So every score and every exponential is computed once; what is kept is a float per key and row of the block, which
+ * for some thousand keys stays in the second-level cache. No row's attention over the whole context ever exists.
+ *
+ * A row's reference is a whole number (in powers of two, as all here) near its largest score so far, and only moves
+ * when a score exceeds it by MASS_HEADROOM. Being whole, it changes exponents only: a key's terms have the same bits
+ * wherever the key lies, so equal keys get equal mass and ties are real. The reference in force is kept with each tile.
+ * Within a tile exponentials are summed in f32, in fours; tiles are summed in double, so a sum over 128k keys is as
+ * good as one over 64. */
+#include <float.h>
+
 #include "scores.h"
 
-#define MASS_BLOCKS 16 /* blocks of rows summed in f32 before they join the sum in double */
+#define MASS_HEADROOM 24.0f  /* 2^31 keys times 2^24 stays far below FLT_MAX */
+#define MASS_HIDDEN (-1e30f) /* the score of a key that a row must not see: 2^ of it is 0 */
 
-/* total[key] += sum over the lanes of partial[key], which starts again at zero. */
-static void mass_flush(const score_group *group, int64_t num_keys, double *total)
+/* One block of rows. */
+typedef struct mass_block {
+    int width;         /* vectors */
+    int64_t first_row; /* of the group's rows */
+    const float *queries;
+    float scale;                           /* softmax_scale * log2(e) */
+    float reference[SCORE_BLOCK * BTX_VL]; /* the one in force */
+    double sum[SCORE_BLOCK * BTX_VL];      /* of 2^(score - reference) so far */
+} mass_block;
+
+/* Hides keys behind the tile's last, and in the window those behind the row's query; finds the largest again.
+ * first_key is the tile's first key counted from the window's begin. */
+static void mass_mask(const score_group *group, const mass_block *block, int64_t first_key, int64_t num_keys,
+                      vf *largest)
 {
-    for (int64_t key = 0; key < num_keys; key++) {
-        total[key] += (double)vf_reduce_add(vf_load(group->partial + key * BTX_VL));
-        vf_store(group->partial + key * BTX_VL, vf_zero());
+    int64_t group_size = score_group_size(group->plan), lanes = block->width * BTX_VL;
+    int64_t end = (num_keys + SCORE_KEYS - 1) / SCORE_KEYS * SCORE_KEYS;
+    for (int v = 0; v < block->width; v++)
+        largest[v] = vf_set1(MASS_HIDDEN);
+    for (int64_t key = 0; key < end; key++) {
+        float *scores = group->scores + key * lanes;
+        int64_t hidden = key < num_keys ? (first_key + key) * group_size - block->first_row : lanes;
+        hidden = hidden < lanes ? hidden : lanes;
+        for (int64_t lane = 0; lane < hidden; lane++)
+            scores[lane] = MASS_HIDDEN;
+        for (int v = 0; v < block->width; v++)
+            largest[v] = vf_max(largest[v], vf_load(scores + v * BTX_VL));
     }
 }
 
-/* Adds a tile's probabilities with one block of rows to partial [SCORE_TILE][VL]. reference holds -lse. */
-static void mass_add_block(const score_group *group, int width, int64_t first_row, int64_t num_keys)
+/* Moves the references of rows whose largest score has outgrown them. */
+static void mass_move(mass_block *block, const vf *largest)
 {
-    const vf scale = vf_set1(group->plan->softmax_scale);
-    const float *scores = group->scores;
-    for (int64_t key = 0; key < num_keys; key++) {
-        const float *shift = group->reference + first_row;
-        float *partial = group->partial + key * BTX_VL;
-        vf sum = vf_load(partial);
-        for (int v = 0; v < width; v++, scores += BTX_VL, shift += BTX_VL)
-            sum = vf_add(sum, vf_exp(vf_fma(vf_load(scores), scale, vf_load(shift))));
-        vf_store(partial, sum);
-    }
-}
-
-/* mass [num_prior] += the group's part, times weight when the last KV head is in. */
-static void mass_of_group(score_group *group, const btx_plan_step *step, int is_first, float weight, float *mass)
-{
-    memset(group->partial, 0, SCORE_TILE * BTX_VL * sizeof *group->partial);
-    for (int64_t done = 0; done < step->num_prior; done += SCORE_TILE, mass += SCORE_TILE) {
-        int64_t num_keys = score_pack_keys(group, step->sequence_begin + done, step->window_begin);
-        const float *queries = group->queries;
-        double total[SCORE_TILE] = {0};
-        int num_blocks = 0;
-        for (int64_t vector = 0; vector < group->num_vectors;) {
-            int width = score_block_width(group->num_vectors - vector);
-            score_block(group, width, queries, num_keys);
-            mass_add_block(group, width, vector * BTX_VL, num_keys);
-            queries += group->depth * width * BTX_VL;
-            vector += width;
-            if (++num_blocks % MASS_BLOCKS == 0 || vector == group->num_vectors)
-                mass_flush(group, num_keys, total);
+    for (int v = 0; v < block->width; v++) {
+        float found[BTX_VL], *reference = block->reference + v * BTX_VL;
+        vf excess = vf_sub(vf_mul(largest[v], vf_set1(block->scale)), vf_load(reference));
+        if (!(vf_reduce_max(excess) > MASS_HEADROOM))
+            continue;
+        vf_store(found, vf_mul(largest[v], vf_set1(block->scale)));
+        for (int lane = 0; lane < BTX_VL; lane++) {
+            double *sum = &block->sum[v * BTX_VL + lane];
+            if (!(found[lane] > reference[lane] + MASS_HEADROOM))
+                continue;
+            float moved = rintf(found[lane]);
+            *sum = *sum > 0.0 ? *sum * exp2((double)reference[lane] - (double)moved) : *sum;
+            reference[lane] = moved;
         }
-        for (int64_t key = 0; key < num_keys; key++)
-            mass[key] = ((is_first ? 0.0f : mass[key]) + (float)total[key]) * weight;
     }
 }
 
-static btx_status btx_cpu_attention_mass(const btx_pass *pass, const float *lse, float *mass, btx_error *error)
+/* Adds one tile's scores to the sums; kept [keys, whole SCORE_KEYS][width * VL], or NULL, gets their exponentials.
+ * width is a constant where this is inlined. */
+BTX_INLINE void mass_add_tile_of(int width, const score_group *group, mass_block *block, int64_t num_keys, float *kept)
+{
+    const vf scale = vf_set1(block->scale);
+    const float *scores = group->scores;
+    float *to = kept != NULL ? kept : group->scores;
+    float total[SCORE_BLOCK * BTX_VL];
+    vf sum[SCORE_BLOCK], reference[SCORE_BLOCK];
+    BTX_UNROLL
+    for (int v = 0; v < width; v++) {
+        sum[v] = vf_zero();
+        reference[v] = vf_load(block->reference + v * BTX_VL);
+    }
+    for (int64_t key = 0; key < num_keys; key += 4) {
+        BTX_UNROLL
+        for (int v = 0; v < width; v++) {
+            vf p[4];
+            BTX_UNROLL
+            for (int i = 0; i < 4; i++) {
+                p[i] = vf_exp2_from(vf_mul(vf_load(scores + (i * width + v) * BTX_VL), scale), reference[v]);
+                vf_store(to + (i * width + v) * BTX_VL, p[i]);
+            }
+            sum[v] = vf_add(sum[v], vf_add(vf_add(p[0], p[1]), vf_add(p[2], p[3])));
+        }
+        scores += 4 * width * BTX_VL;
+        to += 4 * width * BTX_VL;
+    }
+    BTX_UNROLL
+    for (int v = 0; v < width; v++)
+        vf_store(total + v * BTX_VL, sum[v]);
+    for (int lane = 0; lane < width * BTX_VL; lane++)
+        block->sum[lane] += (double)total[lane];
+}
+
+static void mass_add_tile(const score_group *group, mass_block *block, int64_t num_keys, float *kept)
+{
+    if (block->width == SCORE_BLOCK)
+        mass_add_tile_of(SCORE_BLOCK, group, block, num_keys, kept);
+    else if (block->width == 2)
+        mass_add_tile_of(2, group, block, num_keys, kept);
+    else
+        mass_add_tile_of(1, group, block, num_keys, kept);
+}
+
+/* The first sweep: keys [begin, end), whose probabilities are kept if they are prior ones. */
+static void mass_sweep(score_group *group, mass_block *block, const btx_plan_step *step, int64_t begin, int64_t end)
+{
+    const int64_t lanes = block->width * BTX_VL;
+    const int is_prior = end == step->window_begin;
+    float *kept = is_prior ? group->probabilities : NULL, *reference = group->references;
+    for (; begin < end; begin += SCORE_TILE, reference += lanes) {
+        int64_t num_keys = score_take_keys(group, begin, end);
+        int64_t padded = (num_keys + SCORE_KEYS - 1) / SCORE_KEYS * SCORE_KEYS;
+        vf largest[SCORE_BLOCK];
+        score_block(group, block->width, block->queries, num_keys, largest);
+        if (!is_prior || num_keys < padded)
+            mass_mask(group, block, begin - step->window_begin, num_keys, largest);
+        mass_move(block, largest);
+        mass_add_tile(group, block, padded, kept);
+        if (is_prior) {
+            memcpy(reference, block->reference, (size_t)lanes * sizeof *reference);
+            kept += SCORE_TILE * lanes;
+        }
+    }
+}
+
+/* The second sweep: mass [num_prior] += what the rows of the block give each key. weight [width * VL] is what a row's
+ * terms, relative to its last reference, are worth. */
+BTX_INLINE void mass_collect_of(int width, const score_group *group, const mass_block *block, const float *weight,
+                                int64_t num_prior, float *mass)
+{
+    const float *p = group->probabilities, *reference = group->references;
+    for (int64_t done = 0; done < num_prior; done += SCORE_TILE, reference += width * BTX_VL) {
+        int64_t num_keys = num_prior - done < SCORE_TILE ? num_prior - done : SCORE_TILE;
+        vf w[SCORE_BLOCK];
+        BTX_UNROLL
+        for (int v = 0; v < width; v++) {
+            vf moved = vf_sub(vf_load(reference + v * BTX_VL), vf_load(block->reference + v * BTX_VL));
+            w[v] = vf_scale2(vf_load(weight + v * BTX_VL), vf_max(moved, vf_set1(-160.0f)));
+        }
+        for (int64_t key = 0; key < num_keys; key += BTX_VL) {
+            vf of_key[BTX_VL];
+            BTX_UNROLL
+            for (int i = 0; i < BTX_VL; i++, p += width * BTX_VL) {
+                of_key[i] = vf_mul(vf_load(p), w[0]);
+                BTX_UNROLL
+                for (int v = 1; v < width; v++)
+                    of_key[i] = vf_fma(vf_load(p + v * BTX_VL), w[v], of_key[i]);
+            }
+            vf sum = vf_reduce_add_each(of_key);
+            int n = (int)(num_keys - key < BTX_VL ? num_keys - key : BTX_VL);
+            vf_store_n(mass + done + key, vf_add(vf_load_n(mass + done + key, n), sum), n);
+        }
+    }
+}
+
+static void mass_collect(const score_group *group, const mass_block *block, const float *weight, int64_t num_prior,
+                         float *mass)
+{
+    if (block->width == SCORE_BLOCK)
+        mass_collect_of(SCORE_BLOCK, group, block, weight, num_prior, mass);
+    else if (block->width == 2)
+        mass_collect_of(2, group, block, weight, num_prior, mass);
+    else
+        mass_collect_of(1, group, block, weight, num_prior, mass);
+}
+
+/* mass [num_prior] += the mass of one KV head. 0 where a softmax is not finite. */
+static int mass_of_head(score_group *group, const btx_plan_step *step, float *mass)
+{
+    const double rows = (double)step->num_window * (double)group->plan->num_query_heads;
+    mass_block block = {.queries = group->queries};
+    block.scale = (float)((double)group->plan->softmax_scale * 1.44269504088896340736);
+    for (int64_t vector = 0; vector < group->num_vectors; vector += block.width) {
+        float weight[SCORE_BLOCK * BTX_VL];
+        block.width = score_block_width(group->num_vectors - vector);
+        block.first_row = vector * BTX_VL;
+        for (int lane = 0; lane < block.width * BTX_VL; lane++) {
+            block.reference[lane] = -FLT_MAX; /* not -infinity, from which it could not be subtracted */
+            block.sum[lane] = 0.0;
+        }
+        mass_sweep(group, &block, step, step->sequence_begin, step->window_begin);
+        mass_sweep(group, &block, step, step->window_begin, step->step_end);
+        for (int lane = 0; lane < block.width * BTX_VL; lane++) {
+            int is_row = block.first_row + lane < group->num_rows;
+            if (!isfinite(block.sum[lane]) || !isfinite(block.reference[lane]))
+                return 0;
+            weight[lane] = is_row ? (float)(1.0 / (block.sum[lane] * rows)) : 0.0f;
+        }
+        mass_collect(group, &block, weight, step->num_prior, mass);
+        block.queries += group->depth * block.width * BTX_VL;
+    }
+    return 1;
+}
+
+static btx_status btx_cpu_attention_mass(const btx_pass *pass, int32_t head_begin, int32_t head_end, float *mass,
+                                         btx_error *error)
 {
     const btx_plan *plan = pass->plan;
-    int64_t group_size = score_group_size(plan);
     score_group group;
-    (void)error;
-    score_lay_out(plan, score_max_rows(plan), btx_scratch(pass), &group);
+    score_lay_out(plan, btx_scratch(pass), &group);
     for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
-        for (int64_t s = 0; s < plan->num_steps; s++) {
+        for (int64_t s = pass->step_begin; s < pass->step_end; s++) {
             const btx_plan_step *step = &plan->steps[s];
-            float weight = 1.0f / ((float)step->num_window * (float)plan->num_query_heads);
-            for (int32_t kv_head = 0; kv_head < plan->num_kv_heads; kv_head++) {
-                const float *from = lse + step->window_offset * plan->num_query_heads + kv_head * group_size;
-                int is_last = kv_head == plan->num_kv_heads - 1;
-                score_pack_queries(&group, pass, layer, step, kv_head);
-                for (int64_t row = 0; row < group.num_vectors * BTX_VL; row++) /* lanes without a row: no mass */
-                    group.reference[row] = row < group.num_rows
-                                               ? -from[row / group_size * plan->num_query_heads + row % group_size]
-                                               : -INFINITY;
-                mass_of_group(&group, step, kv_head == 0, is_last ? weight : 1.0f, mass + step->prior_offset);
+            for (int32_t head = head_begin; head < head_end && step->num_prior > 0; head++) {
+                /* Heads are summed whole, so that the sum is the same when each is a part of its own. */
+                float *of_head = head == head_begin ? mass : group.mass;
+                memset(of_head, 0, (size_t)step->num_prior * sizeof *of_head);
+                score_pack_queries(&group, pass, layer, step, head);
+                if (!mass_of_head(&group, step, of_head))
+                    return btx_fail(error, BTX_INVALID_ARGUMENT,
+                                    "the attention of sequence %lld in layer %d is not finite: its queries or keys "
+                                    "hold NaN or infinity, or were never captured; nothing was written",
+                                    (long long)step->sequence, (int)layer);
+                for (int64_t i = 0; head > head_begin && i < step->num_prior; i++)
+                    mass[i] += of_head[i];
             }
+            mass += step->num_prior;
         }
-        lse += plan->total_window * plan->num_query_heads;
-        mass += plan->total_prior;
     }
     return BTX_OK;
 }

@@ -1,16 +1,26 @@
 /* executor.c - memory and threads of the CPU backends.
  *
- * Layers are independent, so one layer is one unit of work: a thread keeps its activations in its own caches and
- * nothing is synchronised within a layer. Results do not depend on the number of threads.
+ * Units of work, a layer of some steps each, are independent: a thread keeps a unit's activations in its own caches,
+ * and nothing is synchronised within a unit. Threads take the next unit when they are done with one, so a thread that
+ * the system slows down takes fewer; results do not depend on who does what.
  *
- * The threads of an executor start at its first use and sleep between runs. A forked child inherits the memory
- * but none of the threads: it notices by its process id and starts its own. */
+ * Whose threads? Where the process has an OpenMP runtime of GCC's interface (torch brings one), its pool is used: after
+ * the host's own parallel regions its threads spin for a while, and threads of ours would have to share their cores
+ * with them (docs/performance.md has figures). Elsewhere an executor starts threads of its own at its first use, which
+ * sleep between runs. A forked child inherits the memory but none of the threads, of either kind: it notices by its
+ * process id and starts its own. */
+#include <dlfcn.h>
 #include <fenv.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
+#if defined(__linux__)
+#include <link.h>
+#endif
 
 #include "cpu.h"
 
@@ -26,21 +36,28 @@ struct executor {
     int32_t num_threads; /* the caller's included */
     int32_t num_started; /* workers alive in process pid */
     pid_t pid;
+    /* GOMP_parallel(fn, data, num_threads, flags) of the host's OpenMP runtime, or NULL. */
+    void (*host_parallel)(void (*)(void *), void *, unsigned, unsigned);
+    void *host_library; /* Owned: a reference, so that it stays. */
+    pid_t host_pid;     /* 0: not looked for yet */
     pthread_mutex_t mutex;
     pthread_cond_t work_ready, work_done;
     uint64_t generation; /* of the run the workers are to join */
     int32_t num_running; /* workers that have not finished this generation */
     int32_t stopping;
     /* The current run. */
-    btx_pass_function fn;
+    btx_unit_function fn;
     void *context;
-    int32_t num_layers;
-    atomic_int next_layer;
+    int64_t num_units;
+    atomic_llong next_unit;
+    atomic_int next_lane; /* of the host's threads */
     atomic_int failed;
-    btx_status status; /* of the first failure, under mutex */
+    btx_status status; /* of the first failure */
     btx_error failure;
     worker workers[]; /* [num_threads - 1] */
 };
+
+#define HUGE_PAGE ((size_t)2 << 20)
 
 btx_status btx_cpu_allocate(size_t bytes, void **memory, btx_error *error)
 {
@@ -48,10 +65,15 @@ btx_status btx_cpu_allocate(size_t bytes, void **memory, btx_error *error)
     if (bytes > SIZE_MAX - 64)
         return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory: %zu bytes", bytes);
     size_t rounded = bytes == 0 ? 64 : (bytes + 63) / 64 * 64;
-    if (posix_memalign(memory, 64, rounded) != 0) {
+    int is_large = rounded >= 2 * HUGE_PAGE;
+    if (posix_memalign(memory, is_large ? HUGE_PAGE : 64, rounded) != 0) {
         *memory = NULL;
         return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory: %zu bytes", bytes);
     }
+#if defined(MADV_HUGEPAGE)
+    if (is_large) /* whole pages only: what the last part of one would waste is not asked for */
+        madvise(*memory, rounded / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+#endif
     return BTX_OK;
 }
 
@@ -63,21 +85,64 @@ void btx_cpu_release(void *memory)
 static void work(executor *run, int32_t lane)
 {
     while (!atomic_load(&run->failed)) {
-        int32_t layer = atomic_fetch_add(&run->next_layer, 1);
-        if (layer >= run->num_layers)
+        int64_t unit = atomic_fetch_add(&run->next_unit, 1);
+        if (unit >= run->num_units)
             return;
         btx_error error = {{0}};
-        btx_status status = run->fn(run->context, layer, layer + 1, lane, &error);
+        btx_status status = run->fn(run->context, unit, lane, &error);
         if (status == BTX_OK)
             continue;
-        pthread_mutex_lock(&run->mutex);
-        if (!atomic_load(&run->failed)) {
+        int none = 0;
+        if (atomic_compare_exchange_strong(&run->failed, &none, 1)) { /* read once all lanes have ended */
             run->status = status;
             run->failure = error;
-            atomic_store(&run->failed, 1);
         }
-        pthread_mutex_unlock(&run->mutex);
     }
+}
+
+#if defined(__linux__)
+static int find_openmp(struct dl_phdr_info *info, size_t size, void *argument)
+{
+    const char **found = argument;
+    const char *slash = info->dlpi_name != NULL ? strrchr(info->dlpi_name, '/') : NULL;
+    (void)size;
+    if (slash == NULL || (strncmp(slash, "/libgomp", 8) != 0 && strncmp(slash, "/libiomp5", 9) != 0))
+        return 0;
+    *found = info->dlpi_name;
+    return 1;
+}
+
+/* Looks once, at the first run: a host that computes with OpenMP has loaded it by then. */
+static void find_host_threads(executor *run)
+{
+    const char *path = NULL;
+    run->host_pid = getpid();
+    dl_iterate_phdr(find_openmp, &path);
+    run->host_library = path != NULL ? dlopen(path, RTLD_LAZY | RTLD_NOLOAD) : NULL;
+    if (run->host_library != NULL) {
+        void *symbol = dlsym(run->host_library, "GOMP_parallel");
+        memcpy(&run->host_parallel, &symbol, sizeof symbol); /* C has no cast from data to function pointers */
+    }
+}
+#else
+static void find_host_threads(executor *run)
+{
+    run->host_pid = getpid();
+}
+#endif
+
+/* What each of the host's threads runs. */
+static void host_thread_main(void *argument)
+{
+    executor *run = argument;
+    fenv_t host;
+    int32_t lane = atomic_fetch_add(&run->next_lane, 1);
+    if (lane >= run->num_threads)
+        return;
+    fegetenv(&host);
+    fesetenv(FE_DFL_ENV);
+    work(run, lane);
+    fesetenv(&host);
 }
 
 static void *worker_main(void *argument)
@@ -160,20 +225,19 @@ void btx_cpu_executor_destroy(void *memory)
         pthread_cond_destroy(&run->work_ready);
         pthread_cond_destroy(&run->work_done);
     }
+    if (run->host_library != NULL)
+        dlclose(run->host_library);
     free(run);
 }
 
-btx_status btx_cpu_executor_run(void *memory, int32_t num_layers, btx_pass_function fn, void *context, btx_error *error)
+/* On threads of our own and the caller's. */
+static void run_on_workers(executor *run)
 {
-    executor *run = memory;
-    start_workers(run);
-    run->fn = fn;
-    run->context = context;
-    run->num_layers = num_layers;
-    run->status = BTX_OK;
-    atomic_store(&run->next_layer, 0);
-    atomic_store(&run->failed, 0);
-    if (run->num_started > 0 && num_layers > 1) {
+    int together = run->num_units > 1;
+    if (together)
+        start_workers(run);
+    together = together && run->num_started > 0;
+    if (together) {
         pthread_mutex_lock(&run->mutex);
         run->generation++;
         run->num_running = run->num_started;
@@ -186,12 +250,30 @@ btx_status btx_cpu_executor_run(void *memory, int32_t num_layers, btx_pass_funct
     fesetenv(FE_DFL_ENV);
     work(run, 0);
     fesetenv(&host);
-    if (run->num_started > 0 && num_layers > 1) {
+    if (together) {
         pthread_mutex_lock(&run->mutex);
         while (run->num_running > 0)
             pthread_cond_wait(&run->work_done, &run->mutex);
         pthread_mutex_unlock(&run->mutex);
     }
+}
+
+btx_status btx_cpu_executor_run(void *memory, int64_t num_units, btx_unit_function fn, void *context, btx_error *error)
+{
+    executor *run = memory;
+    run->fn = fn;
+    run->context = context;
+    run->num_units = num_units;
+    run->status = BTX_OK;
+    atomic_store(&run->next_unit, 0);
+    atomic_store(&run->next_lane, 0);
+    atomic_store(&run->failed, 0);
+    if (run->num_threads > 1 && run->host_pid == 0)
+        find_host_threads(run);
+    if (run->host_parallel != NULL && run->host_pid == getpid() && num_units > 1)
+        run->host_parallel(host_thread_main, run, (unsigned)run->num_threads, 0);
+    else
+        run_on_workers(run);
     if (run->status != BTX_OK && error != NULL)
         *error = run->failure;
     return run->status;

@@ -19,7 +19,7 @@ static btx_status btx_cpu_gather_kv(const btx_pass *pass, const int32_t *positio
     float *cosines = (float *)btx_scratch(pass), *sines = cosines + plan->head_dim / 2;
     (void)error;
     for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
-        for (int64_t s = 0; s < plan->num_steps; s++) {
+        for (int64_t s = pass->step_begin; s < pass->step_end; s++) {
             const btx_plan_step *step = &plan->steps[s];
             for (int64_t i = 0; i < step->num_recalled + step->num_window; i++, rows += 2 * half_width) {
                 int64_t position = *positions++;

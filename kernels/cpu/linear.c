@@ -4,31 +4,22 @@
  * Packed, one layer, in words of 32 bits (one f32, or two bf16 that are neighbours in in_dim, see tile.h), in the
  * order in which they are read:
  *
- *     for each BTX_COLUMN_BLOCK of out_dim          its outputs stay in the second-level cache
- *         for each BTX_DEPTH_BLOCK words of in_dim
- *             for each panel of BTX_PANEL columns   its words stay in the first-level cache for all rows
- *                 [words][BTX_PANEL]
+ *     for each panel of BTX_PANEL columns      its words stay near for all rows
+ *         [in_dim in words][BTX_PANEL]
  *
- * Columns behind out_dim and the half word behind an odd in_dim are zero. While the first tiles of rows pass by a
- * panel, the next is prefetched, one line for each word of depth and none twice: the weights of a layer are used
- * once in a boundary, so they come from memory. */
+ * Columns behind out_dim and the half word behind an odd in_dim are zero. While the first rows pass by a panel, what
+ * lies behind it in memory is prefetched: the next panel, or the next product, which processor.c places there. The
+ * weights of a layer are used once in a boundary, so they come from memory. */
 #include "btx.h"
 #include "tile.h"
 
-#define BTX_DEPTH_BLOCK 256
-#define BTX_COLUMN_BLOCK 512
-#define BTX_ROW_BLOCK 256 /* rows that share one pass over the weights */
-#define BTX_LINE 64       /* bytes of a cache line */
-#define BTX_PANEL_LINES ((int64_t)(BTX_PANEL * sizeof(float) / BTX_LINE))
+#define BTX_ROW_BLOCK                                                                                                  \
+    256 /* rows that share one pass over the weights: more would not stay in the second-level cache                    \
+         */
 
 static inline int64_t linear_min(int64_t a, int64_t b)
 {
     return a < b ? a : b;
-}
-
-static inline int64_t linear_round_up(int64_t n, int64_t multiple)
-{
-    return (n + multiple - 1) / multiple * multiple;
 }
 
 static inline int64_t linear_depth(int64_t in_dim, btx_dtype dtype)
@@ -36,9 +27,22 @@ static inline int64_t linear_depth(int64_t in_dim, btx_dtype dtype)
     return dtype == BTX_BF16 ? (in_dim + 1) / 2 : in_dim;
 }
 
-static size_t btx_cpu_packed_bytes(int64_t out_dim, int64_t in_dim, btx_dtype dtype)
+/* Columns of the result that a panel makes: of gated weights it holds two for each. */
+static inline int64_t linear_panel_columns(int32_t gated)
 {
-    return (size_t)linear_round_up(out_dim, BTX_PANEL) * (size_t)linear_depth(in_dim, dtype) * sizeof(uint32_t);
+    return gated ? BTX_PANEL / 2 : BTX_PANEL;
+}
+
+static inline int64_t linear_num_panels(int64_t out_dim, int32_t gated)
+{
+    int64_t columns = gated ? out_dim / 2 : out_dim, width = linear_panel_columns(gated);
+    return (columns + width - 1) / width;
+}
+
+static size_t btx_cpu_packed_bytes(int64_t out_dim, int64_t in_dim, btx_dtype dtype, int32_t gated)
+{
+    return (size_t)(linear_num_panels(out_dim, gated) * BTX_PANEL) * (size_t)linear_depth(in_dim, dtype) *
+           sizeof(uint32_t);
 }
 
 /* The word at depth k of a row of weights. */
@@ -51,115 +55,87 @@ static inline uint32_t linear_word(const float *row, int64_t k, int64_t in_dim, 
     return low | high << 16;
 }
 
-static void btx_cpu_pack(const float *weight, int64_t out_dim, int64_t in_dim, btx_dtype dtype, void *packed)
+static void btx_cpu_pack(const float *weight, int64_t out_dim, int64_t in_dim, btx_dtype dtype, int32_t gated,
+                         void *packed)
 {
-    const int64_t depth = linear_depth(in_dim, dtype), columns = linear_round_up(out_dim, BTX_PANEL);
-    char *panel = packed;
-    for (int64_t n0 = 0; n0 < columns; n0 += BTX_COLUMN_BLOCK) {
-        int64_t n1 = linear_min(n0 + BTX_COLUMN_BLOCK, columns);
-        for (int64_t k0 = 0; k0 < depth; k0 += BTX_DEPTH_BLOCK) {
-            int64_t words = linear_min(depth - k0, BTX_DEPTH_BLOCK);
-            for (int64_t n = n0; n < n1; n += BTX_PANEL) {
-                for (int64_t j = 0; j < BTX_PANEL; j++) {
-                    for (int64_t k = 0; k < words; k++) {
-                        uint32_t word =
-                            n + j < out_dim ? linear_word(weight + (n + j) * in_dim, k0 + k, in_dim, dtype) : 0;
-                        memcpy(panel + (k * BTX_PANEL + j) * (int64_t)sizeof word, &word, sizeof word);
-                    }
-                }
-                panel += words * BTX_PANEL * (int64_t)sizeof(uint32_t);
+    const int64_t depth = linear_depth(in_dim, dtype), width = linear_panel_columns(gated);
+    const int64_t columns = gated ? out_dim / 2 : out_dim;
+    char *to = packed;
+    for (int64_t panel = 0; panel < linear_num_panels(out_dim, gated); panel++) {
+        for (int64_t k = 0; k < depth; k++) {
+            for (int64_t j = 0; j < BTX_PANEL; j++, to += sizeof(uint32_t)) {
+                int64_t column = panel * width + j % width, row = column + j / width * columns;
+                uint32_t word = column < columns ? linear_word(weight + row * in_dim, k, in_dim, dtype) : 0;
+                memcpy(to, &word, sizeof word);
             }
         }
     }
 }
 
-/* Floats of A for each word of depth. */
-#define BTX_BF16_A (BTX_WORD_BF16 == BTX_WORD_BF16_DOT ? 1 : 2)
-
-static size_t btx_cpu_linear_scratch_bytes(int64_t rows, int64_t max_in_dim)
+/* One layer: a, operand rows of a_stride words, times all panels. tile holds what all tiles share; columns lie
+ * column_size bytes apart in c. */
+static void linear_layer(btx_tile tile, const btx_linear *weights, const float *packed, const char *x, int64_t rows,
+                         const float *bias, int64_t column_size, char *out)
 {
-    size_t words = (size_t)linear_depth(max_in_dim, BTX_BF16) * BTX_BF16_A;
-    return (size_t)linear_min(rows, BTX_ROW_BLOCK) * words * sizeof(float);
-}
-
-/* x [rows, in_dim] rounded to bf16, as the tiles want it: [rows, depth * BTX_BF16_A]. */
-static void linear_round(const float *x, int64_t rows, int64_t in_dim, float *out)
-{
-    const int64_t width = linear_depth(in_dim, BTX_BF16) * BTX_BF16_A, tail = in_dim % BTX_VL;
-    for (int64_t i = 0; i < rows; i++, x += in_dim, out += width) {
-        int64_t k = 0;
-        out[width - 1] = 0.0f; /* the half word behind an odd in_dim */
-#ifdef BTX_BF16_DOT
-        uint16_t *halves = (uint16_t *)(void *)out;
-        for (; k < in_dim - tail; k += BTX_VL)
-            vf_store_bf16(halves + k, vf_load(x + k));
-        vf_store_bf16_n(halves + k, vf_load_n(x + k, (int)tail), (int)tail);
-#else
-        for (; k < in_dim - tail; k += BTX_VL)
-            vf_store(out + k, vf_from_bf16(vf_to_bf16(vf_load(x + k))));
-        vf_store_n(out + k, vf_from_bf16(vf_to_bf16(vf_load_n(x + k, (int)tail))), (int)tail);
-#endif
-    }
-}
-
-/* out [rows, out_dim] of one layer, at most BTX_ROW_BLOCK rows; a [rows, a_stride], a_per_word floats for each
- * word of depth. */
-static void linear_rows(const btx_tile_function *tiles, const float *a, int64_t a_stride, int64_t a_per_word,
-                        const float *packed, const float *bias, int64_t depth, int64_t rows, int64_t out_dim,
-                        int accumulate, float *out)
-{
-    const int64_t columns = linear_round_up(out_dim, BTX_PANEL), num_tiles = btx_num_tiles(rows);
-    const float *end = packed + columns * depth;
-    btx_tile tile = {.a_stride = a_stride, .b = packed, .c_stride = out_dim};
-    for (int64_t n0 = 0; n0 < columns; n0 += BTX_COLUMN_BLOCK) {
-        int64_t n1 = linear_min(n0 + BTX_COLUMN_BLOCK, columns);
-        for (int64_t k0 = 0; k0 < depth; k0 += BTX_DEPTH_BLOCK) {
-            tile.depth = linear_min(depth - k0, BTX_DEPTH_BLOCK);
-            tile.accumulate = accumulate || k0 > 0;
-            for (int64_t n = n0; n < n1; n += BTX_PANEL) {
-                const float *next = tile.b + tile.depth * BTX_PANEL;
-                const char *ahead = (const char *)(next < end ? next : packed);
-                tile.bias = bias != NULL && k0 == 0 ? bias + n : NULL;
-                tile.columns = (int)linear_min(out_dim - n, BTX_PANEL);
-                for (int64_t t = 0; t < num_tiles; t++) {
-                    int64_t row = btx_tile_begin(rows, t);
-                    tile.rows = (int)(btx_tile_begin(rows, t + 1) - row);
-                    tile.a = a + row * a_stride + k0 * a_per_word;
-                    tile.c = out + row * out_dim + n;
-                    tile.ahead_step = t < BTX_PANEL_LINES ? BTX_LINE : 0;
-                    tile.ahead = t < BTX_PANEL_LINES ? ahead + t * tile.depth * BTX_LINE : (const char *)tile.b;
-                    btx_tile_run(tiles, &tile);
-                }
-                tile.b = next;
-            }
+    const btx_tile_function(*tiles)[BTX_TILE_ROWS] = weights->dtype == BTX_BF16 ? btx_tiles_bf16 : btx_tiles_f32;
+    const int64_t x_stride = operand_stride(weights->in_dim, weights->dtype), num_tiles = btx_num_tiles(rows);
+    const int64_t columns = weights->gated ? weights->out_dim / 2 : weights->out_dim;
+    const int64_t width = linear_panel_columns(weights->gated);
+    tile.a_stride = x_stride / (int64_t)sizeof(float);
+    tile.depth = linear_depth(weights->in_dim, weights->dtype);
+    tile.b = packed;
+    for (int64_t column = 0; column < columns; column += width) {
+        const float *next = tile.b + tile.depth * BTX_PANEL;
+        tile.bias = bias != NULL ? bias + column : NULL;
+        tile.columns = (int)linear_min(columns - column, width);
+        for (int64_t t = 0; t < num_tiles; t++) {
+            int64_t row = btx_tile_begin(rows, t);
+            tile.rows = (int)(btx_tile_begin(rows, t + 1) - row);
+            tile.a = (const float *)(const void *)(x + row * x_stride);
+            tile.c = out + row * tile.c_stride + column * column_size;
+            tile.ahead = t == 0 ? (const char *)next : NULL;
+            btx_tile_run(tiles, &tile);
         }
+        tile.b = next;
     }
 }
 
-static btx_status btx_cpu_linear(const btx_pass *pass, const btx_linear *weights, const float *x, int64_t rows,
-                                 int accumulate, float *out, btx_error *error)
+/* All layers of the pass, in blocks of rows. scale may be NULL. */
+static void linear_pass(const btx_pass *pass, const btx_linear *weights, const void *x, btx_tile tile,
+                        const float *scale, int64_t column_size, void *out)
 {
-    const int64_t in_dim = weights->in_dim, out_dim = weights->out_dim;
-    const int64_t depth = linear_depth(in_dim, weights->dtype);
-    (void)error;
+    const int64_t rows = btx_pass_rows(pass), x_stride = operand_stride(weights->in_dim, weights->dtype);
+    const char *from = x;
+    char *to = out;
     for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
-        const float *packed =
-            (const float *)(const void *)((const char *)weights->packed + (size_t)layer * weights->layer_bytes);
-        const float *bias = weights->bias != NULL ? weights->bias + layer * out_dim : NULL;
+        const void *packed = (const char *)weights->packed + (size_t)layer * weights->layer_stride;
+        const float *bias = weights->bias != NULL ? weights->bias + layer * weights->out_dim : NULL;
+        tile.scale = scale != NULL ? scale[layer] : 1.0f;
         for (int64_t left = rows; left > 0;) {
             int64_t block = linear_min(left, BTX_ROW_BLOCK);
-            if (weights->dtype == BTX_BF16) {
-                linear_round(x, block, in_dim, pass->scratch);
-                linear_rows(btx_tiles_bf16, pass->scratch, depth * BTX_BF16_A, BTX_BF16_A, packed, bias, depth, block,
-                            out_dim, accumulate, out);
-            }
-            else {
-                linear_rows(btx_tiles_f32, x, in_dim, 1, packed, bias, depth, block, out_dim, accumulate, out);
-            }
-            x += block * in_dim;
-            out += block * out_dim;
+            linear_layer(tile, weights, packed, from, block, bias, column_size, to);
+            from += block * x_stride;
+            to += block * tile.c_stride;
             left -= block;
         }
     }
+}
+
+static btx_status btx_cpu_linear(const btx_pass *pass, const btx_linear *weights, const void *x, const float *scale,
+                                 int accumulate, float *out, btx_error *error)
+{
+    btx_tile tile = {.accumulate = accumulate, .c_stride = weights->out_dim * (int64_t)sizeof(float)};
+    (void)error;
+    linear_pass(pass, weights, x, tile, scale, sizeof(float), out);
+    return BTX_OK;
+}
+
+static btx_status btx_cpu_linear_swiglu(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
+                                        btx_error *error)
+{
+    btx_tile tile = {.gated = 1, .c_dtype = weights->dtype};
+    tile.c_stride = operand_stride(weights->out_dim / 2, weights->dtype);
+    (void)error;
+    linear_pass(pass, weights, x, tile, NULL, weights->dtype == BTX_BF16 ? BTX_OPERAND_BF16_SIZE : 4, out);
     return BTX_OK;
 }

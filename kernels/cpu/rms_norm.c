@@ -1,7 +1,8 @@
-/* rms_norm.c - x / sqrt(mean(x^2) + eps) * weight, row by row. */
+/* rms_norm.c - x / sqrt(mean(x^2) + eps) * weight, row by row, as the left side of a product. */
 #include <math.h>
 
 #include "btx.h"
+#include "operand.h"
 #include "simd.h"
 
 #define BTX_NORM_SUMS (BTX_VL == 1 ? 16 : 4) /* running sums, so that additions overlap and errors stay small */
@@ -29,19 +30,22 @@ static float norm_sum_squares(const float *x, int64_t dim)
     return vf_reduce_add(sum[0]);
 }
 
-static btx_status btx_cpu_rms_norm(const btx_pass *pass, const float *x, int64_t rows, int64_t dim, const float *weight,
-                                   float eps, float *out, btx_error *error)
+static btx_status btx_cpu_rms_norm(const btx_pass *pass, const float *x, int64_t dim, const float *weight, float eps,
+                                   btx_dtype dtype, void *out, btx_error *error)
 {
+    const int64_t rows = btx_pass_rows(pass), stride = operand_stride(dim, dtype);
     (void)error;
     for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
         const float *layer_weight = weight + layer * dim;
-        for (int64_t row = 0; row < rows; row++, x += dim, out += dim) {
+        for (int64_t row = 0; row < rows; row++, x += dim, out = (char *)out + stride) {
             vf scale = vf_set1(1.0f / sqrtf(norm_sum_squares(x, dim) / (float)dim + eps));
-            int64_t i = 0;
-            for (; i + BTX_VL <= dim; i += BTX_VL)
-                vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), scale), vf_load(layer_weight + i)));
-            int tail = (int)(dim - i);
-            vf_store_n(out + i, vf_mul(vf_mul(vf_load_n(x + i, tail), scale), vf_load_n(layer_weight + i, tail)), tail);
+            int64_t k = 0;
+            for (; k + BTX_VL <= dim; k += BTX_VL)
+                operand_store(out, dtype, k, vf_mul(vf_mul(vf_load(x + k), scale), vf_load(layer_weight + k)));
+            int tail = (int)(dim - k);
+            operand_store_n(out, dtype, k,
+                            vf_mul(vf_mul(vf_load_n(x + k, tail), scale), vf_load_n(layer_weight + k, tail)), tail);
+            operand_end(out, dtype, dim);
         }
     }
     return BTX_OK;

@@ -1,15 +1,15 @@
-/* scores.h - scores q . k of the window's queries with cached keys, tile by tile, for attention_lse and
- * attention_mass.
+/* scores.h - scores q . k of the window's queries with cached keys, tile by tile, for attention_mass.c.
  *
  * One step and one KV head at a time. The rows are the window's queries of all heads of the group,
  *
  *     row = (query of the window) * group + (head of the group)
  *
- * and lie in the lanes of vectors; keys are broadcast. So one tile of keys, read from the cache once, serves the
- * whole group, a softmax over keys needs no sum across lanes, and a key needs no transposition:
+ * and lie in the lanes of vectors; keys are broadcast. So a key serves the whole group, a softmax over keys needs no
+ * sum across lanes, and a key needs no transposition:
  *
  *     queries  [blocks][depth][vectors of the block * VL]    packed once per KV head
- *     keys     [SCORE_TILE][depth] or [depth][SCORE_TILE], as the cache is contiguous
+ *     keys     [SCORE_TILE][depth]   where they lie, if 32-bit cells can be read there, else a copy; or a copy
+ *              [depth][SCORE_TILE]   of a cache whose columns are contiguous
  *     scores   [SCORE_TILE][vectors of the block * VL]       of one block
  *
  * depth is head_dim, or half of it (rounded up) where two bf16 make one 32-bit cell of a bf16 dot product.
@@ -31,6 +31,9 @@
 #if BTX_VL == 16
 #define SCORE_KEYS 8
 #define SCORE_BLOCK 3
+#elif BTX_VL == 4 /* 32 registers as well, but compilers load all the keys at once */
+#define SCORE_KEYS 8
+#define SCORE_BLOCK 2
 #else
 #define SCORE_KEYS 4
 #define SCORE_BLOCK 2
@@ -53,15 +56,16 @@ typedef struct score_group {
     int64_t num_vectors; /* num_rows / VL, rounded up; the lanes behind the last row repeat it */
     int64_t depth;
     int pairs;                        /* cells are two bf16 */
-    int by_column;                    /* tiles are [depth][SCORE_TILE] */
-    int64_t key_stride, depth_stride; /* of a tile, in cells */
+    int by_column;                    /* copied tiles are [depth][SCORE_TILE] */
+    const float *cells;               /* of the tile of keys */
+    int64_t key_stride, depth_stride; /* of the tile, in cells */
     int64_t ahead, num_ahead;         /* positions [ahead, ahead + num_ahead) are the next tile */
     /* Scratch. */
     float *queries, *tile, *scores;
-    float *row;       /* [head_dim] */
-    float *reference; /* [num_vectors * VL] */
-    double *sum;      /* [num_vectors * VL] */
-    float *partial;   /* [SCORE_TILE * VL] */
+    float *row;           /* [head_dim] */
+    float *probabilities; /* [prior, to whole tiles][SCORE_BLOCK * VL] */
+    float *references;    /* [tiles of prior][SCORE_BLOCK * VL] */
+    float *mass;          /* [prior] of one head */
 } score_group;
 
 static inline size_t score_reserve(size_t *total, int64_t count, size_t size)
@@ -71,55 +75,58 @@ static inline size_t score_reserve(size_t *total, int64_t count, size_t size)
     return offset;
 }
 
-/* Carves the scratch of groups of up to max_rows rows; with scratch NULL only counts. */
-static size_t score_lay_out(const btx_plan *plan, int64_t max_rows, char *scratch, score_group *group)
-{
-    int64_t lanes = (max_rows + BTX_VL - 1) / BTX_VL * BTX_VL;
-    int64_t dim = plan->head_dim;
-    size_t total = 0;
-    size_t queries = score_reserve(&total, lanes * dim, sizeof(float));
-    size_t tile = score_reserve(&total, SCORE_TILE * dim, sizeof(float));
-    size_t scores = score_reserve(&total, SCORE_TILE * SCORE_BLOCK * BTX_VL, sizeof(float));
-    size_t row = score_reserve(&total, dim, sizeof(float));
-    size_t reference = score_reserve(&total, lanes, sizeof(float));
-    size_t sum = score_reserve(&total, lanes, sizeof(double));
-    size_t partial = score_reserve(&total, SCORE_TILE * BTX_VL, sizeof(float));
-    if (scratch != NULL) {
-        group->queries = (float *)(scratch + queries);
-        group->tile = (float *)(scratch + tile);
-        group->scores = (float *)(scratch + scores);
-        group->row = (float *)(scratch + row);
-        group->reference = (float *)(scratch + reference);
-        group->sum = (double *)(scratch + sum);
-        group->partial = (float *)(scratch + partial);
-    }
-    return total;
-}
-
 static int64_t score_group_size(const btx_plan *plan)
 {
     return plan->num_query_heads / plan->num_kv_heads;
 }
 
-static int64_t score_max_rows(const btx_plan *plan)
+static int64_t score_num_tiles(int64_t num_keys)
 {
-    int64_t max_window = 0;
-    for (int64_t s = 0; s < plan->num_steps; s++)
-        max_window = plan->steps[s].num_window > max_window ? plan->steps[s].num_window : max_window;
-    return max_window * score_group_size(plan);
+    return (num_keys + SCORE_TILE - 1) / SCORE_TILE;
+}
+
+/* Carves the scratch of any step of the plan; with scratch NULL only counts. */
+static size_t score_lay_out(const btx_plan *plan, char *scratch, score_group *group)
+{
+    const int64_t dim = plan->head_dim, block = SCORE_BLOCK * BTX_VL;
+    int64_t rows = 0, tiles = 0;
+    for (int64_t s = 0; s < plan->num_steps; s++) {
+        int64_t of_step = plan->steps[s].num_window * score_group_size(plan);
+        rows = of_step > rows ? of_step : rows;
+        of_step = score_num_tiles(plan->steps[s].num_prior);
+        tiles = of_step > tiles ? of_step : tiles;
+    }
+    size_t total = 0;
+    size_t queries = score_reserve(&total, (rows + BTX_VL - 1) / BTX_VL * BTX_VL * dim, sizeof(float));
+    size_t tile = score_reserve(&total, SCORE_TILE * dim, sizeof(float));
+    size_t scores = score_reserve(&total, SCORE_TILE * block, sizeof(float));
+    size_t row = score_reserve(&total, dim, sizeof(float));
+    size_t probabilities = score_reserve(&total, tiles * SCORE_TILE * block, sizeof(float));
+    size_t references = score_reserve(&total, tiles * block, sizeof(float));
+    size_t mass = score_reserve(&total, tiles * SCORE_TILE, sizeof(float));
+    if (scratch != NULL) {
+        group->queries = (float *)(scratch + queries);
+        group->tile = (float *)(scratch + tile);
+        group->scores = (float *)(scratch + scores);
+        group->row = (float *)(scratch + row);
+        group->probabilities = (float *)(scratch + probabilities);
+        group->references = (float *)(scratch + references);
+        group->mass = (float *)(scratch + mass);
+    }
+    return total;
 }
 
 /* Scratch of every operation of selection, gather and write. A plan of top-k alone has no heads. */
 static size_t btx_cpu_selection_scratch_bytes(const btx_plan *plan)
 {
     score_group group;
-    size_t bytes = plan->num_kv_heads > 0 ? score_lay_out(plan, score_max_rows(plan), NULL, &group) : 0;
-    size_t angles = (size_t)plan->head_dim * sizeof(float); /* rope.h */
+    size_t bytes = plan->num_kv_heads > 0 ? score_lay_out(plan, NULL, &group) : 0;
+    size_t row = (size_t)plan->head_dim * sizeof(float); /* rope.h, stage_kv.c */
     for (int64_t s = 0; s < plan->num_steps; s++) {
         size_t order = (size_t)plan->steps[s].num_prior * sizeof(uint32_t); /* top_k.c */
         bytes = order > bytes ? order : bytes;
     }
-    return (angles > bytes ? angles : bytes) + BTX_SCRATCH_ALIGNMENT;
+    return (row > bytes ? row : bytes) + BTX_SCRATCH_ALIGNMENT;
 }
 
 /* The width of the next block: the widest, but two and two rather than three and a lone one. */
@@ -146,8 +153,6 @@ static void score_pack_queries(score_group *group, const btx_pass *pass, int32_t
     group->pairs = SCORE_PAIRS && queries->dtype == BTX_BF16;
     group->depth = group->pairs ? (dim + 1) / 2 : dim;
     group->by_column = group->keys->stride[3] != 1 && group->keys->stride[1] == 1;
-    group->key_stride = group->by_column ? 1 : group->depth;
-    group->depth_stride = group->by_column ? SCORE_TILE : 1;
 
     float *block = group->queries;
     int64_t row = 0;
@@ -157,6 +162,12 @@ static void score_pack_queries(score_group *group, const btx_pass *pass, int32_t
             int64_t source = row < group->num_rows ? row : group->num_rows - 1;
             int64_t offset = btx_query_offset(plan, queries, step->sequence, step->window_begin + source / group_size) +
                              (kv_head * group_size + source % group_size) * queries->stride[2];
+            if (group->pairs && queries->stride[3] == 1 && dim % 2 == 0) {
+                const uint16_t *from = (const uint16_t *)queries->data + offset;
+                for (int64_t i = 0; i < dim / 2; i++)
+                    memcpy(&block[i * width * BTX_VL + lane], from + 2 * i, sizeof *block);
+                continue;
+            }
             if (group->pairs) {
                 const uint16_t *from = (const uint16_t *)queries->data + offset;
                 for (int64_t i = 0; i < dim; i += 2) {
@@ -223,19 +234,41 @@ static inline int64_t score_run(const score_group *group, int64_t position, int6
     return run < n ? run : n;
 }
 
-/* Packs the tile of keys at positions [position, position + SCORE_TILE) up to end, zeros behind them, and returns
- * how many they are. */
-static int64_t score_pack_keys(score_group *group, int64_t position, int64_t end)
+/* Can the cells of n keys from an offset on, a run of one block, be read where they lie? */
+static inline int score_in_place(const score_group *group, int64_t offset, int64_t n)
+{
+    const btx_tensor *keys = group->keys;
+    if (keys->stride[3] != 1 || n % SCORE_KEYS != 0)
+        return 0;
+    if (group->pairs)
+        return group->plan->head_dim % 2 == 0 && offset % 2 == 0 && keys->stride[1] % 2 == 0 &&
+               (uintptr_t)keys->data % sizeof(float) == 0;
+    return keys->dtype == BTX_F32;
+}
+
+/* Takes the tile of keys at positions [position, position + SCORE_TILE) up to end, zeros behind them, and returns how
+ * many they are. */
+static int64_t score_take_keys(score_group *group, int64_t position, int64_t end)
 {
     int64_t n = end - position < SCORE_TILE ? end - position : SCORE_TILE, offset;
+    group->ahead = position + n;
+    group->num_ahead = end - group->ahead < SCORE_TILE ? end - group->ahead : SCORE_TILE;
+    if (score_run(group, position, n, &offset) == n && score_in_place(group, offset, n)) {
+        int64_t cell = group->pairs ? 2 : 1, size = (int64_t)sizeof(float) / cell;
+        group->cells = (const float *)(const void *)((const char *)group->keys->data + offset * size);
+        group->key_stride = group->keys->stride[1] / cell;
+        group->depth_stride = 1;
+        return n;
+    }
+    group->cells = group->tile;
+    group->key_stride = group->by_column ? 1 : group->depth;
+    group->depth_stride = group->by_column ? SCORE_TILE : 1;
     if (n < SCORE_TILE)
         memset(group->tile, 0, (size_t)(SCORE_TILE * group->depth) * sizeof *group->tile);
     for (int64_t packed = 0, run; packed < n; packed += run) {
         run = score_run(group, position + packed, n - packed, &offset);
         score_pack_run(group, offset, packed, run);
     }
-    group->ahead = position + n;
-    group->num_ahead = end - group->ahead < SCORE_TILE ? end - group->ahead : SCORE_TILE;
     return n;
 }
 
@@ -284,15 +317,19 @@ static inline vf score_step(int pairs, vf query, const float *key, vf sum)
 }
 
 /* width and pairs are constants where this is inlined: the loops over them unroll and sum lives in registers. */
-BTX_INLINE void score_block_of(int width, int pairs, const score_group *group, const float *queries, int64_t num_keys)
+BTX_INLINE void score_block_of(int width, int pairs, const score_group *group, const float *queries, int64_t num_keys,
+                               vf *largest)
 {
     int64_t key_stride = group->key_stride, depth_stride = group->depth_stride;
     float *scores = group->scores;
+    vf top[SCORE_BLOCK];
+    BTX_UNROLL
+    for (int v = 0; v < width; v++)
+        top[v] = vf_set1(-INFINITY);
     for (int64_t first = 0; first < num_keys; first += SCORE_KEYS) {
-        const float *query = queries, *key = group->tile + first * key_stride;
+        const float *query = queries, *key = group->cells + first * key_stride;
         vf sum[SCORE_KEYS][SCORE_BLOCK], q[SCORE_BLOCK];
-        if (queries == group->queries) /* once per tile */
-            score_prefetch(group, first);
+        score_prefetch(group, first);
         BTX_UNROLL
         for (int k = 0; k < SCORE_KEYS; k++) {
             BTX_UNROLL
@@ -315,33 +352,39 @@ BTX_INLINE void score_block_of(int width, int pairs, const score_group *group, c
         BTX_UNROLL
         for (int k = 0; k < SCORE_KEYS; k++) {
             BTX_UNROLL
-            for (int v = 0; v < width; v++)
+            for (int v = 0; v < width; v++) {
                 vf_store(scores + v * BTX_VL, sum[k][v]);
+                top[v] = vf_max(top[v], sum[k][v]);
+            }
             scores += width * BTX_VL;
         }
     }
+    BTX_UNROLL
+    for (int v = 0; v < width; v++)
+        largest[v] = top[v];
 }
 
-/* scores [num_keys rounded up to SCORE_KEYS][width * VL] of the packed tile with one block of queries. */
-static void score_block(const score_group *group, int width, const float *queries, int64_t num_keys)
+/* scores [num_keys rounded up to SCORE_KEYS][width * VL] of the taken tile with one block of queries, and the largest
+ * of every row, [width]. */
+static void score_block(const score_group *group, int width, const float *queries, int64_t num_keys, vf *largest)
 {
 #if SCORE_PAIRS
     if (group->pairs) {
         if (width == SCORE_BLOCK)
-            score_block_of(SCORE_BLOCK, 1, group, queries, num_keys);
+            score_block_of(SCORE_BLOCK, 1, group, queries, num_keys, largest);
         else if (width == 2)
-            score_block_of(2, 1, group, queries, num_keys);
+            score_block_of(2, 1, group, queries, num_keys, largest);
         else
-            score_block_of(1, 1, group, queries, num_keys);
+            score_block_of(1, 1, group, queries, num_keys, largest);
         return;
     }
 #endif
     if (width == SCORE_BLOCK)
-        score_block_of(SCORE_BLOCK, 0, group, queries, num_keys);
+        score_block_of(SCORE_BLOCK, 0, group, queries, num_keys, largest);
     else if (width == 2)
-        score_block_of(2, 0, group, queries, num_keys);
+        score_block_of(2, 0, group, queries, num_keys, largest);
     else
-        score_block_of(1, 0, group, queries, num_keys);
+        score_block_of(1, 0, group, queries, num_keys, largest);
 }
 
 #endif /* BTX_SCORES_H */

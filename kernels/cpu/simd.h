@@ -2,10 +2,11 @@
  *
  * A variant file sets BTX_VL, the f32 lanes of a vector, before this file is included:
  *
- *     BTX_VL   vf       instruction set
- *     1        float    portable C11
- *     8        __m256   AVX2, FMA, F16C
- *     16       __m512   AVX-512 F, BW, VL, DQ
+ *     BTX_VL   vf            instruction set
+ *     1        float         portable C11
+ *     4        float32x4_t   NEON, as every aarch64 has it
+ *     8        __m256        AVX2, FMA, F16C
+ *     16       __m512        AVX-512 F, BW, VL, DQ
  *
  * The _n forms touch the first n lanes only, 0 <= n <= BTX_VL: memory behind them is neither read nor written,
  * and the lanes behind them load as zero. Every function treats all lanes alike, so a value does not depend on
@@ -14,16 +15,19 @@
 #ifndef BTX_SIMD_H
 #define BTX_SIMD_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #include "half.h"
 
 #ifndef BTX_VL
-#error "set BTX_VL to 1, 8 or 16 before including simd.h"
+#error "set BTX_VL to 1, 4, 8 or 16 before including simd.h"
 #endif
 
-#if BTX_VL != 1
+#if BTX_VL == 4
+#include <arm_neon.h>
+#elif BTX_VL != 1
 #include <immintrin.h>
 #endif
 
@@ -37,9 +41,183 @@
 
 /* ---- vectors ------------------------------------------------------------------------------------ */
 
-/* vf_max(a, b) and vf_min(a, b) give b when either is NaN. */
+/* vf_max(a, b) and vf_min(a, b) give b when either is NaN, or when they are equal (zeros of two signs). vf_round gives
+ * the nearest integer, ties to even; vf_scale2(a, n) gives a * 2^n of whole n in [-160, 160], rounded once where a is
+ * zero or |a| >= 2^-46; vf_select_nonzero(switches, a, b) gives a where switches is not zero (a NaN is not), else b. */
 
-#if BTX_VL == 16
+#if BTX_VL == 4
+
+typedef float32x4_t vf;
+
+static inline vf vf_zero(void)
+{
+    return vdupq_n_f32(0.0f);
+}
+static inline vf vf_set1(float value)
+{
+    return vdupq_n_f32(value);
+}
+static inline vf vf_load(const float *from)
+{
+    return vld1q_f32(from);
+}
+/* NEON has no masks: the _n forms take a tail lane by lane. */
+static inline vf vf_load_n(const float *from, int n)
+{
+    if (n == BTX_VL)
+        return vld1q_f32(from);
+    vf a = vf_zero();
+    if (n > 0)
+        a = vld1q_lane_f32(from, a, 0);
+    if (n > 1)
+        a = vld1q_lane_f32(from + 1, a, 1);
+    if (n > 2)
+        a = vld1q_lane_f32(from + 2, a, 2);
+    return a;
+}
+static inline void vf_store(float *to, vf a)
+{
+    vst1q_f32(to, a);
+}
+static inline void vf_store_n(float *to, vf a, int n)
+{
+    if (n == BTX_VL) {
+        vst1q_f32(to, a);
+        return;
+    }
+    if (n > 0)
+        vst1q_lane_f32(to, a, 0);
+    if (n > 1)
+        vst1q_lane_f32(to + 1, a, 1);
+    if (n > 2)
+        vst1q_lane_f32(to + 2, a, 2);
+}
+
+static inline vf vf_add(vf a, vf b)
+{
+    return vaddq_f32(a, b);
+}
+static inline vf vf_sub(vf a, vf b)
+{
+    return vsubq_f32(a, b);
+}
+static inline vf vf_mul(vf a, vf b)
+{
+    return vmulq_f32(a, b);
+}
+static inline vf vf_div(vf a, vf b)
+{
+    return vdivq_f32(a, b);
+}
+static inline vf vf_fma(vf a, vf b, vf c)
+{
+    return vfmaq_f32(c, a, b);
+}
+/* Not vmaxq and vminq: those give NaN when either is. */
+static inline vf vf_max(vf a, vf b)
+{
+    return vbslq_f32(vcgtq_f32(a, b), a, b);
+}
+static inline vf vf_min(vf a, vf b)
+{
+    return vbslq_f32(vcltq_f32(a, b), a, b);
+}
+static inline vf vf_select_nonzero(vf switches, vf a, vf b)
+{
+    return vbslq_f32(vceqq_f32(switches, vdupq_n_f32(0.0f)), b, a);
+}
+static inline float vf_reduce_add(vf a)
+{
+    return vaddvq_f32(a);
+}
+static inline float vf_reduce_max(vf a)
+{
+    return vmaxvq_f32(a);
+}
+
+static inline vf vf_round(vf a)
+{
+    return vrndnq_f32(a);
+}
+/* In two steps of half the exponent, of which only the second can round. */
+static inline vf vf_scale2(vf a, vf n)
+{
+    const int32x4_t bias = vdupq_n_s32(127);
+    int32x4_t whole = vcvtq_s32_f32(n);
+    int32x4_t first = vshrq_n_s32(whole, 1);
+    int32x4_t second = vsubq_s32(whole, first);
+    a = vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(first, bias), 23)));
+    return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(second, bias), 23)));
+}
+
+static inline vf vf_from_f16(uint16x4_t halves)
+{
+    return vcvt_f32_f16(vreinterpret_f16_u16(halves));
+}
+static inline vf vf_from_bf16(uint16x4_t halves)
+{
+    return vreinterpretq_f32_u32(vshll_n_u16(halves, 16));
+}
+static inline uint16x4_t vf_to_f16(vf a)
+{
+    return vreinterpret_u16_f16(vcvt_f16_f32(a));
+}
+/* By integers: the instructions for bf16 are an extension. */
+static inline uint16x4_t vf_to_bf16(vf a)
+{
+    uint32x4_t bits = vreinterpretq_u32_f32(a);
+    uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    return vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), rounded, quiet), 16);
+}
+
+/* The two bf16 of each 32-bit lane. */
+static inline vf vf_bf16_low(vf pairs)
+{
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(pairs), 16));
+}
+static inline vf vf_bf16_high(vf pairs)
+{
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(pairs), vdupq_n_u32(0xffff0000u)));
+}
+
+static inline uint16x4_t vf_halves(const uint16_t *from)
+{
+    return vld1_u16(from);
+}
+static inline uint16x4_t vf_halves_n(const uint16_t *from, int n)
+{
+    if (n == BTX_VL)
+        return vld1_u16(from);
+    uint16x4_t a = vdup_n_u16(0);
+    if (n > 0)
+        a = vld1_lane_u16(from, a, 0);
+    if (n > 1)
+        a = vld1_lane_u16(from + 1, a, 1);
+    if (n > 2)
+        a = vld1_lane_u16(from + 2, a, 2);
+    return a;
+}
+static inline void vf_put_halves(uint16_t *to, uint16x4_t a)
+{
+    vst1_u16(to, a);
+}
+static inline void vf_put_halves_n(uint16_t *to, uint16x4_t a, int n)
+{
+    if (n == BTX_VL) {
+        vst1_u16(to, a);
+        return;
+    }
+    if (n > 0)
+        vst1_lane_u16(to, a, 0);
+    if (n > 1)
+        vst1_lane_u16(to + 1, a, 1);
+    if (n > 2)
+        vst1_lane_u16(to + 2, a, 2);
+}
+
+#elif BTX_VL == 16
 
 typedef __m512 vf;
 
@@ -101,6 +279,10 @@ static inline vf vf_min(vf a, vf b)
 {
     return _mm512_min_ps(a, b);
 }
+static inline vf vf_select_nonzero(vf switches, vf a, vf b)
+{
+    return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(switches, vf_zero(), _CMP_NEQ_UQ), a);
+}
 static inline float vf_reduce_add(vf a)
 {
     return _mm512_reduce_add_ps(a);
@@ -110,12 +292,10 @@ static inline float vf_reduce_max(vf a)
     return _mm512_reduce_max_ps(a);
 }
 
-/* Nearest integer, ties to even. */
 static inline vf vf_round(vf a)
 {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-/* a * 2^n of whole n in [-160, 160], rounded once. */
 static inline vf vf_scale2(vf a, vf n)
 {
     return _mm512_scalef_ps(a, n);
@@ -232,6 +412,10 @@ static inline vf vf_max(vf a, vf b)
 static inline vf vf_min(vf a, vf b)
 {
     return _mm256_min_ps(a, b);
+}
+static inline vf vf_select_nonzero(vf switches, vf a, vf b)
+{
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(switches, vf_zero(), _CMP_NEQ_UQ));
 }
 
 static inline float vf_reduce_add(vf a)
@@ -377,6 +561,10 @@ static inline vf vf_min(vf a, vf b)
 {
     return a < b ? a : b;
 }
+static inline vf vf_select_nonzero(vf switches, vf a, vf b)
+{
+    return switches != 0.0f ? a : b;
+}
 static inline float vf_reduce_add(vf a)
 {
     return a;
@@ -386,10 +574,10 @@ static inline float vf_reduce_max(vf a)
     return a;
 }
 
-/* Exact for |a| < 2^22; a larger a or a NaN goes through unharmed enough for vf_exp. */
+/* rintf is a call, on plain x86-64, that only large values need. */
 static inline vf vf_round(vf a)
 {
-    return (a + 0x1.8p23f) - 0x1.8p23f;
+    return a > -0x1p22f && a < 0x1p22f ? (a + 0x1.8p23f) - 0x1.8p23f : rintf(a);
 }
 static inline vf vf_scale2(vf a, vf n)
 {
@@ -444,13 +632,15 @@ static inline void vf_put_halves_n(uint16_t *to, uint16_t a, int n)
 }
 
 #else
-#error "BTX_VL must be 1, 8 or 16"
+#error "BTX_VL must be 1, 4, 8 or 16"
 #endif
 
 /* Brings the cache line at from nearer, into the second level; any address is fine. A macro, because GCC takes a
  * function that only prefetches for one without effects and drops the calls. */
 #if BTX_VL == 1
 #define vf_prefetch(from) ((void)(from))
+#elif BTX_VL == 4
+#define vf_prefetch(from) __builtin_prefetch((from), 0, 2)
 #else
 #define vf_prefetch(from) _mm_prefetch((const char *)(from), _MM_HINT_T1)
 #endif
@@ -491,24 +681,67 @@ static inline void vf_store_bf16_n(uint16_t *to, vf a, int n)
     vf_put_halves_n(to, vf_to_bf16(a), n);
 }
 
-/* ---- exp ---------------------------------------------------------------------------------------- */
+/* ---- powers of two ---------------------------------------------------------------------------------------- */
 
-/* exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, exp(r) by a polynomial (Cephes expf).
- * Within 2 units in the last place; 0 for x < -104 (-infinity included), infinity for x > 88.73, NaN for NaN. */
-static inline vf vf_exp(vf x)
+/* 2^(t - reference) of a whole reference, by a polynomial of degree 5: within 2^-22 of the true value, relatively, down
+ * to about 2^-126, below which it loses bits and ends as 0; infinity above 2^128. The fraction of t alone decides the
+ * significand: another reference gives the same bits with another exponent. t below -2^23 is 0, NaN gives NaN; an
+ * infinite t gives NaN or its limit. */
+static inline vf vf_exp2_from(vf t, vf reference)
 {
-    x = vf_min(vf_set1(89.0f), vf_max(vf_set1(-105.0f), x)); /* constants first: a NaN goes through */
-    vf n = vf_round(vf_mul(x, vf_set1(1.44269504088896341f)));
-    vf r = vf_fma(n, vf_set1(-0.693359375f), x); /* nine bits of ln 2: the product is exact */
-    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
-    vf p = vf_set1(1.9875691500e-4f);
-    p = vf_fma(p, r, vf_set1(1.3981999507e-3f));
-    p = vf_fma(p, r, vf_set1(8.3334519073e-3f));
-    p = vf_fma(p, r, vf_set1(4.1665795894e-2f));
-    p = vf_fma(p, r, vf_set1(1.6666665459e-1f));
-    p = vf_fma(p, r, vf_set1(5.0000001201e-1f));
-    p = vf_fma(p, vf_mul(r, r), r);
-    return vf_scale2(vf_add(p, vf_set1(1.0f)), n);
+    vf n = vf_round(t);
+    vf r = vf_sub(t, n); /* exact; |r| <= 1/2 */
+    vf p = vf_set1(1.3276475e-3f);
+    p = vf_fma(p, r, vf_set1(9.6755410e-3f));
+    p = vf_fma(p, r, vf_set1(5.5507131e-2f));
+    p = vf_fma(p, r, vf_set1(2.4022120e-1f));
+    p = vf_fma(p, r, vf_set1(6.9314694e-1f));
+    p = vf_fma(p, r, vf_set1(1.0000001f));
+    n = vf_sub(n, reference);
+#if BTX_VL != 16 /* that one's vf_scale2 takes any n */
+    n = vf_min(vf_set1(160.0f), vf_max(vf_set1(-160.0f), n));
+#endif
+    return vf_scale2(p, n);
 }
+
+/* ---- sums over lanes, many at once ---------------------------------------------------------------- */
+
+/* Lane i = the sum of the lanes of a[i], each by the same additions in the same order. */
+#if BTX_VL == 16
+static inline vf vf_reduce_add_each(const vf a[BTX_VL])
+{
+    vf quarter[4]; /* [i]: for each quarter of the lanes, the sums of a[4 i] ... a[4 i + 3] */
+    BTX_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const vf *b = a + 4 * i;
+        __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1])));
+        __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[2], b[3]), _mm512_unpackhi_ps(b[2], b[3])));
+        quarter[i] =
+            _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    }
+    vf low = _mm512_add_ps(_mm512_shuffle_f32x4(quarter[0], quarter[1], 0x88),
+                           _mm512_shuffle_f32x4(quarter[0], quarter[1], 0xdd));
+    vf high = _mm512_add_ps(_mm512_shuffle_f32x4(quarter[2], quarter[3], 0x88),
+                            _mm512_shuffle_f32x4(quarter[2], quarter[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+#elif BTX_VL == 8
+static inline vf vf_reduce_add_each(const vf a[BTX_VL])
+{
+    vf low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    vf high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
+#elif BTX_VL == 4
+static inline vf vf_reduce_add_each(const vf a[BTX_VL])
+{
+    return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3]));
+}
+#else
+static inline vf vf_reduce_add_each(const vf a[BTX_VL])
+{
+    return a[0];
+}
+#endif
 
 #endif /* BTX_SIMD_H */

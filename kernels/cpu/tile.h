@@ -1,32 +1,39 @@
-/* tile.h - the register-blocked product C = A B (+ bias) (+ C) under linear.c and attention.c.
+/* tile.h - the register-blocked product under linear.c and attention.c:
  *
- * A tile is up to BTX_TILE_ROWS rows of A against one panel of BTX_PANEL columns of B; its sums stay in
- * registers over the whole depth:
+ *     c = scale * (A B + bias) (+ c)              or, of gated weights,
+ *     c = silu(A B_gate) * (A B_up)               as an operand (operand.h)
+ *
+ * A tile is up to BTX_TILE_ROWS rows of A against one panel of BTX_PANEL columns of B; its sums stay in registers over
+ * the whole depth:
  *
  *     a [rows][a_stride] words, row-major: each word is broadcast
  *     b [depth][BTX_PANEL] words, packed
- *     c [rows][c_stride] f32
  *
- * A word is 32 bits: one f32, or two bf16 that are neighbours in depth, the first in the low half. Products of
- * bf16 are exact in f32, so with and without AVX512-BF16 only the order of the sums differs (and that
- * instruction takes subnormals as zero).
- */
+ * A word is 32 bits: one f32, or two bf16 that are neighbours in depth, the first in the low half. Products of bf16 are
+ * exact in f32, so with and without AVX512-BF16 only the order of the sums differs (and that instruction takes
+ * subnormals as zero). A gated panel is BTX_PANEL / 2 columns of gate, then the same of up, so that both sums of an
+ * element meet in one register lane. */
 #ifndef BTX_TILE_H
 #define BTX_TILE_H
 
+#include "operand.h"
 #include "simd.h"
 
 #if BTX_VL == 16
-#define BTX_TILE_ROWS 14 /* 28 sums, 2 of B, 1 of A: 31 of 32 registers */
+#define BTX_TILE_ROWS 10 /* 20 sums; more rows would need more addresses than there are registers for them */
 #define BTX_TILE_VECTORS 2
 #elif BTX_VL == 8
 #define BTX_TILE_ROWS 6 /* 12 sums, 2 of B, 1 of A: 15 of 16 registers */
 #define BTX_TILE_VECTORS 2
+#elif BTX_VL == 4
+#define BTX_TILE_ROWS 5 /* 20 sums, 4 of B, 5 of A (compilers load a column of them at once): 29 of 32 registers */
+#define BTX_TILE_VECTORS 4
 #else
 #define BTX_TILE_ROWS 4
 #define BTX_TILE_VECTORS 16
 #endif
 #define BTX_PANEL (BTX_TILE_VECTORS * BTX_VL)
+#define BTX_LINE 64 /* bytes of a cache line */
 
 typedef enum btx_word {
     BTX_WORD_F32,         /* a and b f32 */
@@ -46,16 +53,53 @@ typedef struct btx_tile {
     int64_t a_stride;
     const float *b;
     int64_t depth;     /* words of b */
-    const float *bias; /* [columns] or NULL */
-    float *c;
-    int64_t c_stride;
-    int columns;       /* 1 ... BTX_PANEL; nothing behind them is touched in bias and c */
-    int accumulate;    /* add what c holds */
-    const char *ahead; /* memory to bring nearer meanwhile: ahead_step bytes on for each word of depth */
-    int64_t ahead_step;
+    const float *bias; /* [columns] or NULL; none when gated */
+    float scale;       /* 1 when gated */
+    void *c;
+    int64_t c_stride; /* bytes */
+    int columns;      /* 1 ... BTX_PANEL, half of that when gated; nothing behind them is touched in bias and c */
+    int accumulate;   /* add what c holds; not when gated */
+    int gated;
+    btx_dtype c_dtype; /* of the operand, when gated */
+    const char *ahead; /* BTX_PANEL words of memory to bring nearer for each word of depth, or NULL */
 } btx_tile;
 
 typedef void (*btx_tile_function)(const btx_tile *tile);
+
+/* silu(gate) * up, silu(x) = x / (1 + exp(-x)). Below -87 silu(x) is taken as silu(-87), above -2e-36. */
+static inline vf btx_swiglu(vf gate, vf up)
+{
+    gate = vf_max(vf_set1(-87.0f), gate); /* a NaN goes through */
+    vf power = vf_exp2_from(vf_mul(gate, vf_set1(-1.44269504f)), vf_zero());
+    return vf_mul(vf_div(gate, vf_add(vf_set1(1.0f), power)), up);
+}
+
+/* One row of a tile, sum [BTX_TILE_VECTORS], to its place. */
+BTX_INLINE void btx_tile_finish(const btx_tile *tile, int row, const vf *sum)
+{
+    char *to = (char *)tile->c + row * tile->c_stride;
+    if (tile->gated) {
+        BTX_UNROLL
+        for (int v = 0; v < BTX_TILE_VECTORS / 2; v++) {
+            /* Columns behind the last are sums of zeros, so what fills an odd number of them is zero. */
+            int n = tile->columns + (tile->c_dtype == BTX_BF16 ? tile->columns % 2 : 0) - v * BTX_VL;
+            vf value = btx_swiglu(sum[v], sum[v + BTX_TILE_VECTORS / 2]);
+            if (n > 0)
+                operand_store_n(to, tile->c_dtype, v * BTX_VL, value, n < BTX_VL ? n : BTX_VL);
+        }
+        return;
+    }
+    BTX_UNROLL
+    for (int v = 0; v < BTX_TILE_VECTORS; v++) {
+        float *c = (float *)(void *)to + v * BTX_VL;
+        int n = tile->columns - v * BTX_VL;
+        vf value = vf_mul(sum[v], vf_set1(tile->scale));
+        if (n >= BTX_VL)
+            vf_store(c, tile->accumulate ? vf_add(value, vf_load(c)) : value);
+        else if (n > 0)
+            vf_store_n(c, tile->accumulate ? vf_add(value, vf_load_n(c, n)) : value, n);
+    }
+}
 
 #if BTX_VL == 1
 
@@ -96,11 +140,8 @@ BTX_INLINE void btx_tile_multiply(btx_word word, const btx_tile *tile)
     memcpy(sum[1], sum1, sizeof sum1);
     memcpy(sum[2], sum2, sizeof sum2);
     memcpy(sum[3], sum3, sizeof sum3);
-    for (int i = 0; i < rows; i++) {
-        float *c = tile->c + i * tile->c_stride;
-        for (int j = 0; j < tile->columns; j++)
-            c[j] = tile->accumulate ? sum[i][j] + c[j] : sum[i][j];
-    }
+    for (int i = 0; i < rows; i++)
+        btx_tile_finish(tile, i, sum[i]);
 }
 
 static void btx_tile_f32(const btx_tile *tile)
@@ -113,10 +154,12 @@ static void btx_tile_bf16(const btx_tile *tile)
     btx_tile_multiply(BTX_WORD_BF16, tile);
 }
 
-/* [rows - 1] */
-static const btx_tile_function btx_tiles_f32[BTX_TILE_ROWS] = {btx_tile_f32, btx_tile_f32, btx_tile_f32, btx_tile_f32};
-static const btx_tile_function btx_tiles_bf16[BTX_TILE_ROWS] = {btx_tile_bf16, btx_tile_bf16, btx_tile_bf16,
-                                                                btx_tile_bf16};
+/* [ahead or not][rows - 1] */
+static const btx_tile_function btx_tiles_f32[2][BTX_TILE_ROWS] = {
+    {btx_tile_f32, btx_tile_f32, btx_tile_f32, btx_tile_f32}, {btx_tile_f32, btx_tile_f32, btx_tile_f32, btx_tile_f32}};
+static const btx_tile_function btx_tiles_bf16[2][BTX_TILE_ROWS] = {
+    {btx_tile_bf16, btx_tile_bf16, btx_tile_bf16, btx_tile_bf16},
+    {btx_tile_bf16, btx_tile_bf16, btx_tile_bf16, btx_tile_bf16}};
 
 #else
 
@@ -131,8 +174,8 @@ BTX_INLINE vf btx_word_fma(btx_word word, vf a, vf b, vf sum)
     return vf_fma(a, b, sum);
 }
 
-/* rows and word are constants where this is inlined; the loops over them unroll and sum lives in registers. */
-BTX_INLINE void btx_tile_multiply(int rows, btx_word word, const btx_tile *tile)
+/* rows, word and ahead are constants where this is inlined; the loops over them unroll and sum lives in registers. */
+BTX_INLINE void btx_tile_multiply(int rows, btx_word word, int ahead, const btx_tile *tile)
 {
     const float *a = tile->a, *b = tile->b;
     const int64_t a_stride = tile->a_stride, depth = tile->depth;
@@ -148,7 +191,11 @@ BTX_INLINE void btx_tile_multiply(int rows, btx_word word, const btx_tile *tile)
             sum[i][v] = start;
     }
     for (int64_t k = 0; k < depth; k++) {
-        vf_prefetch(tile->ahead + k * tile->ahead_step);
+        if (ahead) {
+            BTX_UNROLL
+            for (int line = 0; line < (BTX_PANEL * 4 + BTX_LINE - 1) / BTX_LINE; line++)
+                vf_prefetch(tile->ahead + k * BTX_PANEL * 4 + line * BTX_LINE);
+        }
         BTX_UNROLL
         for (int part = 0; part < parts; part++) {
             vf values[BTX_TILE_VECTORS];
@@ -167,29 +214,26 @@ BTX_INLINE void btx_tile_multiply(int rows, btx_word word, const btx_tile *tile)
         }
     }
     BTX_UNROLL
-    for (int i = 0; i < rows; i++) {
-        BTX_UNROLL
-        for (int v = 0; v < BTX_TILE_VECTORS; v++) {
-            float *c = tile->c + i * tile->c_stride + v * BTX_VL;
-            int n = tile->columns - v * BTX_VL;
-            if (n >= BTX_VL) {
-                vf_store(c, tile->accumulate ? vf_add(sum[i][v], vf_load(c)) : sum[i][v]);
-            }
-            else if (n > 0) {
-                vf_store_n(c, tile->accumulate ? vf_add(sum[i][v], vf_load_n(c, n)) : sum[i][v], n);
-            }
-        }
-    }
+    for (int i = 0; i < rows; i++)
+        btx_tile_finish(tile, i, sum[i]);
 }
 
 #define BTX_TILE_FUNCTIONS(rows)                                                                                       \
     static void btx_tile_f32_##rows(const btx_tile *tile)                                                              \
     {                                                                                                                  \
-        btx_tile_multiply(rows, BTX_WORD_F32, tile);                                                                   \
+        btx_tile_multiply(rows, BTX_WORD_F32, 0, tile);                                                                \
+    }                                                                                                                  \
+    static void btx_tile_f32_ahead_##rows(const btx_tile *tile)                                                        \
+    {                                                                                                                  \
+        btx_tile_multiply(rows, BTX_WORD_F32, 1, tile);                                                                \
     }                                                                                                                  \
     static void btx_tile_bf16_##rows(const btx_tile *tile)                                                             \
     {                                                                                                                  \
-        btx_tile_multiply(rows, BTX_WORD_BF16, tile);                                                                  \
+        btx_tile_multiply(rows, BTX_WORD_BF16, 0, tile);                                                               \
+    }                                                                                                                  \
+    static void btx_tile_bf16_ahead_##rows(const btx_tile *tile)                                                       \
+    {                                                                                                                  \
+        btx_tile_multiply(rows, BTX_WORD_BF16, 1, tile);                                                               \
     }
 
 BTX_TILE_FUNCTIONS(1)
@@ -197,34 +241,31 @@ BTX_TILE_FUNCTIONS(2)
 BTX_TILE_FUNCTIONS(3)
 BTX_TILE_FUNCTIONS(4)
 BTX_TILE_FUNCTIONS(5)
+#if BTX_TILE_ROWS > 5
 BTX_TILE_FUNCTIONS(6)
-#if BTX_VL == 16
+#endif
+#if BTX_TILE_ROWS > 6
 BTX_TILE_FUNCTIONS(7)
 BTX_TILE_FUNCTIONS(8)
 BTX_TILE_FUNCTIONS(9)
 BTX_TILE_FUNCTIONS(10)
-BTX_TILE_FUNCTIONS(11)
-BTX_TILE_FUNCTIONS(12)
-BTX_TILE_FUNCTIONS(13)
-BTX_TILE_FUNCTIONS(14)
 #endif
 #undef BTX_TILE_FUNCTIONS
 
-/* [rows - 1] */
-static const btx_tile_function btx_tiles_f32[BTX_TILE_ROWS] = {
-    btx_tile_f32_1,  btx_tile_f32_2,  btx_tile_f32_3, btx_tile_f32_4,  btx_tile_f32_5,  btx_tile_f32_6,
-#if BTX_VL == 16
-    btx_tile_f32_7,  btx_tile_f32_8,  btx_tile_f32_9, btx_tile_f32_10, btx_tile_f32_11, btx_tile_f32_12,
-    btx_tile_f32_13, btx_tile_f32_14,
+#if BTX_TILE_ROWS == 10
+#define BTX_TILE_TABLE(name) {name##1, name##2, name##3, name##4, name##5, name##6, name##7, name##8, name##9, name##10}
+#elif BTX_TILE_ROWS == 6
+#define BTX_TILE_TABLE(name) {name##1, name##2, name##3, name##4, name##5, name##6}
+#else
+#define BTX_TILE_TABLE(name) {name##1, name##2, name##3, name##4, name##5}
 #endif
-};
-static const btx_tile_function btx_tiles_bf16[BTX_TILE_ROWS] = {
-    btx_tile_bf16_1,  btx_tile_bf16_2,  btx_tile_bf16_3, btx_tile_bf16_4,  btx_tile_bf16_5,  btx_tile_bf16_6,
-#if BTX_VL == 16
-    btx_tile_bf16_7,  btx_tile_bf16_8,  btx_tile_bf16_9, btx_tile_bf16_10, btx_tile_bf16_11, btx_tile_bf16_12,
-    btx_tile_bf16_13, btx_tile_bf16_14,
-#endif
-};
+
+/* [ahead or not][rows - 1] */
+static const btx_tile_function btx_tiles_f32[2][BTX_TILE_ROWS] = {BTX_TILE_TABLE(btx_tile_f32_),
+                                                                  BTX_TILE_TABLE(btx_tile_f32_ahead_)};
+static const btx_tile_function btx_tiles_bf16[2][BTX_TILE_ROWS] = {BTX_TILE_TABLE(btx_tile_bf16_),
+                                                                   BTX_TILE_TABLE(btx_tile_bf16_ahead_)};
+#undef BTX_TILE_TABLE
 
 #endif
 
@@ -238,9 +279,9 @@ static inline int64_t btx_tile_begin(int64_t rows, int64_t tile)
     return rows * tile / btx_num_tiles(rows);
 }
 
-static inline void btx_tile_run(const btx_tile_function *tiles, const btx_tile *tile)
+static inline void btx_tile_run(const btx_tile_function tiles[2][BTX_TILE_ROWS], const btx_tile *tile)
 {
-    tiles[tile->rows - 1](tile);
+    tiles[tile->ahead != NULL][tile->rows - 1](tile);
 }
 
 #endif /* BTX_TILE_H */

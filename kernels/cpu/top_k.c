@@ -53,21 +53,35 @@ static void top_k_select(const float *mass, int64_t length, int64_t count, int64
     }
 }
 
-static btx_status btx_cpu_top_k(const btx_pass *pass, const float *mass, int32_t *positions, btx_error *error)
+/* mass [n] += the other parts, each stride behind the one before. */
+static void top_k_sum(float *mass, int64_t n, int32_t num_parts, int64_t stride)
+{
+    for (int32_t part = 1; part < num_parts; part++) {
+        const float *from = mass + part * stride;
+        for (int64_t i = 0; i < n; i++)
+            mass[i] += from[i];
+    }
+}
+
+static btx_status btx_cpu_top_k(const btx_pass *pass, int32_t num_parts, float *mass, int32_t *positions,
+                                btx_error *error)
 {
     const btx_plan *plan = pass->plan;
+    const int64_t prior = btx_pass_prior(pass);
     (void)error;
-    for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
-        for (int64_t s = 0; s < plan->num_steps; s++) {
+    for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++, mass += num_parts * prior) {
+        float *of_step = mass;
+        for (int64_t s = pass->step_begin; s < pass->step_end; s++) {
             const btx_plan_step *step = &plan->steps[s];
-            int32_t *row = positions + step->row_offset;
-            top_k_select(mass + step->prior_offset, step->num_prior, step->num_recalled, step->sequence_begin,
-                         (uint32_t *)btx_scratch(pass), row);
+            if (step->num_recalled > 0)
+                top_k_sum(of_step, step->num_prior, num_parts, prior);
+            top_k_select(of_step, step->num_prior, step->num_recalled, step->sequence_begin,
+                         (uint32_t *)btx_scratch(pass), positions);
+            positions += step->num_recalled;
             for (int64_t j = 0; j < step->num_window; j++)
-                row[step->num_recalled + j] = (int32_t)(step->window_begin + j);
+                *positions++ = (int32_t)(step->window_begin + j);
+            of_step += step->num_prior;
         }
-        mass += plan->total_prior;
-        positions += plan->total_rows;
     }
     return BTX_OK;
 }

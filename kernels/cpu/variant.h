@@ -11,26 +11,22 @@
 
 #include "cpu.h"
 
-#include "attention_lse.c"
 #include "attention_mass.c"
 #include "top_k.c"
 #include "gather_kv.c"
+#include "round.c"
 #include "rms_norm.c"
 #include "linear.c"
 #include "attention.c"
-#include "swiglu.c"
-#include "gate_delta.c"
+#include "stage_kv.c"
 #include "write_kv.c"
 
 /* One operation runs at a time on a lane, so they share one scratch. */
-static size_t btx_cpu_scratch_bytes(const btx_plan *plan, int64_t max_in_dim)
+static size_t btx_cpu_scratch_bytes(const btx_plan *plan, int64_t max_rows, int64_t max_dim)
 {
-    size_t bytes = btx_cpu_selection_scratch_bytes(plan);
-    size_t linear = btx_cpu_linear_scratch_bytes(plan->total_rows, max_in_dim);
-    /* The attention is max_in_dim wide at most: its output is a product's input. */
-    size_t attention = max_in_dim > 0 ? btx_cpu_attention_scratch_bytes(plan->total_rows, max_in_dim) : 0;
-    bytes = linear > bytes ? linear : bytes;
-    return attention > bytes ? attention : bytes;
+    size_t selection = btx_cpu_selection_scratch_bytes(plan);
+    size_t attention = max_dim > 0 ? btx_cpu_attention_scratch_bytes(max_rows, max_dim) : 0;
+    return attention > selection ? attention : selection;
 }
 
 #define BTX_JOIN_(a, b) a##b
@@ -45,6 +41,7 @@ const btx_backend BTX_JOIN(btx_cpu_backend_, BTX_VARIANT) = {
     .variant = BTX_STRING(BTX_VARIANT),
     .device_type = BTX_CPU,
     .layers_per_pass = 1,
+    .rows_per_pass = 128, /* enough for the products, few enough for their rows to stay in the second-level cache */
     .available = btx_cpu_available,
     .allocate = btx_cpu_allocate,
     .release = btx_cpu_release,
@@ -53,16 +50,17 @@ const btx_backend BTX_JOIN(btx_cpu_backend_, BTX_VARIANT) = {
     .executor_run = btx_cpu_executor_run,
     .packed_bytes = btx_cpu_packed_bytes,
     .pack = btx_cpu_pack,
+    .operand_bytes = btx_cpu_operand_bytes,
     .scratch_bytes = btx_cpu_scratch_bytes,
-    .attention_lse = btx_cpu_attention_lse,
     .attention_mass = btx_cpu_attention_mass,
     .top_k = btx_cpu_top_k,
     .gather_kv = btx_cpu_gather_kv,
+    .round = btx_cpu_round,
     .rms_norm = btx_cpu_rms_norm,
     .linear = btx_cpu_linear,
+    .linear_swiglu = btx_cpu_linear_swiglu,
     .attention = btx_cpu_attention,
-    .swiglu = btx_cpu_swiglu,
-    .gate_delta = btx_cpu_gate_delta,
+    .stage_kv = btx_cpu_stage_kv,
     .write_kv = btx_cpu_write_kv,
 };
 

@@ -91,10 +91,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Versions, backends, instruction set, CUDA."""
+def info(
+    processor: Annotated[Path | None, typer.Option(help="A Processor's directory: what it takes in memory.")] = None,
+    batch: Annotated[int | None, typer.Option(help="For this many sequences at once (1).")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of at most this many cache positions (4096).")] = None,
+    threads: Annotated[int | None, typer.Option(help="On this many threads (1).")] = None,
+    dtype: Annotated[DType | None, typer.Option(help="With a KV cache of this dtype (float32).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Versions, backends, instruction set, CUDA; what a Processor takes in memory."""
     import bottleneck_ext
 
+    from .processor import native_weight_dtype
+
+    for option, given in (("--batch", batch), ("--tokens", tokens), ("--threads", threads), ("--dtype", dtype)):
+        if given is not None and processor is None:
+            raise typer.BadParameter("is about a Processor's memory: give --processor too", param_hint=option)
     build = bottleneck_ext.build_info()
     backend = bottleneck_ext.default_backend()
     found: dict[str, Any] = {
@@ -105,12 +117,21 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
         "build": {key: value for key, value in build.items() if key != "cuda"},
         "backends": [entry["name"] for entry in bottleneck_ext.backends() if entry["available"]],
         "instruction_set": backend.partition(":")[2],
+        "weight_dtype": native_weight_dtype(backend),
         "cuda": {
             "compiled": bool(build["cuda"]),
             "driver": _library("cuda") is not None,
             "cublaslt": _library("cublasLt"),
         },
     }
+    if processor is not None:
+        found["memory"] = _memory(
+            processor,
+            batch=1 if batch is None else batch,
+            tokens=4096 if tokens is None else tokens,
+            threads=1 if threads is None else threads,
+            dtype=DType.float32 if dtype is None else dtype,
+        )
     if as_json:
         print(json.dumps(found))
         return
@@ -122,12 +143,46 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
         "compiler": build["compiler"],
         "backends": ", ".join(found["backends"]),
         "instruction set": found["instruction_set"],
+        "weights": f"{found['weight_dtype']}, unless told otherwise",
         "CUDA": "compiled in" if cuda["compiled"] else "not compiled in: this is a CPU-only build",
         "CUDA driver": "found" if cuda["driver"] else "not found",
         "cuBLASLt": cuda["cublaslt"] or "not found",
     }
+    if memory := found.get("memory"):
+        lines |= {
+            "memory": f"{memory['batch']} x {memory['tokens']} tokens, {memory['dtype']}, {memory['threads']} threads",
+            "  weights": f"{_size(memory['weights'])}, {memory['weight_dtype']}",
+            "  query store": f"{_size(memory['query_store'])}, {_size(memory['query_store_per_sequence'])} a sequence",
+            "  workspace": _size(memory["workspace"]),
+        }
     for name, value in lines.items():
         print(f"{name:16} {value}")
+
+
+def _memory(directory: Path, *, batch: int, tokens: int, threads: int, dtype: DType) -> dict[str, Any]:
+    """Bytes that a Processor takes at most for `batch` sequences of up to `tokens` cache positions."""
+    from .processor import CacheProcessor
+
+    processor = CacheProcessor.from_pretrained(directory)
+    config = processor.config
+    element = 4 if dtype is DType.float32 else 2
+    queries = config.num_layers * config.recent_window * config.num_query_heads * config.head_dim * element
+    return {
+        "processor": str(directory),
+        "batch": batch,
+        "tokens": tokens,
+        "threads": threads,
+        "dtype": dtype.value,
+        "weight_dtype": processor.weight_dtype,
+        "weights": processor.nbytes,
+        "query_store_per_sequence": queries,
+        "query_store": batch * queries,
+        "workspace": processor.native.workspace_bytes(threads, batch, tokens, cache_dtype=dtype.value),
+    }
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
 @app.command()

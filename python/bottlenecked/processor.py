@@ -25,7 +25,21 @@ from .config import CacheProcessorConfig
 if TYPE_CHECKING:
     from bottleneck_ext._core import SupportsDLPack
 
-WeightDtype = Literal["float32", "bfloat16"]
+WeightDtype = Literal["auto", "float32", "bfloat16"]
+CacheDtype = Literal["float32", "float16", "bfloat16"]
+
+
+# Instruction sets that multiply bfloat16 themselves; elsewhere it costs more than float32.
+_BFLOAT16_VARIANTS = ("avx512_bf16",)
+
+
+def native_weight_dtype(backend: str = "cpu") -> Literal["float32", "bfloat16"]:
+    """What weight_dtype "auto" stands for: "bfloat16" where the backend multiplies bfloat16 itself, else "float32".
+
+    backend: "cpu" or one of ``bottleneck_ext.backends()``.
+    """
+    name = bottleneck_ext.default_backend() if backend == "cpu" else backend
+    return "bfloat16" if name.partition(":")[2] in _BFLOAT16_VARIANTS else "float32"
 
 
 @dataclass(frozen=True)
@@ -55,15 +69,16 @@ class CacheProcessor:
         config: CacheProcessorConfig,
         weights: Mapping[str, SupportsDLPack],
         *,
-        weight_dtype: WeightDtype = "float32",
+        weight_dtype: WeightDtype = "auto",
         backend: str = "cpu",
     ) -> None:
         """Checks and packs the weights.
 
         config: shape of backbone and Processor.
         weights: checkpoint names to float32, float16 or bfloat16 tensors on the CPU (NumPy, torch, ...).
-        weight_dtype: "bfloat16" rounds both operands of every product with a weight to bfloat16 (float32 sums):
-            half the memory, and faster where the machine has bfloat16 products.
+        weight_dtype: "bfloat16" rounds both operands of every product with a weight to bfloat16 (float32 sums): half
+            the memory, and faster where the machine multiplies bfloat16. "auto" is "bfloat16" there and "float32"
+            elsewhere, so say which where machines must agree; the attribute `weight_dtype` says what it became.
         backend: "cpu" (the best instruction set of this machine), or one of ``bottleneck_ext.backends()``.
 
         Raises InvalidArgumentError (a ValueError) naming the tensor that is missing, misshapen or not finite, and
@@ -71,6 +86,7 @@ class CacheProcessor:
         """
         self.config = config
         self.weights = dict(weights)
+        self.weight_dtype = native_weight_dtype(backend) if weight_dtype == "auto" else weight_dtype
         shape: dict[str, Any] = {
             name: getattr(config, name)
             for name in (
@@ -87,11 +103,11 @@ class CacheProcessor:
             )
         }
         shape["rope_inv_freq"] = config.inv_freq() if config.key_space == "unrotated" else None
-        self.native = bottleneck_ext.Processor(shape, self.weights, weight_dtype=weight_dtype, backend=backend)
+        self.native = bottleneck_ext.Processor(shape, self.weights, weight_dtype=self.weight_dtype, backend=backend)
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike[str], *, weight_dtype: WeightDtype = "float32", backend: str = "cpu"
+        cls, directory: str | os.PathLike[str], *, weight_dtype: WeightDtype = "auto", backend: str = "cpu"
     ) -> CacheProcessor:
         """Loads ``config.json`` and ``model.safetensors``; raises ValueError naming file and tensor or key."""
         config = CacheProcessorConfig.load(directory)
@@ -111,9 +127,31 @@ class CacheProcessor:
         """Bytes of packed weights."""
         return self.native.nbytes
 
-    def workspace(self, num_threads: int = 1) -> bottleneck_ext.Workspace:
-        """Scratch memory and threads for one caller at a time; keep it with the sequences it serves."""
-        return bottleneck_ext.Workspace(num_threads, self.native.backend)
+    def workspace(
+        self,
+        num_threads: int = 1,
+        *,
+        max_sequences: int | None = None,
+        max_tokens: int | None = None,
+        cache_dtype: CacheDtype = "float32",
+    ) -> bottleneck_ext.Workspace:
+        """Scratch memory and threads for one caller at a time; keep it with the sequences it serves.
+
+        It grows with the largest boundary, or is allocated at once, for boundaries of up to max_sequences (None: 1)
+        sequences of up to max_tokens cache positions each in a cache of cache_dtype: then `nbytes` says before the
+        first boundary what it takes, and never changes within these limits. max_tokens None: it grows.
+
+        Raises InvalidArgumentError for a limit out of range, and MemoryError.
+        """
+        reserve = 0
+        if max_tokens is not None:
+            sequences = 1 if max_sequences is None else max_sequences
+            reserve = self.native.workspace_bytes(num_threads, sequences, max_tokens, cache_dtype=cache_dtype)
+        elif max_sequences is not None:
+            raise bottleneck_ext.InvalidArgumentError(
+                f"max_sequences is {max_sequences} without max_tokens: give both to allocate the workspace at once"
+            )
+        return bottleneck_ext.Workspace(num_threads, self.native.backend, reserve=reserve)
 
     def bind(
         self,
@@ -124,6 +162,7 @@ class CacheProcessor:
         workspace: bottleneck_ext.Workspace,
         query_table: SupportsDLPack | None = None,
         softmax_scale: float | None = None,
+        heads_first: bool = False,
     ) -> BoundCache:
         """The caches one caller rewrites, borrowed through DLPack without a copy.
 
@@ -133,10 +172,12 @@ class CacheProcessor:
             row ``p % page_size``.
         query_table: int32 ``[num_sequences, pages_per_sequence]``; None: page s is sequence s's only one.
         softmax_scale: of the backbone's attention; None: ``head_dim ** -0.5``.
+        heads_first: keys and values are ``[num_blocks, num_kv_heads, block_size, head_dim]``; the same as passing
+            transposed views, without making them.
         """
         return BoundCache(
             self,
-            bottleneck_ext.KVCache(keys, values),
+            bottleneck_ext.KVCache(keys, values, heads_first=heads_first),
             bottleneck_ext.QueryCache(queries, query_table),
             workspace,
             0.0 if softmax_scale is None else softmax_scale,

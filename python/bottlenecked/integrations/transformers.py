@@ -296,9 +296,11 @@ class Attachment:
         config = self.processor.config
         _check_cache(cache, config.num_layers)
         shape = (config.num_layers, batch_size, config.recent_window, config.num_query_heads, config.head_dim)
+        # NaN shows a layer whose attention never saw the ring.
+        ring = torch.full(shape, torch.nan, dtype=self.model.dtype)
         state = _State(
-            # NaN shows a layer whose attention never saw the ring.
-            ring=torch.full(shape, torch.nan, dtype=self.model.dtype),
+            ring=ring,
+            queries=ring.unbind(0),
             slot=torch.zeros(1, dtype=torch.long),
             workspace=self.processor.workspace(self._num_threads or torch.get_num_threads()),
         )
@@ -374,13 +376,14 @@ class Attachment:
             state.captured = True
         begin = time.perf_counter()
         try:
-            # A DynamicCache has new tensors after every token. detach(): DLPack refuses what autograd tracks.
+            # A DynamicCache has new tensors after every token, so views that nobody needs would cost at each boundary.
             bound = self.processor.bind(
-                [layer.keys.detach().transpose(1, 2) for layer in cache.layers],
-                [layer.values.detach().transpose(1, 2) for layer in cache.layers],
-                list(state.ring.unbind(0)),
+                [_untracked(layer.keys) for layer in cache.layers],
+                [_untracked(layer.values) for layer in cache.layers],
+                state.queries,
                 workspace=state.workspace,
                 softmax_scale=self._softmax_scale,
+                heads_first=True,
             )
             report = bound.rewrite(events)
         except BaseException:
@@ -399,11 +402,17 @@ class Attachment:
             self._on_boundary(report)
 
 
+def _untracked(tensor: Tensor) -> Tensor:
+    """DLPack refuses what autograd tracks."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 @dataclass(eq=False)
 class _State:
     """Of one cache object."""
 
     ring: Tensor  # [layers, batch, window, query heads, head_dim]; position p is in row p % window
+    queries: tuple[Tensor, ...]  # the ring's layers
     slot: Tensor  # [1], where the coming token's query goes
     workspace: bottleneck_ext.Workspace
     request: object = _ABSENT  # the _Request of the latest `generate`, or None
