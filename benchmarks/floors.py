@@ -40,7 +40,7 @@ class Peaks:
     """Measured rates per second, of `threads` threads together.
 
     float32_flops, bfloat16_flops: operations, two to a multiply-add; bfloat16 operands with float32 sums, which is
-        the float32 rate where the machine has no such instruction. exps: of the kernels' own exp.
+        the float32 rate where the machine has no such instruction. exps: of the kernels' own exponential.
     read_bandwidth, copy_bandwidth: bytes from memory; bytes read plus bytes written. cached_bandwidth: the same of a
         copy within the second-level cache.
     """
@@ -115,8 +115,7 @@ def attention_mass(config: CacheProcessorConfig, dtype: str, batch: int, prior: 
     """Attention mass of every prior position, for the window's queries, after and including their softmax.
 
     Every key of a sequence and KV head once, the window's queries once, one float32 per prior position out. A score
-    (2 * head_dim operations) per query and key it sees, causal within the window: once, though two passes over the keys
-    (log-sum-exp, then mass) compute it twice. One exponential per score.
+    (2 * head_dim operations) and an exponential per query and key it sees, causal within the window.
     """
     scores = config.num_layers * batch * config.num_query_heads * (window * prior + window * (window + 1) // 2)
     keys = config.num_layers * batch * config.num_kv_heads * (prior + window) * config.head_dim
@@ -279,15 +278,25 @@ def _library() -> ctypes.CDLL:
     compiler = os.environ.get("CC", "cc").split()
     with tempfile.TemporaryDirectory() as directory:  # a loaded library needs its file no longer
         path = Path(directory) / "peak.so"
-        flags = ["-std=c11", "-O3", "-ffp-contract=off", "-shared", "-fPIC", f"-DPEAK_{variant}"]
+        flags = [
+            "-std=c11",
+            "-O3",
+            "-ffp-contract=off",
+            "-Werror=implicit-function-declaration",
+            "-shared",
+            "-fPIC",
+            f"-DPEAK_{variant}",
+        ]
         include = [f"-I{root / 'csrc'}", f"-I{root / 'kernels' / 'cpu'}"]
         source = str(Path(__file__).with_name("peak.c"))
         try:
-            subprocess.run([*compiler, *flags, *include, source, "-o", str(path)], check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise SystemExit(
-                f"benchmarks/peak.c cannot be compiled with {compiler[0]!r} ({error}): set CC to a C compiler"
-            ) from None
+            subprocess.run(
+                [*compiler, *flags, *include, source, "-o", str(path)], check=True, capture_output=True, text=True
+            )
+        except OSError as error:
+            raise SystemExit(f"{compiler[0]} cannot be run ({error}): set CC to a C compiler") from None
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"{compiler[0]} cannot compile benchmarks/peak.c: {error.stderr.strip()}") from None
         library = ctypes.CDLL(str(path))
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     signatures: Mapping[str, list[Any]] = {

@@ -1,7 +1,7 @@
 /* peak.c - loops that do one thing as fast as the machine can: what floors.py divides by.
  *
- * Compiled when a benchmark starts, for the best instruction set the machine has, with the vectors and the exp of
- * our kernels (simd.h). One of these is defined, as kernels/cpu/variant_*.c name them:
+ * Compiled when a benchmark starts, for the best instruction set the machine has, with the vectors and the
+ * exponential of our kernels (simd.h). One of these is defined, as kernels/cpu/variant_*.c name them:
  *
  *     PEAK_scalar PEAK_neon PEAK_avx2 PEAK_avx512 PEAK_avx512_bf16
  *
@@ -106,7 +106,7 @@ float peak_bf16(int64_t rounds, float factor, float term)
 #endif
 }
 
-/* The kernels' own exp. x [PEAK_EXPS]. */
+/* The kernels' own exponential, to base two. x [PEAK_EXPS]. */
 float peak_exp(int64_t rounds, const float *x)
 {
     vf sum[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
@@ -114,7 +114,7 @@ float peak_exp(int64_t rounds, const float *x)
         for (int i = 0; i < PEAK_EXPS; i += 4 * BTX_VL) {
             BTX_UNROLL
             for (int k = 0; k < 4; k++)
-                sum[k] = vf_add(sum[k], vf_exp(vf_load(x + i + k * BTX_VL)));
+                sum[k] = vf_add(sum[k], vf_exp2_from(vf_load(x + i + k * BTX_VL), vf_zero()));
         }
     }
     return vf_reduce_add(vf_add(vf_add(sum[0], sum[1]), vf_add(sum[2], sum[3])));
