@@ -40,7 +40,7 @@ class Peaks:
     """Measured rates per second, of `threads` threads together.
 
     float32_flops, bfloat16_flops: operations, two to a multiply-add; bfloat16 operands with float32 sums, which is
-        the float32 rate where the machine has no such instruction. exps: of the kernels' own exp.
+        the float32 rate where the machine has no such instruction. exps: of the kernels' own exponential.
     read_bandwidth, copy_bandwidth: bytes from memory; bytes read plus bytes written. cached_bandwidth: the same of a
         copy within the second-level cache.
     """
@@ -285,15 +285,25 @@ def _library() -> ctypes.CDLL:
     compiler = os.environ.get("CC", "cc").split()
     with tempfile.TemporaryDirectory() as directory:  # a loaded library needs its file no longer
         path = Path(directory) / "peak.so"
-        flags = ["-std=c11", "-O3", "-ffp-contract=off", "-shared", "-fPIC", f"-DPEAK_{variant}"]
+        flags = [
+            "-std=c11",
+            "-O3",
+            "-ffp-contract=off",
+            "-Werror=implicit-function-declaration",
+            "-shared",
+            "-fPIC",
+            f"-DPEAK_{variant}",
+        ]
         include = [f"-I{root / 'csrc'}", f"-I{root / 'kernels' / 'cpu'}"]
         source = str(Path(__file__).with_name("peak.c"))
         try:
-            subprocess.run([*compiler, *flags, *include, source, "-o", str(path)], check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise SystemExit(
-                f"benchmarks/peak.c cannot be compiled with {compiler[0]!r} ({error}): set CC to a C compiler"
-            ) from None
+            subprocess.run(
+                [*compiler, *flags, *include, source, "-o", str(path)], check=True, capture_output=True, text=True
+            )
+        except OSError as error:
+            raise SystemExit(f"{compiler[0]} cannot be run ({error}): set CC to a C compiler") from None
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"{compiler[0]} cannot compile benchmarks/peak.c: {error.stderr.strip()}") from None
         library = ctypes.CDLL(str(path))
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     signatures: Mapping[str, list[Any]] = {

@@ -106,7 +106,7 @@ float peak_bf16(int64_t rounds, float factor, float term)
 #endif
 }
 
-/* The kernels' own exponential. x [PEAK_EXPS]. */
+/* The kernels' own exponential, to base two. x [PEAK_EXPS]. */
 float peak_exp(int64_t rounds, const float *x)
 {
     vf sum[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};

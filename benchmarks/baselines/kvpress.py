@@ -27,7 +27,7 @@ INSTALL = "pip install --no-deps kvpress==0.5.5 && pip install 'cachetools<6' 'f
 
 
 def load() -> Any:
-    """The module kvpress, whose import leaves transformers as it was.
+    """The module kvpress, without what its import does to the attention functions of transformers.
 
     Raises ImportError where kvpress or something it needs is missing.
     """

@@ -101,16 +101,17 @@ class Stacked:
         # Rows of a cache seen as [batch * num_kv_heads * T, head_dim], in the order of a KV-token's heads.
         heads = torch.tensor(window.sequences)[:, None] * num_kv_heads + torch.arange(num_kv_heads)
         where = (heads[:, None] * length + rows[..., None]).flatten(1)  # [num_layers, num_events * n * num_kv_heads]
-        x = keys[0].new_empty(2, *where.shape, head_dim)
-        for half, caches in zip(x, (keys, values), strict=True):
-            for cache, of_layer, out in zip(caches, where, half, strict=True):
-                torch.index_select(cache.view(-1, head_dim), 0, of_layer, out=out)
-        # [2, num_layers, num_events * n, num_kv_heads * head_dim] -> [num_layers, num_events * n, C]
-        x = torch.cat(x.view(2, len(keys), rows[0].numel(), -1).unbind(), dim=2)
-        new = x + self.edits(x.to(self.dtype), len(events))
-        for half, caches in zip(new.to(x.dtype).chunk(2, dim=2), (keys, values), strict=True):
-            for cache, of_layer, rewritten in zip(caches, where, half.reshape(*where.shape, head_dim), strict=True):
-                cache.view(-1, head_dim).index_copy_(0, of_layer, rewritten)
+        num_rows, dtype = rows[0].numel(), keys[0].dtype
+        x = self._buffer("x", (len(keys), num_rows, 2, num_kv_heads * head_dim), dtype)
+        for half, caches in enumerate((keys, values)):
+            for cache, of_layer, out in zip(caches, where, x[:, :, half], strict=True):
+                out.copy_(cache.view(-1, head_dim).index_select(0, of_layer).view_as(out))
+        x = x.flatten(2)  # [num_layers, num_events * n, C]
+        edits = self.edits(x.to(self.dtype), len(events))
+        new = torch.add(x, edits, out=self._buffer("new", x.shape, torch.promote_types(dtype, self.dtype)))
+        for half, caches in zip(new.to(dtype).chunk(2, dim=2), (keys, values), strict=True):
+            for cache, of_layer, rewritten in zip(caches, where, half, strict=True):
+                cache.view(-1, head_dim).index_copy_(0, of_layer, rewritten.reshape(-1, head_dim))
         return recalled
 
     def _mass(self, keys: Tensor, ring: Tensor, window: Window, future: Tensor) -> Tensor:
@@ -120,9 +121,9 @@ class Stacked:
         # Grouped-query attention: the heads that share a KV head are rows of one product.
         grouped = (queries * head_dim**-0.5).reshape(batch, keys.shape[1], -1, head_dim)
         shape = (*grouped.shape[:3], window.end)
-        scores = torch.matmul(grouped, keys.transpose(2, 3), out=self._buffer("scores", shape, keys.dtype))
+        scores = torch.matmul(grouped, keys.transpose(2, 3), out=self._inner_buffer("scores", shape, keys.dtype))
         scores.view(batch, heads, length, -1)[..., window.begin :].masked_fill_(future, float("-inf"))
-        attention = self._buffer("attention", shape, torch.float32)
+        attention = self._inner_buffer("attention", shape, torch.float32)
         attention = torch.softmax(scores, dim=-1, dtype=torch.float32, out=attention)
         return attention[..., : window.begin].sum(dim=(1, 2))
 
@@ -135,7 +136,7 @@ class Stacked:
             return F.rms_norm(y, y.shape[-1:], eps=config.norm_eps)
 
         def buffer(name: str, width: int) -> Tensor | None:
-            return self._buffer(name, (num_layers, rows, width), self.dtype)
+            return self._inner_buffer(name, (num_layers, rows, width), self.dtype)
 
         dim, mlp_dim = config.processor_dim, config.processor_mlp_dim
         u = torch.baddbmm(self.in_bias, norm(x), self.in_proj, out=buffer("u", dim))
@@ -151,11 +152,13 @@ class Stacked:
         u = u.baddbmm_(F.silu(gate, inplace=True).mul_(up), self.down_proj)
         return torch.baddbmm(self.out_bias, u, self.out_proj, out=buffer("out", config.kv_width))
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """Uninitialised memory that the next call gets again where it asks for no more; None where compiled."""
-        if self.compiled:
-            return None
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory that the next call gets again where it asks for no more."""
         size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size or self.buffers[name].dtype != dtype:
             self.buffers[name] = torch.empty(size, dtype=dtype)
         return self.buffers[name][:size].view(shape)
+
+    def _inner_buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """`_buffer` where it may be compiled: the compiler plans its memory itself."""
+        return None if self.compiled else self._buffer(name, shape, dtype)

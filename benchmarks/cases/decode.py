@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
 
 from benchmarks import checks
 from benchmarks.baselines.naive import Naive
@@ -117,7 +116,6 @@ def run(context: Context) -> Iterator[Figure]:
 def load(shape: str) -> Model | None:
     """The model of a shape, or None where its weights are not at hand."""
     if shape == "smollm2":
-        logging.disable_progress_bar()
         model, tokenizer = backbones.load("smollm2")
         text = tokenizer(PROMPT)["input_ids"]
     elif shape == "tiny":

@@ -19,6 +19,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #if defined(__linux__)
+#include <dirent.h>
 #include <link.h>
 #endif
 
@@ -112,13 +113,29 @@ static int find_openmp(struct dl_phdr_info *info, size_t size, void *argument)
     return 1;
 }
 
-/* Looks once, at the first run: a host that computes with OpenMP has loaded it by then. */
+/* Threads of this process; 0 where that cannot be told. */
+static int num_threads_here(void)
+{
+    DIR *tasks = opendir("/proc/self/task");
+    int count = 0;
+    for (struct dirent *entry; tasks != NULL && (entry = readdir(tasks)) != NULL;)
+        count += entry->d_name[0] != '.';
+    if (tasks != NULL)
+        closedir(tasks);
+    return count;
+}
+
+/* Looks once, at the first run: a host that computes with OpenMP has started its threads by then. Where the runtime is
+ * there but no thread is, this may be the child of a process whose pool it was, and the runtime would wait for threads
+ * that do not exist here. */
 static void find_host_threads(executor *run)
 {
     const char *path = NULL;
     run->host_pid = getpid();
     dl_iterate_phdr(find_openmp, &path);
-    run->host_library = path != NULL ? dlopen(path, RTLD_LAZY | RTLD_NOLOAD) : NULL;
+    if (path == NULL || num_threads_here() < 2)
+        return;
+    run->host_library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
     if (run->host_library != NULL) {
         void *symbol = dlsym(run->host_library, "GOMP_parallel");
         memcpy(&run->host_parallel, &symbol, sizeof symbol); /* C has no cast from data to function pointers */
