@@ -19,7 +19,7 @@ import torch
 import bottleneck_ext
 from benchmarks import compare, floors, harness, options, report
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, decode
+from benchmarks.cases import CASES, boundary, decode, mass
 from benchmarks.inputs import SHAPES, Inputs
 from bottlenecked import cli
 from bottlenecked.processor import BoundCache
@@ -246,6 +246,15 @@ def test_the_grid_is_what_options_name() -> None:
         ("llama-3.2-1b", batch, prior) for batch in (3, 2) for prior in (7, 8)
     ]
     assert {s.step for s in settings} == {32}
+
+
+@pytest.mark.parametrize("case", [boundary, mass])
+@pytest.mark.parametrize(
+    "given", [[], ["--batch", "2"], ["--shape", "smollm2"], ["--prior", "64"], ["--dtype", "float32"], ["--quick"]]
+)
+def test_no_grid_holds_a_setting_twice(case: Any, given: list[str]) -> None:
+    settings = list(case.grid(harness.Context(options.parse(given))))
+    assert len(settings) == len(set(settings)) > 0
 
 
 def test_output_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,10 +37,13 @@ def run(context: Context) -> Iterator[Figure]:
 
 
 def grid(context: Context) -> Iterator[Setting]:
-    """smollm2 at both widths, dtypes, batches and prior lengths; the larger shapes at one point each."""
-    yield from context.settings(processor_dims=(128, 512), batches=(1, 8), priors=(256, 1024))
-    if not context.options.shape and not context.options.quick:
-        yield from context.settings(shapes=("qwen3-0.6b", "llama-3.2-1b"))
+    """smollm2 at two widths, dtypes and prior lengths, then in a batch; the larger shapes at one point each."""
+    given = context.options
+    yield from context.settings(processor_dims=(128, 512), priors=(256, 1024))
+    if not (given.batch or given.quick):
+        yield from context.settings(processor_dims=(128, 512), batches=(8,))
+    if not (given.shape or given.quick):
+        yield from context.settings(shapes=("qwen3-0.6b", "llama-3.2-1b"), dtypes=("bfloat16",))
 
 
 def measure(context: Context, setting: Setting) -> Figure:

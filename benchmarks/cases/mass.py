@@ -25,9 +25,11 @@ def run(context: Context) -> Iterator[Figure]:
 
 def grid(context: Context) -> Iterator[Setting]:
     """smollm2 at several lengths and in a batch; the larger shapes at two lengths. The Processor takes no part."""
+    given = context.options
     yield from context.settings(processor_dims=(32,), priors=(256, 1024, 4096))
-    if not (context.options.shape or context.options.batch or context.options.quick):
+    if not (given.batch or given.quick):
         yield from context.settings(processor_dims=(32,), batches=(8,))
+    if not (given.shape or given.quick):
         yield from context.settings(shapes=("qwen3-0.6b", "llama-3.2-1b"), processor_dims=(32,), priors=(1024, 4096))
 
 
