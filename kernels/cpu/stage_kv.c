@@ -9,18 +9,53 @@
 #include "paging.h"
 #include "rope.h"
 
-/* Sum of squares in double, as eight running sums so that it vectorises. */
+/* Sum of squares in double, as running sums so that additions overlap. */
 static double stage_sum_squares(const float *x, int64_t n)
 {
-    double sum[8] = {0};
+    double total = 0.0;
     int64_t i = 0;
+#if BTX_VL == 16
+    __m512d sum[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd()};
+    for (; i + 32 <= n; i += 32) {
+        BTX_UNROLL
+        for (int k = 0; k < 4; k++) {
+            __m512d wide = _mm512_cvtps_pd(_mm256_loadu_ps(x + i + 8 * k));
+            sum[k] = _mm512_fmadd_pd(wide, wide, sum[k]);
+        }
+    }
+    total = _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sum[0], sum[1]), _mm512_add_pd(sum[2], sum[3])));
+#else
+    double sum[8] = {0};
     for (; i + 8 <= n; i += 8) {
         for (int lane = 0; lane < 8; lane++)
             sum[lane] += (double)x[i + lane] * (double)x[i + lane];
     }
+    total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+#endif
     for (; i < n; i++)
-        sum[0] += (double)x[i] * (double)x[i];
-    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+        total += (double)x[i] * (double)x[i];
+    return total;
+}
+
+/* Widening is exact: what is not edited gets its own bits back. */
+static inline vf stage_value(vf before, vf edit, vf *peak)
+{
+    vf value = vf_select_nonzero(edit, vf_add(before, edit), before);
+    *peak = vf_max(*peak, vf_max(value, vf_sub(vf_zero(), value)));
+    return value;
+}
+
+/* Elements [i, i + n) of to. */
+static inline void stage_store(btx_dtype dtype, char *to, int64_t i, vf value, int n)
+{
+    float *single = (float *)(void *)to + i;
+    uint16_t *half = (uint16_t *)(void *)to + i;
+    if (dtype == BTX_F32)
+        n == BTX_VL ? vf_store(single, value) : vf_store_n(single, value, n);
+    else if (dtype == BTX_BF16)
+        n == BTX_VL ? vf_store_bf16(half, value) : vf_store_bf16_n(half, value, n);
+    else
+        n == BTX_VL ? vf_store_f16(half, value) : vf_store_f16_n(half, value, n);
 }
 
 /* to [num_kv_heads, head_dim], of the view's dtype = cache + delta of one position, rows holding the cache's values
@@ -37,19 +72,11 @@ static float stage_row(const btx_plan *plan, const btx_tensor *view, int64_t seq
             from = rows + head * dim;
         else
             btx_load_elements(view, offset + head * view->stride[2], view->stride[3], dim, old);
-        for (int64_t i = 0; i < dim; i += BTX_VL) {
-            int n = (int)(dim - i < BTX_VL ? dim - i : BTX_VL);
-            vf before = vf_load_n(from + i, n), edit = vf_load_n(delta + i, n);
-            /* Widening is exact: what is not edited gets its own bits back. */
-            vf value = vf_select_nonzero(edit, vf_add(before, edit), before);
-            peak = vf_max(peak, vf_max(value, vf_sub(vf_zero(), value)));
-            if (view->dtype == BTX_F32)
-                vf_store_n((float *)(void *)to + i, value, n);
-            else if (view->dtype == BTX_BF16)
-                vf_store_bf16_n((uint16_t *)(void *)to + i, value, n);
-            else
-                vf_store_f16_n((uint16_t *)(void *)to + i, value, n);
-        }
+        int64_t i = 0;
+        for (; i + BTX_VL <= dim; i += BTX_VL)
+            stage_store(view->dtype, to, i, stage_value(vf_load(from + i), vf_load(delta + i), &peak), BTX_VL);
+        int n = (int)(dim - i);
+        stage_store(view->dtype, to, i, stage_value(vf_load_n(from + i, n), vf_load_n(delta + i, n), &peak), n);
     }
     return vf_reduce_max(peak);
 }
