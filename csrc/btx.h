@@ -12,6 +12,8 @@
  *   - Zero is success. Every function that can fail returns a btx_status and fills the caller's btx_error.
  *   - The library never exits, aborts, prints, or keeps global state; it borrows memory and never frees it.
  *   - Layout is stride, never a mode: all strides are in elements.
+ *   - Work on a device with streams is ordered on the boundary's stream; a call returns before it is done, unless it
+ *     hands results to the host.
  *   - Positions count cache positions of one sequence, from 0. Rows are KV-tokens, keys then values,
  *     C = 2 * num_kv_heads * head_dim wide.
  *   - Names in brackets, e.g. [num_layers, rows, C], are shapes, outermost first.
@@ -27,7 +29,7 @@ extern "C" {
 #endif
 
 #define BTX_VERSION "0.1.0"
-#define BTX_ABI_VERSION 2u
+#define BTX_ABI_VERSION 3u
 #define BTX_MAX_DIMS 4
 #define BTX_MAX_RECENT_WINDOW 256
 #define BTX_MAX_TOP_K 65536
@@ -65,6 +67,9 @@ typedef struct btx_device {
     btx_device_type type;
     int32_t index; /* 0 for the CPU */
 } btx_device;
+
+/* "cpu", "cuda". */
+const char *btx_device_type_name(btx_device_type type);
 
 /* A borrowed view. data belongs to the caller and outlives the call (or the object it is bound to). */
 typedef struct btx_tensor {
@@ -175,19 +180,25 @@ typedef struct btx_workspace btx_workspace; /* scratch and threads; one caller a
 btx_status btx_config_check(const btx_config *config, btx_error *error);
 
 /* Checks and packs the weights: weights[layer * BTX_NUM_WEIGHTS + weight], f32, f16 or bf16 on the CPU, any
- * strides. NaN and infinity are refused by name. The tensors may be freed afterwards. */
-btx_status btx_processor_create(const btx_backend *backend, const btx_config *config, const btx_tensor *weights,
-                                btx_processor **processor, btx_error *error);
+ * strides. NaN and infinity are refused by name. The tensors may be freed afterwards. device_index: which device of the
+ * backend's kind holds them, 0 for the CPU. */
+btx_status btx_processor_create(const btx_backend *backend, int32_t device_index, const btx_config *config,
+                                const btx_tensor *weights, btx_processor **processor, btx_error *error);
 void btx_processor_destroy(btx_processor *processor); /* NULL is fine */
 const btx_config *btx_processor_config(const btx_processor *processor);
 const btx_backend *btx_processor_backend(const btx_processor *processor);
+int32_t btx_processor_device_index(const btx_processor *processor);
 size_t btx_processor_bytes(const btx_processor *processor); /* memory held by packed weights */
 
 /* num_threads, 1 to BTX_MAX_THREADS: how many threads a call with this workspace may use, the caller's own included.
- * They are started at the first use and sleep between calls; a forked child starts its own. */
-btx_status btx_workspace_create(const btx_backend *backend, int32_t num_threads, btx_workspace **workspace,
-                                btx_error *error);
-void btx_workspace_destroy(btx_workspace *workspace); /* NULL is fine */
+ * They are started at the first use and sleep between calls; a forked child starts its own. Backends of other devices
+ * than the CPU use the caller's alone. */
+btx_status btx_workspace_create(const btx_backend *backend, int32_t device_index, int32_t num_threads,
+                                btx_workspace **workspace, btx_error *error);
+void btx_workspace_destroy(btx_workspace *workspace); /* NULL is fine; waits for what is running */
+/* Waits until everything that was called with this workspace is done. A boundary that its device refused, after the call
+ * had returned, is told here, or by the next call with this workspace: INVALID_ARGUMENT, nothing of it was written. */
+btx_status btx_workspace_synchronize(btx_workspace *workspace, btx_error *error);
 int32_t btx_workspace_num_threads(const btx_workspace *workspace);
 size_t btx_workspace_bytes(const btx_workspace *workspace); /* reserved, or grown to the largest call so far */
 
@@ -222,6 +233,7 @@ typedef struct btx_boundary {
     btx_tensor block_table; /* [num_sequences, max_blocks] */
     btx_tensor query_table; /* [num_sequences, pages_per_sequence] */
     float softmax_scale;    /* of the backbone's attention; 0 means 1 / sqrt(head_dim) */
+    void *stream;           /* cudaStream_t of the caches' device, NULL for its default stream; unused on the CPU */
 } btx_boundary;
 
 typedef enum btx_stage {
@@ -240,11 +252,12 @@ typedef struct btx_report {
     btx_tensor recalled;                  /* i64 [num_layers, num_steps, top_k]: positions ascending, then -1 */
     btx_tensor delta_norm;                /* f32 [num_layers, num_steps]: Euclidean norm of the gated edit, all rows */
     btx_tensor row_norm;                  /* f32 [num_layers, num_steps]: norm of the selected rows before the edit */
-    double stage_seconds[BTX_NUM_STAGES]; /* summed over threads */
+    double stage_seconds[BTX_NUM_STAGES]; /* summed over threads; device time where the device is not the CPU */
 } btx_report;
 
 /* Selects, processes and rewrites (arXiv 2505.16950, section 3.2). Everything is staged before the first byte
- * is written, so any status but OK and REBUILD_NEEDED leaves the cache untouched. report may be NULL. */
+ * is written, so any status but OK and REBUILD_NEEDED leaves the cache untouched. report may be NULL: then a device
+ * with streams is not waited for, see btx_workspace_synchronize. */
 btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace, const btx_boundary *boundary,
                        btx_report *report, btx_error *error);
 
@@ -328,7 +341,8 @@ typedef struct btx_pass {
     const btx_plan *plan;
     int32_t layer_begin, layer_end;
     int64_t step_begin, step_end;
-    void *scratch; /* scratch_bytes() for the operation's own use */
+    void *executor; /* the workspace's */
+    void *scratch;  /* scratch_bytes() for the operation's own use */
 } btx_pass;
 
 /* One unit of work on one lane; units are independent. */
@@ -338,25 +352,46 @@ struct btx_backend {
     uint32_t abi_version; /* BTX_ABI_VERSION */
     uint32_t struct_size; /* sizeof(btx_backend) */
     const char *name;     /* "cpu" */
-    const char *variant;  /* "scalar", "neon", "avx2", "avx512", "avx512_bf16" */
+    const char *variant;  /* "scalar", "neon", "avx2", "avx512", "avx512_bf16"; of CUDA "" */
     btx_device_type device_type;
-    /* How large a pass is best: layers (0: all), and rows: whole steps until there are that many (0: all). */
+    /* How large a pass is best. layers_per_pass > 0: so many layers, and whole steps until there are rows_per_pass rows
+     * (0: all). layers_per_pass 0: all steps, and as many layers as have rows_per_pass rows together. */
     int32_t layers_per_pass;
     int64_t rows_per_pass;
+    /* The mass is always in parts, a KV head each: attention_mass is asked for all heads at once, and its mass is
+     * [layers, num_kv_heads, prior of the pass]. */
+    int32_t mass_by_head;
+    /* stage_kv needs the rows that gather_kv read; else gather_kv and stage_kv are given none. */
+    int32_t keeps_rows;
     int (*available)(void); /* can this machine run it? */
 
     /* Memory the backend works on. release(NULL) is fine. */
-    btx_status (*allocate)(size_t bytes, void **memory, btx_error *error);
+    btx_status (*allocate)(int32_t device_index, size_t bytes, void **memory, btx_error *error);
     void (*release)(void *memory);
 
     /* An executor runs fn for every unit in [0, num_units), each on one lane < num_threads, in any order; returns the
      * first failure. */
-    btx_status (*executor_create)(int32_t num_threads, void **executor, btx_error *error);
+    btx_status (*executor_create)(int32_t device_index, int32_t num_threads, void **executor, btx_error *error);
     void (*executor_destroy)(void *executor);
     btx_status (*executor_run)(void *executor, int64_t num_units, btx_unit_function fn, void *context,
                                btx_error *error);
 
-    /* Weights f32 [out_dim, in_dim] to the packed layout of one layer. gated: [2, out_dim / 2, in_dim]. */
+    /* Where the memory is not the host's; all NULL where it is. Operations between begin and finish are ordered on
+     * stream. */
+    /* memory = from, of the host; blocks. */
+    btx_status (*upload)(int32_t device_index, void *memory, const void *from, size_t bytes, btx_error *error);
+    /* Brings the plan to the device. Tells of an earlier call's failure that nobody has been told of. */
+    btx_status (*begin)(void *executor, const btx_plan *plan, void *stream, btx_error *error);
+    /* A stage of the boundary has been called for in full. */
+    void (*mark)(void *executor, btx_stage stage);
+    /* to, of the host, = memory; blocks. */
+    btx_status (*download)(void *executor, void *to, const void *memory, size_t bytes, btx_error *error);
+    /* Waits, and tells whether the device refused a boundary or failed; stage_seconds [BTX_NUM_STAGES] of the latest
+     * boundary, or NULL. */
+    btx_status (*synchronize)(void *executor, double *stage_seconds, btx_error *error);
+
+    /* Weights f32 [out_dim, in_dim] to the packed layout of one layer. gated: [2, out_dim / 2, in_dim]. packed is host
+     * memory, to be uploaded where the backend's is not. */
     size_t (*packed_bytes)(int64_t out_dim, int64_t in_dim, btx_dtype dtype, int32_t gated);
     void (*pack)(const float *weight, int64_t out_dim, int64_t in_dim, btx_dtype dtype, int32_t gated, void *packed);
     /* Memory of an operand [rows, dim] of a product whose weights have this dtype. */
@@ -371,22 +406,27 @@ struct btx_backend {
      * finite: queries or keys hold NaN or infinity, or were never captured. */
     btx_status (*attention_mass)(const btx_pass *pass, int32_t head_begin, int32_t head_end, float *mass,
                                  btx_error *error);
+    /* out f32 [num_layers, num_steps, at least every step's prior], of the backend's device = mass [layers, num_parts,
+     * prior of the pass] summed over its parts, in order; zero behind each step's prior. */
+    btx_status (*store_mass)(const btx_pass *pass, int32_t num_parts, const float *mass, const btx_tensor *out,
+                             btx_error *error);
     /* positions [layers, rows of the pass]: of each step's mass the num_recalled largest, ascending, ties to the
      * smaller position, NaN as zero; then its window. mass [layers, num_parts, prior of the pass] is first summed over
      * its parts, in order, into the first; it is not read where num_recalled is 0. */
     btx_status (*top_k)(const btx_pass *pass, int32_t num_parts, float *mass, int32_t *positions, btx_error *error);
-    /* rows [layers, rows, C] = cached keys | values at positions [layers, rows], RoPE undone when the plan says so. */
-    btx_status (*gather_kv)(const btx_pass *pass, const int32_t *positions, float *rows, btx_error *error);
+    /* rows [layers, rows, C] = x = cached keys | values at positions [layers, rows], RoPE undone when the plan says so;
+     * NULL: not wanted. normed, an operand, = x / sqrt(mean(x^2) + eps) * weight [num_layers, C]. */
+    btx_status (*gather_kv)(const btx_pass *pass, const int32_t *positions, float *rows, const float *weight, float eps,
+                            btx_dtype dtype, void *normed, btx_error *error);
     /* x [layers, rows, dim] f32 as operand. */
     btx_status (*round)(const btx_pass *pass, const float *x, int64_t dim, btx_dtype dtype, void *out,
                         btx_error *error);
     /* x / sqrt(mean(x^2) + eps) * weight [num_layers, dim] as operand; x [layers, rows, dim] f32. */
     btx_status (*rms_norm)(const btx_pass *pass, const float *x, int64_t dim, const float *weight, float eps,
                            btx_dtype dtype, void *out, btx_error *error);
-    /* out [layers, rows, out_dim] f32 = scale * (x W^T + bias), plus what out held when accumulate is nonzero. x is an
-     * operand; scale [num_layers], NULL for 1. */
-    btx_status (*linear)(const btx_pass *pass, const btx_linear *weights, const void *x, const float *scale,
-                         int accumulate, float *out, btx_error *error);
+    /* out [layers, rows, out_dim] f32 = x W^T + bias, plus what out held when accumulate is nonzero. x is an operand. */
+    btx_status (*linear)(const btx_pass *pass, const btx_linear *weights, const void *x, int accumulate, float *out,
+                         btx_error *error);
     /* out, an operand [layers, rows, out_dim / 2] = silu(x W_gate^T) * (x W_up^T); weights are gated, without bias. */
     btx_status (*linear_swiglu)(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
                                 btx_error *error);
@@ -394,13 +434,14 @@ struct btx_backend {
      * qkv [layers, rows, 3 * dim] f32. */
     btx_status (*attention)(const btx_pass *pass, const float *qkv, int64_t dim, int32_t heads, btx_dtype dtype,
                             void *out, btx_error *error);
-    /* staged [layers, rows, C] in the cache's dtype = cache + delta, in f32, rounded once; where delta is zero the
-     * cache's own bits. delta [layers, rows, C] is the gated edit of rows; RoPE is redone on its key half when the plan
-     * says so, in place. Norms f32 [layers, steps of the pass], of delta and of rows: a delta_norm is infinite where a
-     * staged value is not finite, and such a boundary is refused before the write. */
-    btx_status (*stage_kv)(const btx_pass *pass, const int32_t *positions, const float *rows, float *delta,
-                           void *staged, float *delta_norm, float *row_norm, btx_error *error);
-    /* cache = staged at positions. */
+    /* staged [layers, rows, C] in the cache's dtype = cache + gate [num_layers] * delta, in f32, rounded once; where
+     * the edit is zero the cache's own bits. delta [layers, rows, C] is the edit of rows, overwritten; RoPE is redone on
+     * its key half when the plan says so. rows: what gather_kv read, or NULL, see keeps_rows. Norms f32
+     * [layers, steps of the pass], of the gated edit and of rows. A boundary whose staged values are not all finite is
+     * refused before the write: on the host a delta_norm is infinite then, a device keeps it in mind. */
+    btx_status (*stage_kv)(const btx_pass *pass, const int32_t *positions, const float *gate, const float *rows,
+                           float *delta, void *staged, float *delta_norm, float *row_norm, btx_error *error);
+    /* cache = staged at positions. On a device nothing where the boundary has been refused. */
     btx_status (*write_kv)(const btx_pass *pass, const int32_t *positions, const void *staged, btx_error *error);
 };
 
@@ -426,8 +467,9 @@ static inline int64_t btx_pass_prior(const btx_pass *pass)
 /* The backends compiled in, best first; the table is constant. */
 const btx_backend *const *btx_backends(int32_t *count);
 
-/* "cpu" (the best this machine runs) or "cpu:avx2". UNSUPPORTED names what is missing and what there is. */
-btx_status btx_backend_find(const char *name, const btx_backend **backend, btx_error *error);
+/* "cpu" (the best this machine runs), "cpu:avx2", "cuda" (its first device) or "cuda:1". UNSUPPORTED names what is
+ * missing and what there is. */
+btx_status btx_backend_find(const char *name, const btx_backend **backend, int32_t *device_index, btx_error *error);
 
 #ifdef __cplusplus
 }
