@@ -380,8 +380,9 @@ struct btx_backend {
      * stream. */
     /* memory = from, of the host; blocks. */
     btx_status (*upload)(int32_t device_index, void *memory, const void *from, size_t bytes, btx_error *error);
-    /* Brings the plan to the device. Tells of an earlier call's failure that nobody has been told of. */
-    btx_status (*begin)(void *executor, const btx_plan *plan, void *stream, btx_error *error);
+    /* Brings the plan to the device. Tells of an earlier call's failure that nobody has been told of. timed: synchronize
+     * will be asked for stage_seconds. */
+    btx_status (*begin)(void *executor, const btx_plan *plan, void *stream, int timed, btx_error *error);
     /* A stage of the boundary has been called for in full. */
     void (*mark)(void *executor, btx_stage stage);
     /* to, of the host, = memory; blocks. */
@@ -397,9 +398,9 @@ struct btx_backend {
     /* Memory of an operand [rows, dim] of a product whose weights have this dtype. */
     size_t (*operand_bytes)(int64_t rows, int64_t dim, btx_dtype dtype);
 
-    /* Scratch every operation below may use, per lane, for passes of this plan and of up to max_rows rows; with
-     * max_dim > 0 also for a Processor attention of up to that width. */
-    size_t (*scratch_bytes)(const btx_plan *plan, int64_t max_rows, int64_t max_dim);
+    /* Scratch every operation below may use, per lane, for passes of this plan, of up to max_layers layers and of up to
+     * max_rows rows a layer; with max_dim > 0 also for a Processor attention of up to that width. */
+    size_t (*scratch_bytes)(const btx_plan *plan, int32_t max_layers, int64_t max_rows, int64_t max_dim);
 
     /* mass [layers, prior of the pass] = 1 / (num_window * num_query_heads) * sum of the softmax probabilities of every
      * window query over the query heads of KV heads [head_begin, head_end). INVALID_ARGUMENT where a softmax is not
