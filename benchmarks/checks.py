@@ -49,8 +49,8 @@ def reference_masses(inputs: Inputs, mass: np.ndarray) -> None:
     rows = np.arange(step.step_begin, step.step_end) % inputs.config.recent_window
     for layer in {0, inputs.config.num_layers - 1}:
         expected = reference.attention_mass(
-            inputs.queries[layer][0, rows].float().numpy(),
-            inputs.pristine_keys[layer][0].transpose(0, 1).float().numpy(),
+            inputs.queries[layer][0, rows].float().cpu().numpy(),
+            inputs.pristine_keys[layer][0].transpose(0, 1).float().cpu().numpy(),
             inputs.config.head_dim**-0.5,
         )
         got = torch.from_numpy(mass[layer, 0])
@@ -63,7 +63,7 @@ def reference_rewrite(inputs: Inputs, ours: Rewritten, mass: np.ndarray) -> None
     for layer in sorted({0, config.num_layers - 1}):
 
         def array(tensors: Sequence[Tensor], layer: int = layer) -> np.ndarray:
-            return tensors[layer][:1].float().numpy()
+            return tensors[layer][:1].float().cpu().numpy()
 
         weights = {f"layers.0.{name}": inputs.weights[f"layers.{layer}.{name}"] for name in config.layer_shapes()}
         expected = reference.rewrite(
@@ -118,7 +118,9 @@ def _same_layer(
 
         def edit(keys: Tensor, values: Tensor, sequence: int = sequence, rows: list[int] = rows) -> Tensor:
             pairs = (keys, inputs.pristine_keys[layer]), (values, inputs.pristine_values[layer])
-            return torch.cat([x[sequence][:, rows].double() - y[sequence][:, rows].double() for x, y in pairs])
+            # Of other implementations the caches may be elsewhere.
+            of_rows = [(x[sequence][:, rows].cpu(), y[sequence][:, rows].cpu()) for x, y in pairs]
+            return torch.cat([x.double() - y.double() for x, y in of_rows])
 
         close(
             setting,

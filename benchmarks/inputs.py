@@ -24,6 +24,7 @@ from bottlenecked.processor import BoundCache, CacheProcessor, WeightDtype
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SEED = 0
+PAPER_WINDOW = 96
 RANDOM_SCALE = 0.5  # of the Processor's last matrix: edits well above the rounding of a bfloat16 cache
 
 
@@ -51,7 +52,7 @@ class Backbone:
             processor_heads=processor_dim // 32,
             processor_mlp_dim=processor_dim * 35 // 8,
             top_k=top_k,
-            recent_window=max(96, step),
+            recent_window=max(PAPER_WINDOW, step),
             **settings,
         )
 
@@ -60,6 +61,7 @@ SHAPES = {
     "smollm2": Backbone(30, 3, 9, 64, parameters=134_515_008),
     "qwen3-0.6b": Backbone(28, 8, 16, 128, parameters=596_049_920),
     "llama-3.2-1b": Backbone(16, 8, 32, 64, parameters=1_235_814_400),
+    "llama-3.1-8b": Backbone(32, 8, 32, 128, parameters=8_030_261_248),
     "tiny": Backbone(3, 2, 4, 16),  # for tests of the benchmarks
 }
 
@@ -116,18 +118,28 @@ class Inputs:
         brings back what they were.
     queries: per layer [batch, recent_window, num_query_heads, head_dim]; position p in row p % recent_window.
     events: the same step of every sequence.
+
+    device: of all of it, and our backend. processor: ours, where one was made for this shape, width and top_k before.
     """
 
-    def __init__(self, setting: Setting, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        processor: CacheProcessor | None = None,
+    ) -> None:
         self.setting = setting
-        self.config, self.weights = _processor(setting.shape, setting.processor_dim, setting.top_k, setting.step)
+        window = max(PAPER_WINDOW, setting.step)
+        self.config, self.weights = _processor(setting.shape, setting.processor_dim, setting.top_k, window)
         config, end = self.config, setting.prior + setting.step
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator(device).manual_seed(SEED)
         dtype = DTYPES[setting.dtype]
 
         def random(heads: int, rows: int, *, ring: bool = False) -> Tensor:
-            size = (rows, heads) if ring else (heads, rows)
-            return torch.randn(setting.batch, *size, config.head_dim, generator=generator).to(dtype)
+            size = (setting.batch, rows, heads) if ring else (setting.batch, heads, rows)
+            return torch.randn(*size, config.head_dim, generator=generator, device=device).to(dtype)
 
         layers = range(config.num_layers)
         self.pristine_keys = [random(config.num_kv_heads, end) for _ in layers]
@@ -136,7 +148,9 @@ class Inputs:
         self.keys = [k.clone() for k in self.pristine_keys]
         self.values = [v.clone() for v in self.pristine_values]
         self.events = [BoundaryEvent(sequence=s, step_begin=setting.prior, step_end=end) for s in range(setting.batch)]
-        self.processor = CacheProcessor(config, self.weights, weight_dtype=setting.weight_dtype)
+        self.processor = processor or CacheProcessor(
+            config, self.weights, weight_dtype=setting.weight_dtype, backend=device
+        )
         self.workspace = self.processor.workspace(threads or setting.threads)
 
     def restore(self) -> None:
@@ -162,8 +176,8 @@ class Inputs:
         """Our whole boundary, binding included: recalled positions [num_layers, batch, k], ascending."""
         return np.stack(self.bind(workspace).rewrite(self.events).recalled, axis=1)
 
-    def mass(self, out: np.ndarray, bound: BoundCache) -> None:
-        """Our attention mass into out, float32 [num_layers, batch, prior]."""
+    def mass(self, out: np.ndarray | Tensor, bound: BoundCache) -> None:
+        """Our attention mass into out, float32 [num_layers, batch, prior], on the caches' device."""
         bottleneck_ext.attention_mass(
             bound.kv_cache,
             bound.query_cache,

@@ -62,16 +62,20 @@ class ProcessorLayer(nn.Module):
 class Processor(nn.Module):
     """The Processors of all layers, by the checkpoint's tensor names.
 
-    weights: the checkpoint's tensors, NumPy or torch. dtype: of weights and activations.
+    weights: the checkpoint's tensors, NumPy or torch. dtype: of weights and activations. device: where they are.
     """
 
     def __init__(
-        self, config: CacheProcessorConfig, weights: Mapping[str, np.ndarray | Tensor], dtype: torch.dtype
+        self,
+        config: CacheProcessorConfig,
+        weights: Mapping[str, np.ndarray | Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(ProcessorLayer(config) for _ in range(config.num_layers))
         self.load_state_dict({name: torch.as_tensor(weight) for name, weight in weights.items()})
-        self.to(dtype).requires_grad_(False).eval()
+        self.to(device, dtype).requires_grad_(False).eval()
 
 
 def rewrite_rows(layer: ProcessorLayer, keys: Tensor, values: Tensor, sequences: Tensor, rows: Tensor) -> None:
@@ -120,13 +124,25 @@ class Naive:
     """A Processor whose positions are selected by materialised attention weights.
 
     weights: the checkpoint's tensors by name. dtype: of the Processor's weights and activations; masses are float32.
+    device: of the caches it will be given. compiled: the functions of one layer under `torch.compile`.
     """
 
     def __init__(
-        self, config: CacheProcessorConfig, weights: Mapping[str, np.ndarray | Tensor], dtype: torch.dtype
+        self,
+        config: CacheProcessorConfig,
+        weights: Mapping[str, np.ndarray | Tensor],
+        dtype: torch.dtype,
+        *,
+        device: torch.device | str = "cpu",
+        compiled: bool = False,
     ) -> None:
         self.config = config
-        self.processor = Processor(config, weights, dtype)
+        self.processor = Processor(config, weights, dtype, device)
+        self.layer_weights, self.rewrite_layer = self._layer_weights, self._rewrite_layer
+        if compiled:
+            self.layer_weights, self.rewrite_layer = (
+                torch.compile(f, dynamic=False, fullgraph=True) for f in (self._layer_weights, self._rewrite_layer)
+            )
 
     @torch.inference_mode()
     def attention_weights(
@@ -137,15 +153,16 @@ class Naive:
         Returns per layer [num_events, num_query_heads, window, step_end] in the cache's dtype.
         """
         window = Window.of(events, self.config)
-        mask = F.pad(window.future(), (window.begin, 0))
+        mask = F.pad(window.future(keys[0].device), (window.begin, 0))
+        return [self.layer_weights(of_layer, ring, window, mask) for of_layer, ring in zip(keys, queries, strict=True)]
+
+    def _layer_weights(self, keys: Tensor, ring: Tensor, window: Window, mask: Tensor) -> Tensor:
+        """One layer's attention weights."""
         groups = self.config.num_query_heads // self.config.num_kv_heads
-        weights = []
-        for of_layer, ring in zip(keys, queries, strict=True):
-            q = window.queries(ring)
-            k = window.rows(of_layer)[:, :, : window.end].repeat_interleave(groups, dim=1)
-            scores = (q @ k.transpose(2, 3) * self.config.head_dim**-0.5).masked_fill_(mask, float("-inf"))
-            weights.append(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype))
-        return weights
+        q = window.queries(ring)
+        k = window.rows(keys)[:, :, : window.end].repeat_interleave(groups, dim=1)
+        scores = (q @ k.transpose(2, 3) * self.config.head_dim**-0.5).masked_fill_(mask, float("-inf"))
+        return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
 
     @torch.inference_mode()
     def rewrite(
@@ -161,14 +178,26 @@ class Naive:
             [num_events, heads or 1, window, step_end]; columns from the window on are not read and may be missing.
         """
         window = Window.of(events, self.config)
-        sequences = torch.tensor(window.sequences)
-        inside = torch.arange(window.begin, window.end).expand(len(events), -1)
-        recalled = []
-        for layer, k, v, weights in zip(self.processor.layers, keys, values, attention, strict=True):
-            mass = weights[..., : window.begin].mean(dim=(1, 2), dtype=torch.float32)  # [num_events, prior]
-            recalled.append(recall(mass, self.config.top_k))
-            rewrite_rows(layer, k, v, sequences, torch.cat([recalled[-1], inside], dim=1))
-        return torch.stack(recalled)
+        sequences = window.batch(keys[0].device)
+        inside = window.inside(keys[0].device).expand(len(events), -1)
+        layers = zip(self.processor.layers, keys, values, attention, strict=True)
+        return torch.stack([self.rewrite_layer(*layer, window.begin, sequences, inside) for layer in layers])
+
+    def _rewrite_layer(
+        self,
+        layer: ProcessorLayer,
+        keys: Tensor,
+        values: Tensor,
+        weights: Tensor,
+        begin: int,
+        sequences: Tensor,
+        inside: Tensor,
+    ) -> Tensor:
+        """One layer's rewrite; returns its recalled positions [num_events, k]. inside: the window, by event."""
+        mass = weights[..., :begin].mean(dim=(1, 2), dtype=torch.float32)  # [num_events, prior]
+        recalled = recall(mass, self.config.top_k)
+        rewrite_rows(layer, keys, values, sequences, torch.cat([recalled, inside], dim=1))
+        return recalled
 
     @torch.inference_mode()
     def generate(

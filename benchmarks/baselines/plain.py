@@ -37,7 +37,8 @@ class Plain:
     """A Processor in plain PyTorch.
 
     weights: the checkpoint's tensors by name. dtype: of the Processor's weights and activations; masses are float32.
-    compiled: under `torch.compile`, which needs a C++ compiler; the first call with new shapes compiles, for seconds.
+    device: of the caches it will be given. compiled: under `torch.compile`, which needs a C++ compiler; the first call
+    with new shapes compiles, for seconds.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class Plain:
         weights: Mapping[str, np.ndarray | Tensor],
         dtype: torch.dtype,
         *,
+        device: torch.device | str = "cpu",
         compiled: bool = False,
     ) -> None:
         self.config = config
-        self.processor = Processor(config, weights, dtype)
+        self.processor = Processor(config, weights, dtype, device)
         self.rewrite_layer = (
             torch.compile(self._rewrite_layer, dynamic=False, fullgraph=True) if compiled else self._rewrite_layer
         )
@@ -72,8 +74,8 @@ class Plain:
     ) -> Tensor:
         """One layer's rewrite; returns its recalled positions [num_events, k]."""
         seen = window.rows(keys)[:, :, : window.end]
-        mass = attention_mass(window.queries(ring), seen, window.begin, window.future())
+        mass = attention_mass(window.queries(ring), seen, window.begin, window.future(keys.device))
         recalled = recall(mass, self.config.top_k)
-        inside = torch.arange(window.begin, window.end).expand(len(window.sequences), -1)
-        rewrite_rows(layer, keys, values, torch.tensor(window.sequences), torch.cat([recalled, inside], dim=1))
+        inside = window.inside(keys.device).expand(len(window.sequences), -1)
+        rewrite_rows(layer, keys, values, window.batch(keys.device), torch.cat([recalled, inside], dim=1))
         return recalled

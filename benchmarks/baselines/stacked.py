@@ -1,4 +1,4 @@
-"""Our algorithm with all layers in a few large products: the strongest PyTorch we can write for a CPU.
+"""Our algorithm with all layers in a few large products: the strongest PyTorch we can write.
 
 The layers' Processors have equal shapes and are not chained, so that one batched product serves them all. What else is
 done for speed, each because it was measured to help:
@@ -33,6 +33,7 @@ class Stacked:
     """A Processor as a few large products in PyTorch.
 
     weights: the checkpoint's tensors by name. dtype: of the Processor's weights and activations; masses are float32.
+    device: of the caches it will be given.
     compiled: attention mass (one graph for all layers) and Processor (another) under `torch.compile`, which needs a C++
         compiler; the first call with new shapes compiles, for seconds. Its buffers are then the compiler's business.
     """
@@ -43,10 +44,12 @@ class Stacked:
         weights: Mapping[str, np.ndarray | Tensor],
         dtype: torch.dtype,
         *,
+        device: torch.device | str = "cpu",
         compiled: bool = False,
     ) -> None:
         self.config = config
         self.dtype = dtype
+        self.device = device
         self.compiled = compiled
         self.buffers: dict[str, Tensor] = {}
         self.mass, self.edits = self._mass, self._edits
@@ -64,7 +67,7 @@ class Stacked:
             return stacked(f"{name}.bias")[:, None]
 
         def ready(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype).contiguous()
+            return tensor.to(device, dtype).contiguous()
 
         qkv = ("q_proj", "k_proj", "v_proj")
         gate = torch.sigmoid(stacked("gate"))[:, None, None]
@@ -92,14 +95,15 @@ class Stacked:
         _, num_kv_heads, length, head_dim = keys[0].shape
         if not all(cache.is_contiguous() for cache in (*keys, *values)):
             raise ValueError("a cache is not contiguous: give tensors that are, [batch, num_kv_heads, T, head_dim]")
-        future = window.future()
+        future = window.future(keys[0].device)
         mass = torch.stack([self.mass(k, ring, window, future) for k, ring in zip(keys, queries, strict=True)])
         recalled = recall(mass, self.config.top_k)  # [num_layers, num_events, k]
 
-        inside = torch.arange(window.begin, window.end).expand(*recalled.shape[:2], -1)
+        inside = window.inside(recalled.device).expand(*recalled.shape[:2], -1)
         rows = torch.cat([recalled, inside], dim=2)  # [num_layers, num_events, n]
         # Rows of a cache seen as [batch * num_kv_heads * T, head_dim], in the order of a KV-token's heads.
-        heads = torch.tensor(window.sequences)[:, None] * num_kv_heads + torch.arange(num_kv_heads)
+        kv_heads = torch.arange(num_kv_heads, device=recalled.device)
+        heads = window.batch(recalled.device)[:, None] * num_kv_heads + kv_heads
         where = (heads[:, None] * length + rows[..., None]).flatten(1)  # [num_layers, num_events * n * num_kv_heads]
         num_rows, dtype = rows[0].numel(), keys[0].dtype
         x = self._buffer("x", (len(keys), num_rows, 2, num_kv_heads * head_dim), dtype)
@@ -156,7 +160,7 @@ class Stacked:
         """Uninitialised memory that the next call gets again where it asks for no more."""
         size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size or self.buffers[name].dtype != dtype:
-            self.buffers[name] = torch.empty(size, dtype=dtype)
+            self.buffers[name] = torch.empty(size, dtype=dtype, device=self.device)
         return self.buffers[name][:size].view(shape)
 
     def _inner_buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:

@@ -53,9 +53,19 @@ class Window:
 
         Returns [num_events, num_query_heads, window, head_dim], a view of a copy.
         """
-        return self.rows(ring)[:, torch.arange(self.begin, self.end) % ring.shape[1]].transpose(1, 2)
+        return self.rows(ring)[:, self.inside(ring.device) % ring.shape[1]].transpose(1, 2)
 
-    def future(self) -> Tensor:
+    def inside(self, device: torch.device | None = None) -> Tensor:
+        """The window's positions: int64 [window]."""
+        return torch.arange(self.begin, self.end, device=device)
+
+    def future(self, device: torch.device | None = None) -> Tensor:
         """True where a query of the window must not look: bool [window, window], above the diagonal."""
         length = self.end - self.begin
-        return torch.ones(length, length, dtype=torch.bool).triu(1)
+        return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+
+    def batch(self, device: torch.device | None = None) -> Tensor:
+        """The sequences: int64 [num_events]. Those of a whole batch in order are made on the device, not copied."""
+        if self.sequences == tuple(range(len(self.sequences))):
+            return torch.arange(len(self.sequences), device=device)
+        return torch.tensor(self.sequences, device=device)

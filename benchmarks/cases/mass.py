@@ -55,7 +55,7 @@ def plain(inputs: Inputs) -> Tensor:
     """The same in PyTorch, well written: [num_layers, batch, prior]."""
     window = Window.of(inputs.events, inputs.config)
     layers = [
-        attention_mass(window.queries(ring), keys, window.begin, window.future())
+        attention_mass(window.queries(ring), keys, window.begin, window.future(keys.device))
         for keys, ring in zip(inputs.keys, inputs.queries, strict=True)
     ]
     return torch.stack(layers) / (inputs.config.num_query_heads * inputs.setting.step)

@@ -11,6 +11,11 @@ token's post-RoPE query into a ring of the last `recent_window` queries, then ca
 had. The ring and the slot to write travel as keyword arguments of `forward`, so nothing is stored on modules
 and a compiled graph sees plain inputs.
 
+On a GPU the host is the bottleneck between two tokens. There the queries of a decoded token are kept until the last
+layer and written together (a launch costs more than the copy), what the host must know of a step arrives in one
+small copy that runs while inputs are prepared, rewrites are enqueued and not waited for, and ring and slot keep their
+addresses, so that CUDA graphs may hold them.
+
 Every generation's state belongs to its cache object and goes with it.
 """
 
@@ -46,7 +51,7 @@ if TYPE_CHECKING:
 
     import bottleneck_ext
 
-    from ..processor import CacheProcessor, RewriteReport
+    from ..processor import BoundCache, CacheProcessor, RewriteReport
 
 __all__ = ["Attachment", "AttachmentStats", "attach"]
 
@@ -73,7 +78,9 @@ class AttachmentStats:
     boundaries: steps whose KV was rewritten.
     rewrites: calls that did it; one serves all rows whose steps end with the same forward.
     sequences: boundaries by row of the batch.
-    seconds: by stage as the Processor reports them (summed over threads), and "total", wall clock.
+    seconds: by stage as the Processor reports them (summed over threads), and "total", wall clock of the calls. On a
+        GPU stages are known only where on_boundary is given; without it "total" is the host's time to enqueue, and the
+        device works on after that.
     skipped: steps that ended and were not rewritten, by reason.
     """
 
@@ -99,13 +106,15 @@ def attach(
     batches, DynamicCache or StaticCache, compiled or not, and with a kept cache passed to a later call. Use
     the result as a context manager, or call its `detach()`.
 
-    model: a decoder-only model on the CPU in float32, float16 or bfloat16, with "sdpa" or "eager" attention
-        in every layer.
+    model: a decoder-only model in float32, float16 or bfloat16, with "sdpa" or "eager" attention in every layer,
+        all of it on the device of the Processor's backend.
     processor: made for a backbone of this shape.
     tokenizer: needed where the Processor's rule is "newline" and its checkpoint lists no token ids.
-    num_threads: for the rewrite; None means torch.get_num_threads() at each generation's start.
+    num_threads: for a rewrite on the CPU; None means torch.get_num_threads() at each generation's start.
     on_boundary: called after each rewrite with its report, before the next forward; positions are cache
-        positions, so the first token of a left-padded row is at its event's `sequence_begin`.
+        positions, so the first token of a left-padded row is at its event's `sequence_begin`. On a GPU each rewrite
+        is then waited for; without it a rewrite that the device refused is raised by the next one, or when `generate`
+        ends.
     check_weights: False accepts a Processor made for the same architecture with other weights.
 
     Raises UnsupportedError for a model that cannot be served, and InvalidArgumentError where model, processor
@@ -130,7 +139,8 @@ class Attachment:
     ) -> None:
         if num_threads is not None and (isinstance(num_threads, bool) or num_threads < 1):
             raise InvalidArgumentError(f"num_threads is {num_threads!r}, but it must be a positive integer")
-        attention = _check_model(model)
+        self._device = _device_of(processor)
+        attention = _check_model(model, self._device)
         _check_fit(model, attention, processor.config, check_weights)
         self.model = model
         self.processor = processor
@@ -187,8 +197,9 @@ class Attachment:
         @functools.wraps(prepare)
         def prepare_and_rewrite(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
             request = kwargs.pop(_REQUEST, None)
+            step = self._fetch_step(input_ids, kwargs.get("past_key_values"))
             inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
-            self._before_forward(inputs, request, kwargs)
+            self._before_forward(inputs, request, kwargs, step)
             return inputs
 
         # `generate` reads this signature to tell its own arguments from misspelt ones.
@@ -206,7 +217,10 @@ class Attachment:
             arguments |= arguments.pop("kwargs", {})
             settings = _settings(model, arguments)
             _check_request(arguments, settings, self.processor.config.num_layers)
-            return generate(*args, **kwargs, **{_REQUEST: _Request.of(settings)})
+            request = _Request.of(settings)
+            output = generate(*args, **kwargs, **{_REQUEST: request})
+            self._finish_request(request)
+            return output
 
         def refuse(*args: Any, **kwargs: Any) -> Any:
             raise UnsupportedError(
@@ -225,22 +239,48 @@ class Attachment:
             self._replaced[name] = model.__dict__.get(name, _ABSENT)
             model.__dict__[name] = function
 
-    def _before_forward(self, inputs: dict[str, Any], request: _Request | None, arguments: Mapping[str, Any]) -> None:
+    def _fetch_step(self, input_ids: Tensor | None, cache: object) -> _Step | None:
+        """Start copying to the host what `_before_forward` asks of a GPU; None where nothing has to be fetched.
+
+        One copy, of the tokens and of a StaticCache's live counter, under way while the inputs are prepared.
+        """
+        if self._device.type == "cpu" or input_ids is None or not isinstance(cache, Cache):
+            return None
+        with self._lock:
+            state = self._states.get(cache)
+        if state is None or state.on_host is None or state.copied is None or len(input_ids) != state.ring.shape[1]:
+            return None
+        tokens, length = input_ids[:, -1], cache.get_seq_length()
+        live = isinstance(length, Tensor)
+        wanted = torch.cat((tokens, length.reshape(1))) if live else tokens
+        state.on_host[: len(wanted)].copy_(wanted, non_blocking=True)
+        state.copied.record(torch.cuda.current_stream(self._device))
+        return _Step(state.on_host, state.copied, len(tokens), None if live else int(length))
+
+    def _before_forward(
+        self,
+        inputs: dict[str, Any],
+        request: _Request | None,
+        arguments: Mapping[str, Any],
+        step: _Step | None,
+    ) -> None:
         """Rewrite what has to be rewritten before this forward, and hand the query ring to it.
 
         inputs: of the coming forward; the ring and its slot are added.
         request: None in a loop of the caller's own.
         arguments: of the call that made the inputs.
+        step: None: the cache tells its length and the inputs their tokens.
         """
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         if cache is None:
             raise UnsupportedError(_NO_CACHE)
         if ids is None:
             raise UnsupportedError(_NO_IDS)
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(self._device.type):
             raise UnsupportedError("torch.autocast changes the dtype of the queries: load the model in that dtype")
         batch_size, count = ids.shape
-        past = int(cache.get_seq_length())  # a StaticCache returns its live counter
+        # A StaticCache returns its live counter.
+        past = int(cache.get_seq_length()) if step is None else step.length
         mask = arguments.get("attention_mask")
         if past == 0:
             state = self._start(cache, batch_size)
@@ -260,7 +300,7 @@ class Attachment:
                 events = state.detector.prompt_rows(count)
                 state.prompt_ended = False
             else:
-                tokens = ids[:, -1].tolist()
+                tokens = ids[:, -1].tolist() if step is None else step.tokens
                 self._finish_rows(state, tokens, request.eos_token_ids)
                 if not state.prompt_ended and not self.processor.config.rewrite_prompt:
                     self._skip("rewrite_prompt is false", batch_size)
@@ -272,6 +312,8 @@ class Attachment:
         state.length = past + count
         state.slot.fill_(past % state.ring.shape[2])
         inputs["query_ring"], inputs["query_slot"] = state.ring, state.slot
+        if count == 1 and self._device.type != "cpu":
+            inputs["query_parts"] = [None] * state.ring.shape[0]
 
     def _begin_request(self, state: _State, request: _Request | None, mask: Tensor | None, past: int) -> None:
         """The first forward of a `generate` call, on an empty or on a kept cache."""
@@ -296,17 +338,42 @@ class Attachment:
         config = self.processor.config
         _check_cache(cache, config.num_layers)
         shape = (config.num_layers, batch_size, config.recent_window, config.num_query_heads, config.head_dim)
-        # NaN shows a layer whose attention never saw the ring.
-        ring = torch.full(shape, torch.nan, dtype=self.model.dtype)
-        state = _State(
-            ring=ring,
-            queries=ring.unbind(0),
-            slot=torch.zeros(1, dtype=torch.long),
-            workspace=self.processor.workspace(self._num_threads or torch.get_num_threads()),
-        )
+        with self._lock:
+            before = self._states.get(cache)
+        ring, slot = self._ring(shape, before, static=bool(getattr(cache, "is_compileable", False)))
+        if before is not None and self._device.type != "cpu":
+            workspace = before.workspace
+        else:
+            workspace = self.processor.workspace(self._num_threads or torch.get_num_threads())
+        state = _State(ring=ring, queries=ring.unbind(0), slot=slot, workspace=workspace)
+        if self._device.type != "cpu":
+            state.on_host = torch.empty(batch_size + 1, dtype=torch.long, pin_memory=True)
+            state.copied = torch.cuda.Event()
         with self._lock:
             self._states[cache] = state
         return state
+
+    def _ring(self, shape: tuple[int, ...], before: _State | None, *, static: bool) -> tuple[Tensor, Tensor]:
+        """A ring, filled with NaN, which shows a layer whose attention never saw it; and its slot.
+
+        before: what an emptied cache had. static: graphs may be compiled for this cache: on a GPU they are then
+        recorded with these very addresses, as with the cache's own, and may write there.
+        """
+        if self._device.type == "cpu":
+            return torch.full(shape, torch.nan, dtype=self.model.dtype), torch.zeros(1, dtype=torch.long)
+        if (
+            before is not None
+            and before.ring.shape == shape
+            and before.ring.dtype == self.model.dtype
+            and before.ring.is_inference() == torch.is_inference_mode_enabled()
+        ):
+            return before.ring.fill_(torch.nan), before.slot
+        ring = torch.full(shape, torch.nan, dtype=self.model.dtype, device=self._device)
+        slot = torch.zeros(1, dtype=torch.long, device=self._device)
+        if static:
+            for tensor in (ring, slot):
+                torch._dynamo.mark_static_address(tensor)
+        return ring, slot
 
     def _continue(self, cache: Cache, batch_size: int, past: int) -> _State:
         with self._lock:
@@ -331,11 +398,12 @@ class Attachment:
     ) -> BoundaryDetector:
         """The first prompt, [0, past), is in the cache: the padding of every row is known now."""
         state.begins = _padding(mask, state.ring.shape[1], past)
+        positions = position_ids[:, -1].tolist() if position_ids is not None and position_ids.ndim == 2 else []
         for row, begin in enumerate(state.begins):
             if begin == past:
                 raise InvalidArgumentError(f"the prompt of row {row} is empty: give it at least one token")
-            if position_ids is not None and position_ids.ndim == 2:
-                position = int(position_ids[row % position_ids.shape[0], -1])
+            if positions:
+                position = positions[row % len(positions)]
                 if position != past + count - 1 - begin:
                     raise UnsupportedError(
                         f"position_ids numbers position {past + count - 1} of row {row} as {position}: leave "
@@ -375,31 +443,65 @@ class Attachment:
                 )
             state.captured = True
         begin = time.perf_counter()
+        report: RewriteReport | None
         try:
-            # A DynamicCache has new tensors after every token, so views that nobody needs would cost at each boundary.
-            bound = self.processor.bind(
-                [_untracked(layer.keys) for layer in cache.layers],
-                [_untracked(layer.values) for layer in cache.layers],
-                state.queries,
-                workspace=state.workspace,
-                softmax_scale=self._softmax_scale,
-                heads_first=True,
-            )
-            report = bound.rewrite(events)
+            bound = self._bind(cache, state)
+            if self._device.type == "cpu":
+                report = bound.rewrite(events)
+            else:
+                report = bound.rewrite(events, report=self._on_boundary is not None)
         except BaseException:
-            with self._lock:
-                del self._states[cache]  # its steps are lost: whoever goes on with it must be told
+            self._forget(cache)
             raise
         with self._lock:
             stats = self.stats
             stats.boundaries += len(events)
             stats.rewrites += 1
             stats.sequences.update(event.sequence for event in events)
-            for stage, seconds in report.stage_seconds.items():
+            for stage, seconds in ({} if report is None else report.stage_seconds).items():
                 stats.seconds[stage] = stats.seconds.get(stage, 0.0) + seconds
             stats.seconds["total"] = stats.seconds.get("total", 0.0) + time.perf_counter() - begin
-        if self._on_boundary is not None:
+        if self._on_boundary is not None and report is not None:
             self._on_boundary(report)
+
+    def _bind(self, cache: Cache, state: _State) -> BoundCache:
+        """The Processor on this cache's tensors and its ring."""
+        if state.bound is not None and all(
+            layer.keys is keys and layer.values is values
+            for layer, (keys, values) in zip(cache.layers, state.bound_to, strict=True)
+        ):
+            return state.bound
+        # A DynamicCache has new tensors after every token, so views that nobody needs would cost at each boundary.
+        bound = self.processor.bind(
+            [_untracked(layer.keys) for layer in cache.layers],
+            [_untracked(layer.values) for layer in cache.layers],
+            state.queries,
+            workspace=state.workspace,
+            softmax_scale=self._softmax_scale,
+            heads_first=True,
+        )
+        # Those of a StaticCache stay; the host's time counts where a GPU waits for it.
+        if self._device.type != "cpu" and all(type(layer) is StaticLayer for layer in cache.layers):
+            state.bound, state.bound_to = bound, [(layer.keys, layer.values) for layer in cache.layers]
+        return bound
+
+    def _forget(self, cache: Cache) -> None:
+        """After a failed rewrite: the steps of this cache are lost, and whoever goes on with it must be told."""
+        with self._lock:
+            self._states.pop(cache, None)
+
+    def _finish_request(self, request: _Request) -> None:
+        """Wait for the rewrites of a `generate` call that nobody has waited for, and raise what became of them."""
+        if self._device.type == "cpu" or self._on_boundary is not None:
+            return
+        with self._lock:
+            pending = [(cache, state) for cache, state in self._states.items() if state.request is request]
+        for cache, state in pending:
+            try:
+                state.workspace.synchronize()
+            except BaseException:
+                self._forget(cache)
+                raise
 
 
 def _untracked(tensor: Tensor) -> Tensor:
@@ -415,6 +517,10 @@ class _State:
     queries: tuple[Tensor, ...]  # the ring's layers
     slot: Tensor  # [1], where the coming token's query goes
     workspace: bottleneck_ext.Workspace
+    bound: BoundCache | None = None  # the Processor on a StaticCache of a GPU, and the tensors that is about
+    bound_to: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    on_host: Tensor | None = None  # of a GPU: [batch + 1], pinned, see _Step
+    copied: torch.cuda.Event | None = None
     request: object = _ABSENT  # the _Request of the latest `generate`, or None
     fresh: bool = False  # no forward of this request has been prepared yet
     length: int = 0  # positions the cache holds once the prepared forward has run
@@ -423,6 +529,30 @@ class _State:
     prompt_ended: bool = False
     captured: bool = False  # the ring was seen to be written in every layer
     finished: set[int] = field(default_factory=set)  # rows that generated an end-of-text token
+
+
+@dataclass
+class _Step:
+    """What the host must know of a step on a GPU; its copy to the host is waited for when it is read."""
+
+    on_host: Tensor  # [batch + 1]: the latest token of each row and, where known_length is None, the cache's length
+    copied: torch.cuda.Event
+    batch_size: int
+    known_length: int | None
+
+    @functools.cached_property
+    def _values(self) -> list[int]:
+        self.copied.synchronize()
+        values: list[int] = self.on_host.tolist()
+        return values
+
+    @property
+    def tokens(self) -> list[int]:
+        return self._values[: self.batch_size]
+
+    @property
+    def length(self) -> int:
+        return self._values[self.batch_size] if self.known_length is None else self.known_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -490,7 +620,13 @@ def _check_request(arguments: Mapping[str, Any], settings: Mapping[str, Any], nu
     _check_mask(arguments.get("attention_mask"), whole_prompt=True)
 
 
-def _check_model(model: Any) -> list[Any]:
+def _device_of(processor: CacheProcessor) -> torch.device:
+    """Where the Processor's backend works: "cpu:avx512" is on the CPU, "cuda" and "cuda:1" are GPUs."""
+    kind, _, index = processor.backend.partition(":")
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, int(index or 0))
+
+
+def _check_model(model: Any, device: torch.device) -> list[Any]:
     """The attention modules of a model that can be served, in layer order; UnsupportedError for any other."""
     name = type(model).__name__
     if hasattr(model, "peft_config") and type(model).__module__.split(".")[0] == "peft":
@@ -512,8 +648,13 @@ def _check_model(model: Any) -> list[Any]:
         raise UnsupportedError(f"{name} is an encoder-decoder: only decoder-only models are supported")
     if config.get_text_config(decoder=True) is not config or not model.can_generate():
         raise UnsupportedError(f"{name} is not a plain causal language model (AutoModelForCausalLM)")
-    for device in {parameter.device.type for parameter in model.parameters()} - {"cpu"}:
-        raise UnsupportedError(f"{name} is on the device {device}: move it to the CPU with model.to('cpu')")
+    for found in {parameter.device for parameter in model.parameters()} - {device}:
+        where = "the CPU" if device.type == "cpu" else str(device)
+        other = f", or make the Processor with backend='{found}'" if found.type in ("cpu", "cuda") else ""
+        raise UnsupportedError(
+            f"{name} is on the device {found} and the Processor on {where}: move the model to {where} with "
+            f"model.to('{device}'){other}"
+        )
     if model.dtype not in _DTYPES:
         raise UnsupportedError(f"{name} has the dtype {model.dtype}: use float32, float16 or bfloat16")
 
@@ -638,7 +779,7 @@ def _check_rope(model: PreTrainedModel, attention: torch.nn.Module, config: Cach
         or not tables
         or any(
             table.inv_freq.shape != expected.shape
-            or not torch.allclose(table.inv_freq.float(), expected, rtol=1e-5, atol=0)
+            or not torch.allclose(table.inv_freq.float().cpu(), expected, rtol=1e-5, atol=0)
             or getattr(table, "attention_scaling", 1.0) != 1.0
             for table in tables
         )
@@ -718,12 +859,16 @@ def _capturing(
         attention_mask: Tensor | None,
         query_ring: Tensor | None = None,
         query_slot: Tensor | None = None,
+        query_parts: list[Tensor | None] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if query_ring is not None and query_slot is not None:
             for name in _OTHER_ATTENTION:
                 if kwargs.get(name) is not None:
                     raise UnsupportedError(f"the model's attention uses {name}: not supported")
+            if query_parts is not None:
+                _capture_together(query_ring, query_slot, query_parts, int(module.layer_idx), query)  # type: ignore[arg-type]
+                return wrapped(module, query, key, value, attention_mask, **kwargs)
             tokens, window = query.shape[2], query_ring.shape[2]
             rows, newest = query_slot, query
             if tokens > 1:  # of a prompt only the last queries fit
@@ -734,3 +879,22 @@ def _capturing(
         return wrapped(module, query, key, value, attention_mask, **kwargs)
 
     return capturing_attention
+
+
+def _capture_together(ring: Tensor, slot: Tensor, parts: list[Tensor | None], layer: int, query: Tensor) -> None:
+    """Keep the query of one token until the last layer, and write the parts of all layers then.
+
+    ring: [layers, batch, window, query heads, head_dim]; slot: [1]; query: [batch, query heads, 1, head_dim].
+    """
+    parts[layer] = query
+    if layer < len(parts) - 1:
+        return
+    present = [part for part in parts if part is not None]
+    if len(present) == len(parts):
+        ring.index_copy_(2, slot, torch.stack(present).transpose(2, 3))
+    else:  # a layer kept its query to itself: its rows stay NaN, which the first boundary finds
+        for index, part in enumerate(parts):
+            if part is not None:
+                ring[index].index_copy_(1, slot, part.transpose(1, 2))
+    for index in range(len(parts)):
+        parts[index] = None

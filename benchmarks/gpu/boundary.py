@@ -1,0 +1,151 @@
+"""One boundary: ours against PyTorch, all on the device.
+
+ours                 the bound cache rewritten by one asynchronous call, nothing reported
+ours_graph           the same call in a CUDA graph
+naive                the paper in eager PyTorch, attention weights materialised for the window's queries
+plain                our algorithm in eager PyTorch, a module per layer
+..._compiled         under torch.compile
+..._compiled_graph   that in a CUDA graph: no launch costs either
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from benchmarks import checks
+from benchmarks.baselines.naive import Naive
+from benchmarks.baselines.plain import Plain
+from benchmarks.gpu import peaks
+from benchmarks.gpu.context import MIN_REPEATS, Context, attention_bytes, cache_bytes
+from benchmarks.gpu.timing import Graph
+from benchmarks.harness import OURS, Contender, Figure, figure, say
+from benchmarks.inputs import DTYPES, Inputs, Setting
+
+CHECKED = 4  # sequences of a batch whose edits are compared, row by row, on the host
+COMPILED = {("llama-3.2-1b", 1, 2048, 32), ("llama-3.2-1b", 16, 2048, 32)}
+
+# (shape, batch, prior, step), the most telling first: time may run out.
+GRID = [
+    ("llama-3.2-1b", 1, 2048, 32),
+    ("llama-3.2-1b", 16, 2048, 32),
+    ("llama-3.2-1b", 64, 2048, 32),
+    ("llama-3.2-1b", 1, 32768, 32),
+    ("llama-3.2-1b", 16, 32768, 32),
+    ("llama-3.2-1b", 1, 2048, 64),
+    ("llama-3.2-1b", 1, 2048, 96),
+    ("llama-3.2-1b", 16, 2048, 64),
+    ("llama-3.2-1b", 16, 2048, 96),
+    ("llama-3.2-1b", 64, 2048, 96),
+    ("llama-3.2-1b", 1, 32768, 96),
+    ("llama-3.1-8b", 1, 2048, 32),
+    ("llama-3.1-8b", 16, 2048, 32),
+    ("llama-3.1-8b", 1, 32768, 32),
+    ("llama-3.1-8b", 16, 2048, 96),
+    ("qwen3-0.6b", 1, 2048, 32),
+    ("qwen3-0.6b", 16, 2048, 32),
+    ("qwen3-0.6b", 1, 32768, 32),
+    ("qwen3-0.6b", 16, 2048, 96),
+]
+
+
+def run(context: Context) -> Iterator[Figure]:
+    for shape, batch, prior, step in GRID[:2] if context.quick else GRID:
+        setting = context.setting(shape, batch, prior, step)
+        if context.due("boundary", setting, 2 * cache_bytes(setting) + (2 << 30)):
+            yield measure(context, setting, compiled=context.compile and (shape, batch, prior, step) in COMPILED)
+
+
+def measure(context: Context, setting: Setting, *, compiled: bool) -> Figure:
+    inputs = context.inputs(setting)
+    bound = inputs.bind()
+
+    def ours() -> object:
+        return bound.rewrite(inputs.events, report=False) if context.on_gpu else bound.rewrite(inputs.events)
+
+    calls = baselines(context, inputs, compiled=compiled)
+    checked = check(inputs, calls)
+    contenders = {OURS: Contender(ours, inputs.restore)} | {
+        name: Contender(call, inputs.restore) for name, call in calls.items()
+    }
+    contenders |= graphs(context, inputs, calls)
+    times = context.timer.measure(contenders, repeats=max(context.repeats, MIN_REPEATS))
+    made = figure("boundary", setting.describe("threads"), times, checked=checked)
+    made["host_s"] = context.timer.host_seconds(ours)
+    return peaks.with_floor(made, peaks.boundary_floor(context.rates, inputs.config, setting))
+
+
+def baselines(context: Context, inputs: Inputs, *, compiled: bool) -> dict[str, Callable[[], object]]:
+    """Whole boundaries on the inputs' caches, as far as there is memory for them."""
+    keys, values, queries, events = inputs.keys, inputs.values, inputs.queries, inputs.events
+    setting, dtype = inputs.setting, DTYPES[inputs.setting.dtype]
+    calls: dict[str, Callable[[], object]] = {}
+
+    def add_naive(name: str, naive: Naive) -> None:
+        calls[name] = lambda: naive.rewrite(keys, values, naive.attention_weights(keys, queries, events), events)
+
+    def add_plain(name: str, plain: Plain) -> None:
+        calls[name] = lambda: plain.rewrite(keys, values, queries, events)
+
+    weights = attention_bytes(setting)
+    repeated = setting.backbone.num_query_heads * setting.batch * setting.prior * setting.backbone.head_dim * 2
+    if context.fits(weights * (2 * setting.backbone.num_layers + 10) + 2 * repeated):
+        add_naive("naive", Naive(inputs.config, inputs.weights, dtype, device=context.device))
+    else:
+        say("  naive is left out: its attention weights do not fit")
+    if context.fits(weights * 16):
+        add_plain("plain", Plain(inputs.config, inputs.weights, dtype, device=context.device))
+    if compiled:
+        # Settings that are compiled are few, and no graph of one serves another.
+        torch.compiler.reset()
+        add_naive("naive_compiled", Naive(inputs.config, inputs.weights, dtype, device=context.device, compiled=True))
+        add_plain("plain_compiled", Plain(inputs.config, inputs.weights, dtype, device=context.device, compiled=True))
+    return calls
+
+
+def graphs(context: Context, inputs: Inputs, calls: dict[str, Callable[[], object]]) -> dict[str, Contender]:
+    """CUDA graphs of ours and of the compiled baselines."""
+    made: dict[str, Contender] = {}
+    if not context.on_gpu:
+        return made
+    bound = inputs.bind(inputs.processor.workspace())  # it belongs to its graph from then on
+    wanted: dict[str, Callable[[], object]] = {"ours_graph": lambda: bound.rewrite(inputs.events, report=False)}
+    wanted |= {f"{name}_graph": call for name, call in calls.items() if name.endswith("_compiled")}
+    for name, call in wanted.items():
+        try:
+            made[name] = Contender(Graph(call, on_gpu=True).replay, inputs.restore)
+        except RuntimeError as error:
+            say(f"  {name} is left out: {str(error).splitlines()[0]}")
+            torch.cuda.synchronize()
+    return made
+
+
+@torch.no_grad()
+def check(inputs: Inputs, calls: dict[str, Callable[[], object]]) -> list[str]:
+    """Every baseline against ours, the first of a batch also against the reference where that takes no minutes.
+
+    Returns who was compared. Leaves the caches restored.
+    """
+    inputs.restore()
+    setting, bound = inputs.setting, inputs.bind()
+    device = inputs.keys[0].device
+    out = torch.empty(inputs.config.num_layers, setting.batch, setting.prior, device=device)
+    inputs.mass(out if device.type != "cpu" else out.numpy(), bound)
+    mass = out.cpu().numpy()
+    report = bound.rewrite(inputs.events)
+    ours = checks.Rewritten(np.stack(report.recalled, axis=1), *inputs.snapshot())
+    compared = []
+    if setting.prior <= 4096:
+        checks.reference_rewrite(inputs, ours, mass)
+        compared.append("reference")
+    few = checks.Rewritten(ours.recalled[:, :CHECKED], ours.keys, ours.values)
+    for name, call in calls.items():
+        inputs.restore()
+        recalled = torch.as_tensor(call()).cpu().numpy()  # type: ignore[arg-type]
+        other = checks.Rewritten(recalled[:, :CHECKED], inputs.keys, inputs.values)
+        checks.same_rewrite(inputs, f"{name} and ours", few, other, mass)
+        compared.append(name)
+    inputs.restore()
+    return compared
