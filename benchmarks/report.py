@@ -26,7 +26,15 @@ _EXTRA = {
     "query_bytes": ("queries MB", "{:.2f}"),
     "workspace_bytes": ("workspace MB", "{:.2f}"),
     "rss_bytes": ("measured MB", "{:.2f}"),
+    "measured_bytes": ("measured MB", "{:.1f}"),
     "added_fraction": ("added", "{:.2%}"),
+    "added_in_all_fraction": ("with Processor", "{:.2%}"),
+    "floor_added_fraction": ("floor (added) / ours", "{:.2f}"),
+    "host_s": ("host µs", "{:.0f}"),
+    "step_s": ("stock's step µs", "{:.0f}"),
+    "device_step_s": ("on the device µs", "{:.0f}"),
+    "extra": ("extra", "{:+.2%}"),
+    "changed_tokens": ("changed tokens", "{}"),
 }
 
 
@@ -129,7 +137,7 @@ def _extra(figure: Mapping[str, Any], key: str) -> str:
     value = figure[key]
     if isinstance(value, dict):
         return ", ".join(f"{name} {share:.0%}" for name, share in value.items())
-    value = value / 1e6 if key.endswith("_bytes") else value
+    value = value / 1e6 if key.endswith("_bytes") else value * 1e6 if key.endswith("_s") else value
     return _EXTRA[key][1].format(value)
 
 

@@ -19,7 +19,7 @@ from benchmarks import checks
 from benchmarks.baselines.naive import Naive
 from benchmarks.baselines.plain import Plain
 from benchmarks.gpu import peaks
-from benchmarks.gpu.context import MIN_REPEATS, Context, attention_bytes, cache_bytes
+from benchmarks.gpu.context import MIN_REPEATS, Context, attention_bytes, cache_bytes, key
 from benchmarks.gpu.timing import Graph
 from benchmarks.harness import OURS, Contender, Figure, figure, say
 from benchmarks.inputs import DTYPES, Inputs, Setting
@@ -72,7 +72,7 @@ def measure(context: Context, setting: Setting, *, compiled: bool) -> Figure:
     }
     contenders |= graphs(context, inputs, calls)
     times = context.timer.measure(contenders, repeats=max(context.repeats, MIN_REPEATS))
-    made = figure("boundary", setting.describe("threads"), times, checked=checked)
+    made = figure("boundary", setting.describe("threads"), times, checked=checked, key=key("boundary", setting))
     made["host_s"] = context.timer.host_seconds(ours)
     return peaks.with_floor(made, peaks.boundary_floor(context.rates, inputs.config, setting))
 

@@ -9,7 +9,7 @@ import torch
 from benchmarks import checks
 from benchmarks.cases.mass import plain
 from benchmarks.gpu import peaks
-from benchmarks.gpu.context import MIN_REPEATS, Context, attention_bytes, cache_bytes
+from benchmarks.gpu.context import MIN_REPEATS, Context, attention_bytes, cache_bytes, key
 from benchmarks.harness import OURS, Contender, Figure, figure
 from benchmarks.inputs import Setting
 
@@ -47,6 +47,6 @@ def measure(context: Context, setting: Setting) -> Figure:
     checks.masses(inputs, "plain PyTorch's mass", plain(inputs).cpu(), out.cpu())
     contenders = {OURS: Contender(ours), "torch": Contender(lambda: plain(inputs))}
     times = context.timer.measure(contenders, repeats=max(context.repeats, MIN_REPEATS))
-    made = figure("mass", setting.describe("d_p", "top_k", "threads"), times)
+    made = figure("mass", setting.describe("d_p", "top_k", "threads"), times, key=key("mass", setting))
     made["host_s"] = context.timer.host_seconds(ours)
     return peaks.with_floor(made, peaks.mass_floor(context.rates, inputs.config, setting))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import floors
-from benchmarks.gpu.context import Context, cache_bytes
+from benchmarks.gpu.context import Context, cache_bytes, key
 from benchmarks.harness import Figure
 from benchmarks.inputs import Inputs, Setting
 from bottlenecked.processor import CacheProcessor
@@ -36,7 +36,7 @@ def measure(context: Context, setting: Setting) -> Figure:
     config = inputs.config
     # The ring holds recent_window queries; a Processor made for shorter steps needs no more than they have.
     ring = config.num_layers * setting.batch * setting.step * config.num_query_heads * config.head_dim
-    made: Figure = {"case": "memory", **setting.describe("threads")}
+    made: Figure = {"case": "memory", **setting.describe("threads"), "key": key("memory", setting)}
     made["model_bytes"] = (setting.backbone.parameters or 0) * floors.SIZES[setting.dtype]
     made["cache_bytes"] = cache_bytes(setting)
     made["query_bytes"] = ring * floors.SIZES[setting.dtype]

@@ -62,14 +62,15 @@ class Timer:
         return [begin_event.elapsed_time(end_event) * 1e-3 for begin_event, end_event in events]
 
     def host_seconds(self, call: Call, calls: int = 10) -> float:
-        """The host's time to issue one call: the device lags behind."""
-        self.synchronize()
-        begin = time.perf_counter()
+        """The host's time to issue one call to an idle device, which need not be done with it then: the median."""
+        times = []
         for _ in range(calls):
+            self.synchronize()
+            begin = time.perf_counter()
             call()
-        seconds = (time.perf_counter() - begin) / calls
+            times.append(time.perf_counter() - begin)
         self.synchronize()
-        return seconds
+        return statistics.median(times)
 
     @torch.no_grad()
     def measure(

@@ -1,0 +1,235 @@
+"""Whole decoding: transformers, sdpa, StaticCache, the model's forward in a CUDA graph; a boundary every 30 tokens.
+
+Both sides run the same loop, which is what serving loops do at least: the token of the last forward is read by the
+host (is it the end of the text?), `prepare_inputs_for_generation` is called, the graph is replayed. The graph holds
+forward, argmax and the copy of the token to the next input. stock's was captured from the model as it is, ours from
+the attached model, so that it also keeps the queries; ours' boundaries happen where they do in `generate`, in
+`prepare_inputs_for_generation`. All rows of a batch end their steps together, and the prompt is not rewritten: 121
+decoded tokens hold 4 boundaries, one in 30. `torch.compile` is not used on either side: this graph is as tight a loop,
+and begins at once.
+
+extra            ours over stock, whole loop, less one: the median over repeats
+capture_share    what keeping the queries adds to a step on the device: replays of the two graphs, nothing in between
+step_s           stock's step of the loop
+
+Weights are random, of the shape of Llama-3.2-1B. First the check: a Processor that changes nothing must produce stock's
+tokens. "changed_tokens" tells how many are others with the random Processor that is measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+
+from benchmarks import checks
+from benchmarks.gpu.context import MIN_REPEATS, Context, cache_bytes, key
+from benchmarks.gpu.timing import Graph
+from benchmarks.harness import OURS, Figure, figure, rotated
+from benchmarks.inputs import SEED, SHAPES, Setting
+from bottlenecked.checkpoint import initial_weights
+from bottlenecked.config import BoundaryConfig, CacheProcessorConfig
+from bottlenecked.integrations.transformers import attach
+from bottlenecked.processor import CacheProcessor
+
+EVERY = 30  # tokens of a step
+TOKENS = 4 * EVERY + 1  # decoded, after the prompt
+PROMPT = 1984
+SCALE = 0.05
+REPLAYS = 20
+
+# Vocabulary, hidden and MLP width of the backbones that are decoded with.
+MODELS = {"llama-3.2-1b": (128256, 2048, 8192), "tiny": (64, 64, 96)}
+
+
+def run(context: Context) -> Iterator[Figure]:
+    model: PreTrainedModel | None = None
+    for batch in (1, 2) if context.quick else (1, 16, 64):
+        setting = context.setting("llama-3.2-1b", batch, PROMPT, EVERY)
+        # A forward over all prompts holds a few activations of the MLP's width.
+        activations = 6 * batch * setting.prior * MODELS[setting.shape][2] * 2
+        if context.due("decode", setting, 2 * cache_bytes(setting) + activations + (5 << 30)):
+            model = model or make(setting.shape, context.device)
+            yield measure(context, model, setting)
+
+
+def make(shape: str, device: str) -> PreTrainedModel:
+    """A Llama of this shape with random weights in bfloat16, and nothing that ends its text."""
+    backbone = SHAPES[shape]
+    vocabulary, hidden, mlp = MODELS[shape]
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=backbone.num_layers,
+        num_attention_heads=backbone.num_query_heads,
+        num_key_value_heads=backbone.num_kv_heads,
+        head_dim=backbone.head_dim,
+        max_position_embeddings=1 << 17,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model.set_attn_implementation("sdpa")
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    return model
+
+
+@dataclass
+class Loop:
+    """Decoding of one batch: its cache, the token that comes next, and the graph of a step.
+
+    prepare: the model's prepare_inputs_for_generation, stock or attached.
+    """
+
+    context: Context
+    model: PreTrainedModel
+    ids: Tensor  # [batch, prompt]
+    prepare: Callable[..., dict[str, Any]]
+    tokens: int
+
+    def __post_init__(self) -> None:
+        batch, prompt = self.ids.shape
+        self.cache = StaticCache(config=self.model.config, max_cache_len=prompt + self.tokens + 1)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.ids.device)
+        self.read = torch.zeros(batch, dtype=torch.long, pin_memory=self.context.on_gpu)
+        self.step: Callable[[], object] | None = None
+        self.captured: dict[str, Tensor] = {}  # the query ring and its slot, of an attached model
+
+    def prefill(self) -> None:
+        """The prompt into an emptied cache, its first token into `token`; then, once, the graph."""
+        self.cache.reset()
+        inputs = self.prepare(self.ids, past_key_values=self.cache, use_cache=True, is_first_iteration=True)
+        logits = self.model(**inputs, logits_to_keep=1).logits
+        self.token.copy_(logits[:, -1:].argmax(-1))
+        captured = {name: inputs[name] for name in ("query_ring", "query_slot") if name in inputs}
+        if self.step is not None and self.context.on_gpu:
+            moved = [name for name, tensor in captured.items() if tensor is not self.captured[name]]
+            if moved:
+                raise SystemExit(f"{moved} moved when the cache was emptied: the graph still writes the old ones")
+        self.captured = captured
+        if self.step is None:
+            first = self.token.clone()
+            self.step = Graph(self.forward, on_gpu=self.context.on_gpu).replay
+            self.rewind()
+            self.token.copy_(first)
+
+    def forward(self) -> None:
+        extra: dict[str, Any] = dict(self.captured)
+        if extra and self.context.on_gpu:
+            extra["query_parts"] = [None] * len(self.cache.layers)
+        output: Any = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, **extra)
+        self.token.copy_(output.logits[:, -1:].argmax(-1))
+
+    def rewind(self) -> None:
+        """The cache's counters back to the prompt's end; what lies behind it is written before it is read."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.ids.shape[1])
+
+    def decode(self) -> tuple[float, list[list[int]]]:
+        """Seconds of all steps, and the tokens by step and row."""
+        assert self.step is not None
+        self.context.timer.synchronize()
+        tokens = []
+        begin = time.perf_counter()
+        for _ in range(self.tokens):
+            self.prepare(self.token, next_sequence_length=1, past_key_values=self.cache, use_cache=True)
+            self.step()
+            self.read.copy_(self.token[:, 0], non_blocking=True)
+            self.context.timer.synchronize()
+            tokens.append(self.read.tolist())
+        return time.perf_counter() - begin, tokens
+
+    def run(self) -> tuple[float, list[list[int]]]:
+        self.prefill()
+        return self.decode()
+
+
+@torch.no_grad()
+def measure(context: Context, model: PreTrainedModel, setting: Setting) -> Figure:
+    tokens = 2 * setting.step + 1 if context.quick else TOKENS
+    generator = torch.Generator(context.device).manual_seed(SEED)
+    vocabulary = model.config.vocab_size
+    shape = (setting.batch, setting.prior)
+    ids = torch.randint(0, vocabulary, shape, generator=generator, device=context.device)
+    stock = Loop(context, model, ids, model.prepare_inputs_for_generation, tokens)
+    expected = stock.run()[1]
+    check(context, model, setting, ids, tokens, expected)
+
+    with attach(model, processor(context, model, setting, SCALE)) as attachment:
+        ours = Loop(context, model, ids, model.prepare_inputs_for_generation, tokens)
+        rows = zip(ours.run()[1], expected, strict=True)
+        changed = sum(a != b for one, other in rows for a, b in zip(one, other, strict=True))
+        counted = attachment.stats.boundaries
+        if counted != setting.batch * ((tokens - 1) // setting.step):
+            checks.refuse(setting, f"{counted} boundaries in {tokens} tokens of {setting.batch} rows")
+        loops = {OURS: ours, "stock": stock}
+        times: dict[str, list[float]] = {name: [] for name in loops}
+        for repeat in range(-1, max(context.repeats, MIN_REPEATS)):
+            for name in rotated(list(loops), repeat):
+                seconds = loops[name].run()[0]
+                if repeat >= 0:
+                    times[name].append(seconds)
+        steps = replays(context, loops)
+        keys = setting.describe("threads") | {"tokens": tokens}
+        made = figure("decode", keys, times, key=key("decode", setting))
+        made["boundaries"], made["changed_tokens"] = counted // setting.batch, changed
+        # Host's share, see AttachmentStats.
+        made["host_s"] = attachment.stats.seconds["total"] / max(attachment.stats.rewrites, 1)
+    made["extra"] = statistics.median(o / s - 1 for o, s in zip(times[OURS], times["stock"], strict=True))
+    made["step_s"] = statistics.median(times["stock"]) / tokens
+    made["device_step_s"] = statistics.median(steps["stock"])
+    made["capture_share"] = statistics.median(o / s - 1 for o, s in zip(steps[OURS], steps["stock"], strict=True))
+    return made
+
+
+def replays(context: Context, loops: dict[str, Loop]) -> dict[str, list[float]]:
+    """Seconds of a step on the device, by round: replays one after the other, nothing in between."""
+    steps: dict[str, list[float]] = {name: [] for name in loops}
+    for repeat in range(MIN_REPEATS * 2):
+        for name in rotated(list(loops), repeat):
+            loop = loops[name]
+            assert loop.step is not None
+            loop.rewind()
+
+            count = min(REPLAYS, loop.tokens)
+
+            def many(step: Callable[[], object] = loop.step, count: int = count) -> None:
+                for _ in range(count):
+                    step()
+
+            steps[name] += [seconds / count for seconds in context.timer.seconds(many, 1)]
+    return steps
+
+
+def check(
+    context: Context, model: PreTrainedModel, setting: Setting, ids: Tensor, tokens: int, expected: list[list[int]]
+) -> None:
+    """A Processor that changes nothing leaves stock's tokens."""
+    with attach(model, processor(context, model, setting, 0.0)) as attachment:
+        got = Loop(context, model, ids, model.prepare_inputs_for_generation, tokens).run()[1]
+        if attachment.stats.boundaries == 0:
+            checks.refuse(setting, "no boundary happened")
+    if got != expected:
+        at = next(i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b)
+        checks.refuse(setting, f"an identity Processor generates other tokens than stock, from token {at} on")
+
+
+def processor(context: Context, model: PreTrainedModel, setting: Setting, scale: float) -> CacheProcessor:
+    """A boundary with every step.step-th token: any token ends a step of that length. The prompt is not rewritten."""
+    every_token = tuple(range(model.config.vocab_size))
+    boundary = BoundaryConfig(rule="token_ids", token_ids=every_token, min_step_length=setting.step)
+    config: CacheProcessorConfig = setting.backbone.processor_config(
+        setting.processor_dim, setting.top_k, setting.step, boundary=boundary, rewrite_prompt=False
+    )
+    weights = initial_weights(config, random_scale=scale, seed=SEED)
+    return CacheProcessor(config, weights, weight_dtype=setting.weight_dtype, backend=context.device)
