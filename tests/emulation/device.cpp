@@ -4,6 +4,7 @@
  * that has to wait picks the next one itself, at random, and goes there; the host's own stack is only returned to when
  * the block is over. */
 #include <link.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <sys/mman.h>
 
