@@ -174,7 +174,7 @@ static unsigned ready_warps;
 static uint64_t random_state;
 
 int current_thread = -1;
-region dynamic_memory, static_memory;
+region dynamic_memory, static_memory, stacks;
 
 static unsigned random_bits(void)
 {
@@ -475,7 +475,7 @@ static void do_load_matrix(fiber *lanes)
                  lanes[l].at.line, l, row);
         const int before = current_thread;
         current_thread = (int)(&lanes[l] - fibers);
-        races_access(row, 16, false, nullptr);
+        races_access(row, 16, false, false, nullptr);
         current_thread = before;
     }
     for (int l = 0; l < BTX_WARP; l++) {
@@ -606,7 +606,7 @@ void copy_issue(void *shared, const void *global, site at)
         trap("copy_async_16 at %s:%d: %p is not in shared memory", file_name(at.file), at.line, shared);
     if (dynamic_memory.holds(global, 16) || static_memory.holds(global, 16))
         trap("copy_async_16 at %s:%d: %p is not in global memory", file_name(at.file), at.line, global);
-    races_access(shared, 16, true, __builtin_return_address(0));
+    races_access(shared, 16, true, false, __builtin_return_address(0));
     memset(shared, 0xff, 16); /* it may come at any time from now on */
     current->copies.push_back(pending_copy{shared, global, current->groups});
 }
@@ -621,6 +621,7 @@ void copy_wait(unsigned pending)
     fiber *self = current;
     size_t done = 0;
     while (done < self->copies.size() && self->copies[done].group + pending < self->groups) {
+        races_access(self->copies[done].to, 16, true, false, __builtin_return_address(0));
         memcpy(self->copies[done].to, self->copies[done].from, 16);
         done++;
     }
@@ -630,6 +631,11 @@ void copy_wait(unsigned pending)
 unsigned char *dynamic_shared(void)
 {
     return dynamic_memory.begin;
+}
+
+void atomic_access(const void *at, size_t bytes)
+{
+    races_access(at, bytes, true, true, __builtin_return_address(0));
 }
 
 unsigned lane(void)
@@ -675,15 +681,17 @@ static void make_fibers(void)
     if (fibers != nullptr)
         return;
     const size_t each = STACK_BYTES + GUARD_BYTES;
-    void *stacks =
+    void *made =
         mmap(nullptr, each * MAX_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stacks == MAP_FAILED) {
+    if (made == MAP_FAILED) {
         fprintf(stderr, "emulation: no memory for the stacks of threads\n");
         abort();
     }
+    stacks.begin = static_cast<unsigned char *>(made);
+    stacks.end = stacks.begin + each * MAX_THREADS;
     fibers = new fiber[MAX_THREADS]();
     for (int t = 0; t < MAX_THREADS; t++) {
-        unsigned char *guard = static_cast<unsigned char *>(stacks) + (size_t)t * each;
+        unsigned char *guard = stacks.begin + (size_t)t * each;
         mprotect(guard, GUARD_BYTES, PROT_NONE);
         fibers[t].registers.stack = guard + GUARD_BYTES;
         fibers[t].registers.stack_bytes = STACK_BYTES;
@@ -778,6 +786,7 @@ cudaError_t run_blocks(const work &launch, char *message, size_t message_size)
     num_warps = (num_threads + BTX_WARP - 1) / BTX_WARP;
     for (int i = 0; i < num_warps; i++)
         warp_order[i] = i;
+    races_begin_launch();
     gridDim = launch.grid;
     blockDim = launch.block;
 

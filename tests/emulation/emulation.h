@@ -160,6 +160,7 @@ void copy_wait(unsigned pending);
 
 unsigned char *dynamic_shared(void);
 unsigned lane(void);
+void atomic_access(const void *at, size_t bytes);
 
 /* A device's failure, from inside a kernel: the launch ends, the error is sticky. Does not return. */
 [[noreturn]] void trap(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -311,59 +312,35 @@ BTX_EMULATION_REDUCE(or, unsigned, or)
 BTX_EMULATION_REDUCE(xor, unsigned, xor)
 #undef BTX_EMULATION_REDUCE
 
-/* Threads change places only where they wait, so plain accesses are atomic. */
+/* Threads change places only where they wait, so plain accesses are atomic; races.cpp is told that they are meant to
+ * be. */
+#define BTX_EMULATION_ATOMIC(T, name, result)                                                                          \
+    __attribute__((noinline, no_sanitize("thread"))) static T atomic##name(T *at, T value)                             \
+    {                                                                                                                  \
+        btx_emulation::atomic_access(at, sizeof *at);                                                                  \
+        const T old = *at;                                                                                             \
+        *at = (T)(result);                                                                                             \
+        return old;                                                                                                    \
+    }
 #define BTX_EMULATION_ATOMICS(T)                                                                                       \
-    static inline T atomicAdd(T *at, T value)                                                                          \
+    BTX_EMULATION_ATOMIC(T, Add, old + value)                                                                          \
+    BTX_EMULATION_ATOMIC(T, Min, value < old ? value : old)                                                            \
+    BTX_EMULATION_ATOMIC(T, Max, value > old ? value : old)                                                            \
+    BTX_EMULATION_ATOMIC(T, Exch, value)                                                                               \
+    BTX_EMULATION_ATOMIC(T, Or, old | value)                                                                           \
+    BTX_EMULATION_ATOMIC(T, And, old &value)                                                                           \
+    BTX_EMULATION_ATOMIC(T, Xor, old ^ value)                                                                          \
+    __attribute__((noinline, no_sanitize("thread"))) static T atomicCAS(T *at, T compare, T value)                     \
     {                                                                                                                  \
-        T old = *at;                                                                                                   \
-        *at = (T)(old + value);                                                                                        \
-        return old;                                                                                                    \
-    }                                                                                                                  \
-    static inline T atomicMin(T *at, T value)                                                                          \
-    {                                                                                                                  \
-        T old = *at;                                                                                                   \
-        *at = value < old ? value : old;                                                                               \
-        return old;                                                                                                    \
-    }                                                                                                                  \
-    static inline T atomicMax(T *at, T value)                                                                          \
-    {                                                                                                                  \
-        T old = *at;                                                                                                   \
-        *at = value > old ? value : old;                                                                               \
-        return old;                                                                                                    \
-    }                                                                                                                  \
-    static inline T atomicExch(T *at, T value)                                                                         \
-    {                                                                                                                  \
-        T old = *at;                                                                                                   \
-        *at = value;                                                                                                   \
-        return old;                                                                                                    \
-    }                                                                                                                  \
-    static inline T atomicCAS(T *at, T compare, T value)                                                               \
-    {                                                                                                                  \
-        T old = *at;                                                                                                   \
+        btx_emulation::atomic_access(at, sizeof *at);                                                                  \
+        const T old = *at;                                                                                             \
         *at = old == compare ? value : old;                                                                            \
-        return old;                                                                                                    \
-    }                                                                                                                  \
-    static inline T atomicOr(T *at, T value)                                                                           \
-    {                                                                                                                  \
-        T old = *at;                                                                                                   \
-        *at = old | value;                                                                                             \
-        return old;                                                                                                    \
-    }                                                                                                                  \
-    static inline T atomicAnd(T *at, T value)                                                                          \
-    {                                                                                                                  \
-        T old = *at;                                                                                                   \
-        *at = old & value;                                                                                             \
-        return old;                                                                                                    \
-    }                                                                                                                  \
-    static inline T atomicXor(T *at, T value)                                                                          \
-    {                                                                                                                  \
-        T old = *at;                                                                                                   \
-        *at = old ^ value;                                                                                             \
         return old;                                                                                                    \
     }
 BTX_EMULATION_ATOMICS(int)
 BTX_EMULATION_ATOMICS(unsigned)
 BTX_EMULATION_ATOMICS(unsigned long long)
+#undef BTX_EMULATION_ATOMIC
 #undef BTX_EMULATION_ATOMICS
 
 /* ---- numbers ------------------------------------------------------------------------------------------------------

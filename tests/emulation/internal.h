@@ -34,15 +34,18 @@ cudaError_t run_blocks(const work &launch, char *message, size_t message_size);
 
 /* Of the running block: what shared memory there is. Empty outside kernels. */
 extern region dynamic_memory, static_memory;
+extern region stacks; /* of all threads */
 /* Which thread of its block runs; -1 outside kernels. */
 extern int current_thread;
 
-/* ---- races.cpp: called at every point that orders accesses; nothing where accesses are not seen ---- */
+/* ---- races.cpp: what orders accesses, and accesses; only kernels compiled for it tell of theirs ---- */
 
+void races_begin_launch(void);
 void races_begin_block(int num_threads);
 void races_barrier(void);                  /* all threads of the block met */
 void races_warp(int warp, unsigned lanes); /* these lanes of a warp met, with __syncwarp's promise */
-void races_access(const void *at, size_t bytes, bool writes, const void *where);
+/* By the running thread, from the code at where. Does not return when it races. */
+void races_access(const void *at, size_t bytes, bool writes, bool atomic, const void *where);
 
 /* ---- runtime.cpp ---- */
 
