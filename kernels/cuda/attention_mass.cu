@@ -379,6 +379,7 @@ __device__ static void general_scores(const device_plan &plan, const device_step
 {
     const int warp = threadIdx.x / BTX_WARP, lane = threadIdx.x % BTX_WARP;
     const int32_t all_rows = step.num_window * plan.group;
+#pragma unroll
     for (int i = 0; i < 8; i++)
         score[i] = 0.0f;
     for (int32_t d = 0; d < plan.head_dim; d += GENERAL_TILE) {
@@ -403,7 +404,8 @@ __device__ static void general_scores(const device_plan &plan, const device_step
         __syncthreads();
         for (int column = 0; column < GENERAL_TILE; column++) {
             const float k = keys[lane][column];
-            for (int i = 0; i < 8; i++)
+        #pragma unroll
+    for (int i = 0; i < 8; i++)
                 score[i] = fmaf(queries[warp * 8 + i][column], k, score[i]);
         }
     }
@@ -425,11 +427,13 @@ __global__ void __launch_bounds__(THREADS) lse_general_kernel(const device_plan 
     const int32_t begin = split.index * step.keys_per_split;
     const int32_t end = min(begin + step.keys_per_split, step.num_prior + step.num_window);
     partial_sum row[8];
+#pragma unroll
     for (int i = 0; i < 8; i++)
         row[i].largest = LOWEST, row[i].sum = 0.0f;
     for (int32_t key = begin; key < end; key += GENERAL_TILE) {
         float score[8];
         general_scores<T>(plan, step, layer, kv_head, key, end, first_row, keys, queries, score);
+#pragma unroll
         for (int i = 0; i < 8; i++) {
             const int32_t at = key + lane, last = step.num_prior + (first_row + warp * 8 + i) / plan.group;
             if (at >= end || at > last)
@@ -443,6 +447,7 @@ __global__ void __launch_bounds__(THREADS) lse_general_kernel(const device_plan 
         }
     }
     partials += blockIdx.z * partials_of_layer(plan);
+#pragma unroll
     for (int i = 0; i < 8; i++) {
         for (int mask = 16; mask > 0; mask /= 2)
             merge_lanes(row[i], mask);
@@ -474,7 +479,8 @@ __global__ void __launch_bounds__(THREADS)
         for (int32_t key = begin; key < end; key += GENERAL_TILE) {
             float score[8], total = 0.0f;
             general_scores<T>(plan, step, layer, kv_head, key, end, row, keys, queries, score);
-            for (int i = 0; i < 8; i++)
+        #pragma unroll
+    for (int i = 0; i < 8; i++)
                 total += exp2f(fmaf(score[i], plan.scale_log2, -lse[warp * 8 + i]));
             part[warp][lane] = total;
             __syncthreads();

@@ -15,7 +15,10 @@ __device__ static inline void load_token(const device_plan &plan, const device_l
     const int32_t half = plan.head_dim / 2;
     const device_view &view = layer.keys;
     const T *head = (const T *)view.data + key_offset + piece.head * view.stride[2];
-    for (int i = 0; i < piece.count; i++) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        if (i >= piece.count)
+            continue;
         const int32_t at = piece.first + i, pair = at < half ? at + half : at - half, angle = at < half ? at : pair;
         const float other = to_f32(head[pair * view.stride[3]]);
         x[i] = x[i] * cosines[angle] + (at < half ? other : -other) * sines[angle];
@@ -57,8 +60,11 @@ __global__ void __launch_bounds__(BTX_ROW_THREADS)
         const row_piece piece = find_piece(plan, p);
         float x[8];
         load_token<T>(plan, layer, piece, key_offset, value_offset, cosines, sines, x);
-        for (int i = 0; i < piece.count; i++)
-            normed[piece.column + i] = from_f32<Operand>(x[i] * scale * weight[piece.column + i]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (i < piece.count)
+                normed[piece.column + i] = from_f32<Operand>(x[i] * scale * weight[piece.column + i]);
+        }
     }
     for (int64_t i = width + threadIdx.x; i < stride; i += BTX_ROW_THREADS)
         normed[i] = from_f32<Operand>(0.0f);

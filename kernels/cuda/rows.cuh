@@ -43,6 +43,7 @@ __device__ static inline void load_piece(const float *from, int64_t stride, int 
         x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
         return;
     }
+#pragma unroll
     for (int i = 0; i < 8; i++)
         x[i] = i < count ? from[i * stride] : 0.0f;
 }
@@ -56,10 +57,12 @@ __device__ static inline void load_piece(const T *from, int64_t stride, int vect
             T elements[8];
         } piece;
         piece.words = *(const uint4 *)(const void *)from;
+#pragma unroll
         for (int i = 0; i < 8; i++)
             x[i] = to_f32(piece.elements[i]);
         return;
     }
+#pragma unroll
     for (int i = 0; i < 8; i++)
         x[i] = i < count ? to_f32(from[i * stride]) : 0.0f;
 }

@@ -36,8 +36,11 @@ __device__ static inline void store_piece(T *to, int64_t stride, int vector, int
             ((uint4 *)(void *)to)[i] = piece.words[i];
         return;
     }
-    for (int i = 0; i < count; i++)
-        to[i * stride] = x[i];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        if (i < count)
+            to[i * stride] = x[i];
+    }
 }
 
 /* The gated edit of a piece, keys turned forth when plan.rope_inv_freq says so. */
@@ -51,7 +54,10 @@ __device__ static inline void load_edit(const device_plan &plan, const row_piece
         return;
     const int32_t half = plan.head_dim / 2;
     const float *head = delta + piece.column - piece.first;
-    for (int i = 0; i < piece.count; i++) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        if (i >= piece.count)
+            continue;
         const int32_t at = piece.first + i, pair = at < half ? at + half : at - half, angle = at < half ? at : pair;
         const float other = head[pair] * gate;
         edit[i] = edit[i] * cosines[angle] + (at < half ? -other : other) * sines[angle];
@@ -92,9 +98,10 @@ __global__ void __launch_bounds__(BTX_ROW_THREADS)
         T value[8];
         load_cached<T>(layer, piece, key_offset, value_offset, old);
         load_edit(plan, piece, delta, opening, cosines, sines, edit);
+#pragma unroll
         for (int i = 0; i < 8; i++) {
             if (i >= piece.count)
-                break;
+                continue;
             /* Widening is exact: what is not edited gets its own bits back. */
             const float sum = edit[i] == 0.0f ? old[i] : old[i] + edit[i];
             fits = fits && fabsf(sum) < largest_of<T>();
