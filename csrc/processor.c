@@ -814,7 +814,7 @@ static btx_status begin_run(boundary_run *run, btx_workspace *workspace, void *s
     run->delta_norm = (float *)(memory + layout.delta_norm);
     run->row_norm = (float *)(memory + layout.row_norm);
     cut_chunks(run);
-    run->mass_is_apart = plan->total_prior > 0 && is_split(run, num_units(run));
+    run->mass_is_apart = plan->total_prior > 0 && plan->num_kv_heads > 1 && is_split(run, num_units(run));
     run->num_parts = run->mass_is_apart || run->backend->mass_by_head ? plan->num_kv_heads : 1;
     return run->backend->begin != NULL ? run->backend->begin(run->executor, plan, stream, timed, error) : BTX_OK;
 }
