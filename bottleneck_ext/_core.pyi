@@ -21,11 +21,20 @@ class BackendInfo(TypedDict):
     available: bool
 
 @type_check_only
+class CudaInfo(TypedDict):
+    compiled: bool
+    architectures: list[str]
+    available: bool
+    device: str | None
+    driver: str | None
+    cublaslt: str | None
+
+@type_check_only
 class BuildInfo(TypedDict):
     version: str
     abi_version: int
     compiler: str
-    cuda: bool
+    cuda: CudaInfo
 
 class BottleneckError(Exception):
     """Base of the package's own errors."""
@@ -91,6 +100,8 @@ class Workspace:
     def nbytes(self) -> int: ...
     @property
     def backend(self) -> str: ...
+    def synchronize(self) -> None:
+        """Waits for everything called with this workspace; tells what a device refused meanwhile."""
 
 @final
 class Processor:
@@ -123,8 +134,10 @@ class Processor:
         recalled: SupportsDLPack | None = None,
         delta_norm: SupportsDLPack | None = None,
         row_norm: SupportsDLPack | None = None,
-    ) -> dict[str, float]:
-        """Rewrites the steps that just ended, in place; seconds per stage, summed over threads."""
+        stream: int | None = None,
+        wait: bool = True,
+    ) -> dict[str, float] | None:
+        """Rewrites the steps that just ended, in place; seconds per stage, summed over threads; None without wait."""
 
 @final
 class Linear:
@@ -154,6 +167,7 @@ def attention_mass(
     workspace: Workspace,
     recent_window: int = 256,
     softmax_scale: float = 0.0,
+    stream: int | None = None,
 ) -> None:
     """Exact attention mass of every prior position into out, float32 [num_layers, num_steps, max_prior]."""
 

@@ -179,7 +179,7 @@ static btx_status lay_out(const btx_boundary *boundary, int32_t top_k, int32_t r
     return BTX_OK;
 }
 
-btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_device_type device_type, int32_t num_layers,
+btx_status btx_boundary_plan_create(const btx_boundary *boundary, btx_device device, int32_t num_layers,
                                     int32_t num_kv_heads, int32_t num_query_heads, int32_t head_dim, int32_t top_k,
                                     int32_t recent_window, int for_writing, btx_boundary_plan *out, btx_error *error)
 {
@@ -193,10 +193,9 @@ btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_devi
     if (status != BTX_OK)
         return status;
     const btx_tensor *keys = boundary->kv_cache->keys;
-    if (keys[0].device.type != device_type)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "the KV cache is on another kind of device than the Processor; move one of them");
-    status = check_queries(boundary->query_cache, keys, num_layers, num_query_heads, head_dim, error);
+    status = btx_device_check(&keys[0], "the KV cache", device, error);
+    if (status == BTX_OK)
+        status = check_queries(boundary->query_cache, keys, num_layers, num_query_heads, head_dim, error);
     if (status == BTX_OK)
         status = check_table(&boundary->block_table, "block_table", error);
     if (status == BTX_OK)

@@ -196,8 +196,9 @@ size_t btx_processor_bytes(const btx_processor *processor); /* memory held by pa
 btx_status btx_workspace_create(const btx_backend *backend, int32_t device_index, int32_t num_threads,
                                 btx_workspace **workspace, btx_error *error);
 void btx_workspace_destroy(btx_workspace *workspace); /* NULL is fine; waits for what is running */
-/* Waits until everything that was called with this workspace is done. A boundary that its device refused, after the call
- * had returned, is told here, or by the next call with this workspace: INVALID_ARGUMENT, nothing of it was written. */
+/* Waits until everything that was called with this workspace is done. A boundary that its device refused, after the
+ * call had returned, is told here, or by the next call with this workspace: INVALID_ARGUMENT, nothing of it was
+ * written. */
 btx_status btx_workspace_synchronize(btx_workspace *workspace, btx_error *error);
 int32_t btx_workspace_num_threads(const btx_workspace *workspace);
 size_t btx_workspace_bytes(const btx_workspace *workspace); /* reserved, or grown to the largest call so far */
@@ -380,8 +381,8 @@ struct btx_backend {
      * stream. */
     /* memory = from, of the host; blocks. */
     btx_status (*upload)(int32_t device_index, void *memory, const void *from, size_t bytes, btx_error *error);
-    /* Brings the plan to the device. Tells of an earlier call's failure that nobody has been told of. timed: synchronize
-     * will be asked for stage_seconds. */
+    /* Brings the plan to the device. Tells of an earlier call's failure that nobody has been told of. timed:
+     * synchronize will be asked for stage_seconds. */
     btx_status (*begin)(void *executor, const btx_plan *plan, void *stream, int timed, btx_error *error);
     /* A stage of the boundary has been called for in full. */
     void (*mark)(void *executor, btx_stage stage);
@@ -425,7 +426,8 @@ struct btx_backend {
     /* x / sqrt(mean(x^2) + eps) * weight [num_layers, dim] as operand; x [layers, rows, dim] f32. */
     btx_status (*rms_norm)(const btx_pass *pass, const float *x, int64_t dim, const float *weight, float eps,
                            btx_dtype dtype, void *out, btx_error *error);
-    /* out [layers, rows, out_dim] f32 = x W^T + bias, plus what out held when accumulate is nonzero. x is an operand. */
+    /* out [layers, rows, out_dim] f32 = x W^T + bias, plus what out held when accumulate is nonzero. x is an operand.
+     */
     btx_status (*linear)(const btx_pass *pass, const btx_linear *weights, const void *x, int accumulate, float *out,
                          btx_error *error);
     /* out, an operand [layers, rows, out_dim / 2] = silu(x W_gate^T) * (x W_up^T); weights are gated, without bias. */
@@ -436,10 +438,10 @@ struct btx_backend {
     btx_status (*attention)(const btx_pass *pass, const float *qkv, int64_t dim, int32_t heads, btx_dtype dtype,
                             void *out, btx_error *error);
     /* staged [layers, rows, C] in the cache's dtype = cache + gate [num_layers] * delta, in f32, rounded once; where
-     * the edit is zero the cache's own bits. delta [layers, rows, C] is the edit of rows, overwritten; RoPE is redone on
-     * its key half when the plan says so. rows: what gather_kv read, or NULL, see keeps_rows. Norms f32
-     * [layers, steps of the pass], of the gated edit and of rows. A boundary whose staged values are not all finite is
-     * refused before the write: on the host a delta_norm is infinite then, a device keeps it in mind. */
+     * the edit is zero the cache's own bits. delta [layers, rows, C] is the edit of rows, overwritten; RoPE is redone
+     * on its key half when the plan says so. rows: what gather_kv read, or NULL, see keeps_rows. Norms f32 [layers,
+     * steps of the pass], of the gated edit and of rows. A boundary whose staged values are not all finite is refused
+     * before the write: on the host a delta_norm is infinite then, a device keeps it in mind. */
     btx_status (*stage_kv)(const btx_pass *pass, const int32_t *positions, const float *gate, const float *rows,
                            float *delta, void *staged, float *delta_norm, float *row_norm, btx_error *error);
     /* cache = staged at positions. On a device nothing where the boundary has been refused. */

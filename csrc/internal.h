@@ -16,7 +16,7 @@ typedef struct btx_boundary_plan {
 
 /* Checks the whole boundary and lays out its rows. for_writing: views must be writable and no block may belong to two
  * steps. On failure *out owns nothing. */
-btx_status btx_boundary_plan_create(const btx_boundary *boundary, const btx_device_type device_type, int32_t num_layers,
+btx_status btx_boundary_plan_create(const btx_boundary *boundary, btx_device device, int32_t num_layers,
                                     int32_t num_kv_heads, int32_t num_query_heads, int32_t head_dim, int32_t top_k,
                                     int32_t recent_window, int for_writing, btx_boundary_plan *out, btx_error *error);
 void btx_boundary_plan_destroy(btx_boundary_plan *plan);
@@ -24,6 +24,10 @@ void btx_boundary_plan_destroy(btx_boundary_plan *plan);
 /* Checks one tensor argument: rank, dtype, shape (-1: any), CPU, writable. name is used in the message. */
 btx_status btx_tensor_check(const btx_tensor *tensor, const char *name, btx_dtype dtype, int32_t num_dims,
                             const int64_t *shape, int for_writing, btx_error *error);
+/* The same on a device, and that alone. */
+btx_status btx_tensor_check_on(const btx_tensor *tensor, const char *name, btx_dtype dtype, int32_t num_dims,
+                               const int64_t *shape, int for_writing, btx_device device, btx_error *error);
+btx_status btx_device_check(const btx_tensor *tensor, const char *name, btx_device device, btx_error *error);
 
 /* ABI and device of a backend that a caller hands in. */
 btx_status btx_backend_check(const btx_backend *backend, btx_error *error);
@@ -35,7 +39,13 @@ int btx_reserve(size_t *total, size_t *offset, int64_t count, size_t size);
 char *btx_workspace_memory(const btx_workspace *workspace);
 btx_status btx_workspace_run(btx_workspace *workspace, int64_t num_units, btx_unit_function fn, void *context,
                              btx_error *error);
-/* INVALID_ARGUMENT where the workspace is not of this backend. */
-btx_status btx_workspace_check(const btx_workspace *workspace, const btx_backend *backend, btx_error *error);
+void *btx_workspace_executor(const btx_workspace *workspace);
+int32_t btx_workspace_device_index(const btx_workspace *workspace);
+/* INVALID_ARGUMENT where the workspace is not of this backend and device. */
+btx_status btx_workspace_check(const btx_workspace *workspace, const btx_backend *backend, int32_t device_index,
+                               btx_error *error);
+
+/* "cpu:avx2", "cuda:1" to out. */
+void btx_backend_format(const btx_backend *backend, int32_t device_index, char *out, size_t size);
 
 #endif /* BTX_INTERNAL_H */

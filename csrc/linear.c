@@ -53,6 +53,9 @@ btx_status btx_packed_linear_create(const btx_backend *backend, const btx_tensor
     size_t packed_offset = 0, bias_offset = 0, total = 0;
     *linear = NULL;
     btx_status status = btx_backend_check(backend, error);
+    if (status == BTX_OK && backend->upload != NULL)
+        status = btx_fail(error, BTX_UNSUPPORTED,
+                          "single products run on CPU backends; '%s' has its own library for them", backend->name);
     if (status == BTX_OK && weight_dtype != BTX_F32 && weight_dtype != BTX_BF16)
         status = btx_fail(error, BTX_INVALID_ARGUMENT, "weight_dtype is %s; it must be float32 or bfloat16",
                           btx_dtype_name(weight_dtype));
@@ -86,7 +89,7 @@ btx_status btx_packed_linear_create(const btx_backend *backend, const btx_tensor
         status = btx_fail(error, BTX_OUT_OF_MEMORY, "the weights exceed the address space");
         goto cleanup;
     }
-    status = backend->allocate(total, &created->memory, error);
+    status = backend->allocate(0, total, &created->memory, error);
     if (status != BTX_OK)
         goto cleanup;
     created->bytes = total;
@@ -177,7 +180,7 @@ static btx_status linear_unit(void *context, int64_t unit, int32_t lane_index, b
     btx_status status = backend->round(&pass, run->x + row * product->in_dim, product->in_dim, product->dtype,
                                        lane + run->operand, error);
     if (status == BTX_OK)
-        status = backend->linear(&pass, product, lane + run->operand, NULL, run->accumulate,
+        status = backend->linear(&pass, product, lane + run->operand, run->accumulate,
                                  run->out + row * product->out_dim, error);
     return status;
 }
@@ -198,7 +201,8 @@ static btx_status prepare_run(linear_run *run, btx_workspace *workspace, btx_err
     int64_t rows = run->layers_per_unit * rows_per_unit;
     int fits = btx_reserve(&run->lane_bytes, &run->operand, 1,
                            backend->operand_bytes(rows, product->in_dim, product->dtype)) &&
-               btx_reserve(&run->lane_bytes, &run->scratch, 1, backend->scratch_bytes(plan, rows_per_unit, 0)) &&
+               btx_reserve(&run->lane_bytes, &run->scratch, 1,
+                           backend->scratch_bytes(plan, run->layers_per_unit, rows_per_unit, 0)) &&
                btx_reserve(&total, &lanes, btx_workspace_num_threads(workspace), run->lane_bytes) &&
                btx_reserve(&total, &steps, num_steps, sizeof(btx_plan_step));
     if (!fits)
@@ -238,7 +242,7 @@ btx_status btx_packed_linear_apply(const btx_packed_linear *linear, btx_workspac
 {
     const btx_linear *product = &linear->linear;
     const int64_t x_shape[3] = {linear->num_layers, -1, product->in_dim};
-    btx_status status = btx_workspace_check(workspace, linear->backend, error);
+    btx_status status = btx_workspace_check(workspace, linear->backend, 0, error);
     if (status == BTX_OK)
         status = btx_tensor_check(x, "x", BTX_F32, 3, x_shape, 0, error);
     if (status != BTX_OK)

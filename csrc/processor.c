@@ -3,12 +3,12 @@
  *     for every unit, some layers of some steps                   stage
  *       attention_mass                                            mass
  *       top_k                        -> positions                 top_k
- *       gather_kv                    -> x [rows, C]               gather
- *       rms_norm, in_proj            -> u [rows, D]               processor
+ *       gather_kv, normed            -> x [rows, C]               gather
+ *       in_proj                      -> u [rows, D]               processor
  *       rms_norm, qkv, attention, o_proj    (u += ...)
  *       rms_norm, gate_up with swiglu, down_proj (u += ...)
- *       out_proj, gated              -> delta [rows, C]
- *       stage_kv                     -> staged [rows, C]
+ *       out_proj                     -> delta [rows, C]
+ *       stage_kv, gated              -> staged [rows, C]
  *     then, when everything is staged and finite
  *       write_kv                                                  write
  *
@@ -30,7 +30,9 @@ enum { IN_PROJ, QKV_PROJ, O_PROJ, GATE_UP_PROJ, DOWN_PROJ, OUT_PROJ, NUM_LINEARS
 
 struct btx_processor {
     const btx_backend *backend;
+    int32_t device_index;
     btx_config config;
+    float *rope_inv_freq; /* Owned: config's, [head_dim / 2]; NULL where keys stay rotated */
     btx_linear linear[NUM_LINEARS];
     /* The backend's memory, owned: packed products, biases, norms, gates and inverse frequencies. */
     void *memory;
@@ -39,6 +41,7 @@ struct btx_processor {
     float *attn_norm;  /* [num_layers, D] */
     float *mlp_norm;   /* [num_layers, D] */
     float *gate;       /* [num_layers], sigmoid applied */
+    float *inv_freq;   /* [head_dim / 2], NULL where keys stay rotated */
 };
 
 static const char *const weight_names[BTX_NUM_WEIGHTS] = {
@@ -59,6 +62,16 @@ const char *btx_weight_name(btx_weight weight)
 const char *btx_stage_name(btx_stage stage)
 {
     return stage_names[stage];
+}
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
 }
 
 static int64_t kv_width(const btx_config *config)
@@ -281,44 +294,99 @@ static btx_status lay_out_weights(btx_processor *processor, size_t packed_offset
     return BTX_OK;
 }
 
-static btx_status pack_layer(btx_processor *processor, const btx_tensor *weights, int32_t layer, float *unpacked,
-                             btx_error *error)
+/* Where something in the backend's memory lies in its image on the host. */
+static void *in_image(const btx_processor *processor, char *image, const void *place)
+{
+    return image + ((const char *)place - (const char *)processor->memory);
+}
+
+static btx_status pack_layer(const btx_processor *processor, const btx_tensor *weights, int32_t layer, float *unpacked,
+                             char *image, btx_error *error)
 {
     const btx_config *config = &processor->config;
-    int64_t C = kv_width(config), D = config->processor_dim;
+    const int64_t C = kv_width(config), D = config->processor_dim;
     btx_status status = BTX_OK;
     for (int32_t p = 0; p < NUM_LINEARS && status == BTX_OK; p++) {
         const btx_linear *linear = &processor->linear[p];
-        int64_t part_rows = linear->out_dim / products[p].num_parts;
+        const int64_t part_rows = linear->out_dim / products[p].num_parts;
         for (int32_t part = 0; part < products[p].num_parts && status == BTX_OK; part++) {
             status = read_weight(config, weights, layer, products[p].weight[part],
                                  unpacked + part * part_rows * linear->in_dim, error);
             if (status == BTX_OK && products[p].bias[part] != BTX_NUM_WEIGHTS)
                 status = read_weight(config, weights, layer, products[p].bias[part],
-                                     (float *)linear->bias + layer * linear->out_dim + part * part_rows, error);
+                                     (float *)in_image(processor, image, linear->bias) + layer * linear->out_dim +
+                                         part * part_rows,
+                                     error);
         }
         if (status == BTX_OK)
             processor->backend->pack(unpacked, linear->out_dim, linear->in_dim, linear->dtype, linear->gated,
-                                     (char *)linear->packed + (size_t)layer * linear->layer_stride);
+                                     (char *)in_image(processor, image, linear->packed) +
+                                         (size_t)layer * linear->layer_stride);
     }
-    if (status == BTX_OK)
-        status = read_weight(config, weights, layer, BTX_INPUT_NORM_WEIGHT, processor->input_norm + layer * C, error);
-    if (status == BTX_OK)
-        status = read_weight(config, weights, layer, BTX_ATTN_NORM_WEIGHT, processor->attn_norm + layer * D, error);
-    if (status == BTX_OK)
-        status = read_weight(config, weights, layer, BTX_MLP_NORM_WEIGHT, processor->mlp_norm + layer * D, error);
-    if (status == BTX_OK)
-        status = read_weight(config, weights, layer, BTX_GATE, processor->gate + layer, error);
-    if (status == BTX_OK)
-        processor->gate[layer] = 1.0f / (1.0f + expf(-processor->gate[layer]));
+    const struct {
+        btx_weight weight;
+        const float *place;
+        int64_t size;
+    } vectors[] = {
+        {BTX_INPUT_NORM_WEIGHT, processor->input_norm, C},
+        {BTX_ATTN_NORM_WEIGHT, processor->attn_norm, D},
+        {BTX_MLP_NORM_WEIGHT, processor->mlp_norm, D},
+        {BTX_GATE, processor->gate, 1},
+    };
+    for (size_t v = 0; v < sizeof vectors / sizeof *vectors && status == BTX_OK; v++) {
+        float *to = (float *)in_image(processor, image, vectors[v].place) + layer * vectors[v].size;
+        status = read_weight(config, weights, layer, vectors[v].weight, to, error);
+        if (status == BTX_OK && vectors[v].weight == BTX_GATE)
+            *to = 1.0f / (1.0f + expf(-*to));
+    }
     return status;
 }
 
-btx_status btx_processor_create(const btx_backend *backend, const btx_config *config, const btx_tensor *weights,
-                                btx_processor **processor, btx_error *error)
+/* Packs all layers into the backend's memory. */
+static btx_status pack_weights(const btx_processor *processor, const btx_tensor *weights, btx_error *error)
 {
-    btx_processor *created = NULL;
-    float *unpacked = NULL;
+    const btx_config *config = &processor->config;
+    const btx_backend *backend = processor->backend;
+    int64_t largest = 0;
+    btx_status status = BTX_OK;
+    for (int32_t p = 0; p < NUM_LINEARS; p++)
+        largest = larger(largest, processor->linear[p].out_dim * processor->linear[p].in_dim);
+    float *unpacked = malloc((size_t)largest * sizeof *unpacked);
+    char *image = backend->upload == NULL ? processor->memory : calloc(1, processor->bytes);
+    if (unpacked == NULL || image == NULL)
+        status = btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for packing %zu bytes of weights", processor->bytes);
+    for (int32_t layer = 0; layer < config->num_layers && status == BTX_OK; layer++)
+        status = pack_layer(processor, weights, layer, unpacked, image, error);
+    if (status == BTX_OK && processor->inv_freq != NULL)
+        memcpy(in_image(processor, image, processor->inv_freq), processor->rope_inv_freq,
+               sizeof(float) * (size_t)(config->head_dim / 2));
+    if (status == BTX_OK && backend->upload != NULL)
+        status = backend->upload(processor->device_index, processor->memory, image, processor->bytes, error);
+    free(unpacked);
+    if (backend->upload != NULL)
+        free(image);
+    return status;
+}
+
+/* config and, where it has them, inverse frequencies of the processor's own. */
+static btx_status copy_config(btx_processor *processor, const btx_config *config, btx_error *error)
+{
+    processor->config = *config;
+    processor->config.rope_inv_freq = NULL;
+    if (config->key_space == BTX_KEYS_ROTATED)
+        return BTX_OK;
+    const size_t bytes = sizeof(float) * (size_t)(config->head_dim / 2);
+    processor->rope_inv_freq = malloc(bytes);
+    if (processor->rope_inv_freq == NULL)
+        return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for a Processor");
+    memcpy(processor->rope_inv_freq, config->rope_inv_freq, bytes);
+    processor->config.rope_inv_freq = processor->rope_inv_freq;
+    return BTX_OK;
+}
+
+btx_status btx_processor_create(const btx_backend *backend, int32_t device_index, const btx_config *config,
+                                const btx_tensor *weights, btx_processor **processor, btx_error *error)
+{
     size_t packed_offset[NUM_LINEARS] = {0}, bias_offset[NUM_LINEARS] = {0}, vector_offset[5] = {0};
     *processor = NULL;
     btx_status status = btx_backend_check(backend, error);
@@ -326,47 +394,33 @@ btx_status btx_processor_create(const btx_backend *backend, const btx_config *co
         status = btx_config_check(config, error);
     if (status != BTX_OK)
         return status;
-    created = calloc(1, sizeof *created);
+    btx_processor *created = calloc(1, sizeof *created);
     if (created == NULL)
         return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for a Processor");
     created->backend = backend;
-    created->config = *config;
-    if (config->key_space == BTX_KEYS_ROTATED)
-        created->config.rope_inv_freq = NULL;
-    status = lay_out_weights(created, packed_offset, bias_offset, vector_offset, error);
+    created->device_index = device_index;
+    status = copy_config(created, config, error);
     if (status == BTX_OK)
-        status = backend->allocate(created->bytes, &created->memory, error);
+        status = lay_out_weights(created, packed_offset, bias_offset, vector_offset, error);
+    if (status == BTX_OK)
+        status = backend->allocate(device_index, created->bytes, &created->memory, error);
     if (status != BTX_OK)
         goto cleanup;
 
     char *memory = created->memory;
-    int64_t largest = 0;
     for (int32_t p = 0; p < NUM_LINEARS; p++) {
         btx_linear *linear = &created->linear[p];
         linear->packed = memory + packed_offset[p];
         linear->bias = products[p].bias[0] != BTX_NUM_WEIGHTS ? (float *)(memory + bias_offset[p]) : NULL;
-        if (linear->out_dim * linear->in_dim > largest)
-            largest = linear->out_dim * linear->in_dim;
     }
     created->input_norm = (float *)(memory + vector_offset[0]);
     created->attn_norm = (float *)(memory + vector_offset[1]);
     created->mlp_norm = (float *)(memory + vector_offset[2]);
     created->gate = (float *)(memory + vector_offset[3]);
-    if (created->config.rope_inv_freq != NULL) {
-        float *inv_freq = (float *)(memory + vector_offset[4]);
-        memcpy(inv_freq, config->rope_inv_freq, sizeof(float) * (size_t)(config->head_dim / 2));
-        created->config.rope_inv_freq = inv_freq;
-    }
-    unpacked = malloc((size_t)largest * sizeof *unpacked);
-    if (unpacked == NULL) {
-        status = btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for packing %" PRId64 " weights", largest);
-        goto cleanup;
-    }
-    for (int32_t layer = 0; layer < config->num_layers && status == BTX_OK; layer++)
-        status = pack_layer(created, weights, layer, unpacked, error);
+    created->inv_freq = created->rope_inv_freq != NULL ? (float *)(memory + vector_offset[4]) : NULL;
+    status = pack_weights(created, weights, error);
 
 cleanup:
-    free(unpacked);
     if (status != BTX_OK) {
         btx_processor_destroy(created);
         created = NULL;
@@ -380,6 +434,7 @@ void btx_processor_destroy(btx_processor *processor)
     if (processor == NULL)
         return;
     processor->backend->release(processor->memory);
+    free(processor->rope_inv_freq);
     free(processor);
 }
 
@@ -391,6 +446,11 @@ const btx_config *btx_processor_config(const btx_processor *processor)
 const btx_backend *btx_processor_backend(const btx_processor *processor)
 {
     return processor->backend;
+}
+
+int32_t btx_processor_device_index(const btx_processor *processor)
+{
+    return processor->device_index;
 }
 
 size_t btx_processor_bytes(const btx_processor *processor)
@@ -409,19 +469,22 @@ typedef struct boundary_run {
     const btx_processor *processor; /* NULL: attention mass alone */
     const btx_backend *backend;
     const btx_plan *plan;
+    void *executor;
     int32_t num_lanes;
     int32_t layers_per_unit;
     int64_t num_chunks;   /* of steps; a unit is one of them for layers_per_unit layers */
-    int64_t *chunk_begin; /* [num_chunks + 1], steps */
-    int32_t num_parts;    /* of the mass, each some KV heads; 1: a unit's own */
+    int64_t *chunk_begin; /* [num_chunks + 1], steps. Owned. */
+    int32_t num_parts;    /* of the mass, a KV head each, or 1 */
+    int mass_is_apart;    /* its parts are units of their own, before all others */
+    int wants_norms;
     lane_layout layout;
     char *lanes;        /* [num_lanes] of layout.bytes */
-    float *mass;        /* [num_layers, num_chunks][num_parts, prior of the chunk] where num_parts > 1 */
+    float *mass;        /* [num_layers, num_chunks][num_parts, prior of the chunk] where mass_is_apart */
     int32_t *positions; /* [num_layers, total_rows] */
     char *staged;       /* [num_layers, total_rows, C] in the cache's dtype */
     float *delta_norm;  /* [num_layers, num_steps] */
     float *row_norm;    /* [num_layers, num_steps] */
-    double *seconds;    /* [num_lanes, BTX_NUM_STAGES] */
+    double *seconds;    /* [num_lanes, BTX_NUM_STAGES]. Owned. */
     const btx_tensor *mass_out;
 } boundary_run;
 
@@ -436,6 +499,8 @@ static double now(void)
 static void charge(boundary_run *run, int32_t lane, btx_stage stage, double *since)
 {
     double time = now();
+    if (run->backend->mark != NULL)
+        run->backend->mark(run->executor, stage);
     run->seconds[(int64_t)lane * BTX_NUM_STAGES + stage] += time - *since;
     *since = time;
 }
@@ -457,6 +522,7 @@ static btx_pass make_pass(const boundary_run *run, int64_t unit, int32_t lane)
         .layer_end = layer_end < run->plan->num_layers ? layer_end : run->plan->num_layers,
         .step_begin = run->chunk_begin[chunk],
         .step_end = run->chunk_begin[chunk + 1],
+        .executor = run->executor,
         .scratch = run->lanes + (size_t)lane * run->layout.bytes + run->layout.scratch,
     };
 }
@@ -467,22 +533,20 @@ static int64_t first_row(const btx_pass *pass)
     return pass->layer_begin * pass->plan->total_rows + pass->plan->steps[pass->step_begin].row_offset;
 }
 
-/* Where the mass of a pass goes: into the lane, or, in parts, among all. */
+/* Where the mass of a pass goes: into the lane, or, apart, among all. */
 static float *mass_of_pass(const boundary_run *run, const btx_pass *pass, int32_t lane)
 {
     const btx_plan *plan = run->plan;
-    if (run->num_parts == 1)
+    if (!run->mass_is_apart)
         return (float *)(run->lanes + (size_t)lane * run->layout.bytes + run->layout.mass);
     return run->mass +
            (pass->layer_begin * plan->total_prior + plan->steps[pass->step_begin].prior_offset) * run->num_parts;
 }
 
-static btx_status measure_mass(const boundary_run *run, const btx_pass *pass, int32_t part, int32_t lane,
-                               btx_error *error)
+/* The mass of one unit, all of it. */
+static btx_status measure_mass(const boundary_run *run, const btx_pass *pass, int32_t lane, btx_error *error)
 {
-    int32_t heads = run->plan->num_kv_heads;
-    return run->backend->attention_mass(pass, heads * part / run->num_parts, heads * (part + 1) / run->num_parts,
-                                        mass_of_pass(run, pass, lane) + part * btx_pass_prior(pass), error);
+    return run->backend->attention_mass(pass, 0, run->plan->num_kv_heads, mass_of_pass(run, pass, lane), error);
 }
 
 /* One part of the mass of one unit: units of the run of their own. */
@@ -491,7 +555,9 @@ static btx_status mass_part(void *context, int64_t index, int32_t lane, btx_erro
     boundary_run *run = context;
     btx_pass pass = make_pass(run, index / run->num_parts, lane);
     double since = now();
-    btx_status status = measure_mass(run, &pass, (int32_t)(index % run->num_parts), lane, error);
+    const int32_t part = (int32_t)(index % run->num_parts);
+    btx_status status = run->backend->attention_mass(
+        &pass, part, part + 1, mass_of_pass(run, &pass, lane) + part * btx_pass_prior(&pass), error);
     charge(run, lane, BTX_STAGE_MASS, &since);
     return status;
 }
@@ -504,42 +570,40 @@ static btx_status process_rows(const boundary_run *run, const btx_pass *pass, ch
     const btx_linear *linear = processor->linear;
     const btx_dtype dtype = config->weight_dtype;
     const lane_layout *layout = &run->layout;
-    int64_t C = kv_width(config), D = config->processor_dim;
-    float *x = (float *)(lane + layout->x), *u = (float *)(lane + layout->u), *qkv = (float *)(lane + layout->qkv);
+    const int64_t C = kv_width(config), D = config->processor_dim;
+    const float *x = backend->keeps_rows ? (float *)(lane + layout->x) : NULL;
+    float *u = (float *)(lane + layout->u), *qkv = (float *)(lane + layout->qkv);
     float *delta = (float *)(lane + layout->delta);
     void *normed = lane + layout->normed, *wide = lane + layout->wide;
     const float eps = config->norm_eps;
     const int64_t row = first_row(pass), norm = pass->layer_begin * run->plan->num_steps + pass->step_begin;
-    btx_status status;
-
-    status = backend->rms_norm(pass, x, C, processor->input_norm, eps, dtype, normed, error);
-    if (status == BTX_OK)
-        status = backend->linear(pass, &linear[IN_PROJ], normed, NULL, 0, u, error);
+    btx_status status = backend->linear(pass, &linear[IN_PROJ], normed, 0, u, error);
 
     if (status == BTX_OK)
         status = backend->rms_norm(pass, u, D, processor->attn_norm, eps, dtype, normed, error);
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[QKV_PROJ], normed, NULL, 0, qkv, error);
+        status = backend->linear(pass, &linear[QKV_PROJ], normed, 0, qkv, error);
     if (status == BTX_OK)
         status = backend->attention(pass, qkv, D, config->processor_heads, dtype, wide, error);
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[O_PROJ], wide, NULL, 1, u, error);
+        status = backend->linear(pass, &linear[O_PROJ], wide, 1, u, error);
 
     if (status == BTX_OK)
         status = backend->rms_norm(pass, u, D, processor->mlp_norm, eps, dtype, normed, error);
     if (status == BTX_OK)
         status = backend->linear_swiglu(pass, &linear[GATE_UP_PROJ], normed, wide, error);
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[DOWN_PROJ], wide, NULL, 1, u, error);
+        status = backend->linear(pass, &linear[DOWN_PROJ], wide, 1, u, error);
 
     if (status == BTX_OK)
         status = backend->round(pass, u, D, dtype, normed, error);
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[OUT_PROJ], normed, processor->gate, 0, delta, error);
+        status = backend->linear(pass, &linear[OUT_PROJ], normed, 0, delta, error);
     if (status == BTX_OK)
-        status = backend->stage_kv(pass, run->positions + row, x, delta,
+        status = backend->stage_kv(pass, run->positions + row, processor->gate, x, delta,
                                    run->staged + row * C * (int64_t)btx_dtype_size(run->plan->keys[0].dtype),
-                                   run->delta_norm + norm, run->row_norm + norm, error);
+                                   run->wants_norms ? run->delta_norm + norm : NULL,
+                                   run->wants_norms ? run->row_norm + norm : NULL, error);
     return status;
 }
 
@@ -547,20 +611,23 @@ static btx_status process_rows(const boundary_run *run, const btx_pass *pass, ch
 static btx_status stage_unit(void *context, int64_t unit, int32_t lane_index, btx_error *error)
 {
     boundary_run *run = context;
+    const btx_processor *processor = run->processor;
     btx_pass pass = make_pass(run, unit, lane_index);
     char *lane = run->lanes + (size_t)lane_index * run->layout.bytes;
+    float *rows = run->backend->keeps_rows ? (float *)(lane + run->layout.x) : NULL;
     int32_t *positions = run->positions + first_row(&pass);
     double since = now();
 
     btx_status status = BTX_OK;
-    if (run->processor->config.top_k > 0 && run->num_parts == 1)
-        status = measure_mass(run, &pass, 0, lane_index, error);
+    if (processor->config.top_k > 0 && !run->mass_is_apart)
+        status = measure_mass(run, &pass, lane_index, error);
     charge(run, lane_index, BTX_STAGE_MASS, &since);
     if (status == BTX_OK)
         status = run->backend->top_k(&pass, run->num_parts, mass_of_pass(run, &pass, lane_index), positions, error);
     charge(run, lane_index, BTX_STAGE_TOP_K, &since);
     if (status == BTX_OK)
-        status = run->backend->gather_kv(&pass, positions, (float *)(lane + run->layout.x), error);
+        status = run->backend->gather_kv(&pass, positions, rows, processor->input_norm, processor->config.norm_eps,
+                                         processor->config.weight_dtype, lane + run->layout.normed, error);
     charge(run, lane_index, BTX_STAGE_GATHER, &since);
     if (status == BTX_OK)
         status = process_rows(run, &pass, lane, error);
@@ -584,7 +651,8 @@ static btx_status write_unit(void *context, int64_t unit, int32_t lane, btx_erro
 static void cut_chunks(boundary_run *run)
 {
     const btx_plan *plan = run->plan;
-    int64_t limit = run->backend->rows_per_pass, rows = 0;
+    const int64_t limit = run->backend->layers_per_pass > 0 ? run->backend->rows_per_pass : 0;
+    int64_t rows = 0;
     run->num_chunks = 0;
     for (int64_t s = 0; s < plan->num_steps; s++) {
         int64_t more = plan->steps[s].num_recalled + plan->steps[s].num_window;
@@ -608,24 +676,15 @@ typedef struct run_size {
     int64_t max_rows;      /* of a step: recalled and window */
     int64_t max_window;    /* of a step */
     int64_t max_positions; /* of a step: prior and window */
+    int64_t row_limit;     /* what max_rows can be: decides on the layers of a unit */
 } run_size;
 
 /* Where the buffers of a run begin in the workspace. */
 typedef struct run_layout {
-    size_t lanes, chunks, mass, positions, staged, delta_norm, row_norm, seconds, bytes;
+    size_t lanes, mass, positions, staged, delta_norm, row_norm, bytes;
 } run_layout;
 
-static int64_t smaller(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t larger(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
-static run_size size_of_plan(const btx_plan *plan)
+static run_size size_of_plan(const btx_plan *plan, const btx_config *config)
 {
     run_size size = {.num_steps = plan->num_steps, .total_rows = plan->total_rows};
     for (int64_t s = 0; s < plan->num_steps; s++) {
@@ -634,6 +693,7 @@ static run_size size_of_plan(const btx_plan *plan)
         size.max_window = larger(size.max_window, step->num_window);
         size.max_positions = larger(size.max_positions, step->num_prior + step->num_window);
     }
+    size.row_limit = config != NULL ? (int64_t)config->recent_window + config->top_k : size.max_window;
     return size;
 }
 
@@ -644,6 +704,24 @@ static int is_split(const boundary_run *run, int64_t units)
     const btx_processor *processor = run->processor;
     return run->backend->layers_per_pass > 0 && units < 4 * (int64_t)run->num_lanes &&
            (processor == NULL || processor->config.top_k > 0);
+}
+
+/* Layers of a unit when num_steps steps end. */
+static int64_t layers_of_unit(const boundary_run *run, int64_t num_steps, int64_t row_limit)
+{
+    const btx_backend *backend = run->backend;
+    if (backend->layers_per_pass > 0)
+        return backend->layers_per_pass;
+    return smaller(run->plan->num_layers, larger(1, backend->rows_per_pass / larger(1, num_steps * row_limit)));
+}
+
+/* Steps times layers of a unit, at most, when up to num_steps steps end: the fewer end, the more layers are taken. */
+static int64_t largest_unit(const boundary_run *run, int64_t num_steps, int64_t row_limit)
+{
+    int64_t largest = 0;
+    for (int64_t s = 1; s <= num_steps; s++)
+        largest = larger(largest, s * layers_of_unit(run, s, row_limit));
+    return largest;
 }
 
 /* Lays out lanes and staged results for a run of this size; without a Processor for attention mass alone. 0 where they
@@ -658,13 +736,14 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
                  D = config != NULL ? (size_t)config->processor_dim : 0;
     const size_t F = config != NULL ? (size_t)config->processor_mlp_dim : 0;
     const int64_t limit = backend->rows_per_pass, top_k = config != NULL ? config->top_k : 0;
-    run->layers_per_unit = backend->layers_per_pass > 0 ? backend->layers_per_pass : plan->num_layers;
+    const int64_t mass_parts = backend->mass_by_head ? plan->num_kv_heads : 1;
+    run->layers_per_unit = (int32_t)layers_of_unit(run, size->num_steps, size->row_limit);
 
     /* A chunk is a single step, or has at most limit rows: steps with more than top_k prior positions have top_k + 1
      * rows or more, those with fewer recall them all. */
     int64_t chunk_rows = size->num_steps * size->max_rows, all_prior = size->num_steps * size->max_positions;
     int64_t chunk_prior = config != NULL && top_k == 0 ? 0 : all_prior;
-    if (limit > 0) {
+    if (backend->layers_per_pass > 0 && limit > 0) {
         chunk_rows = smaller(chunk_rows, larger(limit, size->max_rows));
         chunk_prior = smaller(chunk_prior, larger(1, limit / (top_k + 1)) * size->max_positions + limit);
     }
@@ -677,38 +756,50 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
     btx_plan plan_of_longest = *plan;
     plan_of_longest.steps = &longest;
     plan_of_longest.num_steps = 1;
-    const int64_t rows = run->layers_per_unit * chunk_rows;
+    /* Of all units that as many steps or fewer make the largest. */
+    int64_t max_layers = run->layers_per_unit, rows = max_layers * chunk_rows, prior = max_layers * chunk_prior;
+    if (backend->layers_per_pass == 0) {
+        const int64_t steps = largest_unit(run, size->num_steps, size->row_limit);
+        max_layers = layers_of_unit(run, 1, size->row_limit);
+        rows = steps * size->max_rows;
+        prior = chunk_prior == 0 ? 0 : steps * size->max_positions;
+        chunk_rows = (rows + max_layers - 1) / max_layers;
+    }
     const int64_t all_rows = plan->num_layers * size->total_rows, all_steps = plan->num_layers * size->num_steps;
     lane_layout *lane = &run->layout;
     *lane = (lane_layout){0};
     *out = (run_layout){0};
-    return btx_reserve(&lane->bytes, &lane->mass, run->layers_per_unit * chunk_prior, sizeof(float)) &&
-           btx_reserve(&lane->bytes, &lane->x, rows, C * sizeof(float)) &&
+    return btx_reserve(&lane->bytes, &lane->mass, prior * mass_parts, sizeof(float)) &&
+           btx_reserve(&lane->bytes, &lane->x, backend->keeps_rows ? rows : 0, C * sizeof(float)) &&
            btx_reserve(&lane->bytes, &lane->delta, rows, C * sizeof(float)) &&
            btx_reserve(&lane->bytes, &lane->normed, 1, backend->operand_bytes(rows, (int64_t)(C > D ? C : D), dtype)) &&
            btx_reserve(&lane->bytes, &lane->u, rows, D * sizeof(float)) &&
            btx_reserve(&lane->bytes, &lane->qkv, rows, 3 * D * sizeof(float)) &&
            btx_reserve(&lane->bytes, &lane->wide, 1, backend->operand_bytes(rows, (int64_t)(D > F ? D : F), dtype)) &&
            btx_reserve(&lane->bytes, &lane->scratch, 1,
-                       backend->scratch_bytes(&plan_of_longest, chunk_rows, (int64_t)D)) &&
+                       backend->scratch_bytes(&plan_of_longest, (int32_t)max_layers, chunk_rows, (int64_t)D)) &&
            btx_reserve(&out->bytes, &out->lanes, run->num_lanes, lane->bytes) &&
-           btx_reserve(&out->bytes, &out->chunks, size->num_steps + 1, sizeof(int64_t)) &&
            btx_reserve(&out->bytes, &out->mass, plan->num_layers * split_prior,
                        (size_t)plan->num_kv_heads * sizeof(float)) &&
            btx_reserve(&out->bytes, &out->positions, all_rows, sizeof(int32_t)) &&
            btx_reserve(&out->bytes, &out->staged, all_rows, C * btx_dtype_size(cache_dtype)) &&
            btx_reserve(&out->bytes, &out->delta_norm, all_steps, sizeof(float)) &&
-           btx_reserve(&out->bytes, &out->row_norm, all_steps, sizeof(float)) &&
-           btx_reserve(&out->bytes, &out->seconds, run->num_lanes, BTX_NUM_STAGES * sizeof(double));
+           btx_reserve(&out->bytes, &out->row_norm, all_steps, sizeof(float));
 }
 
-/* Makes room in the workspace and cuts the run into units. */
-static btx_status prepare_run(boundary_run *run, btx_workspace *workspace, btx_error *error)
+/* Makes room in the workspace and cuts the run into units. What the run owns is released by end_run, also after a
+ * failure. */
+static btx_status begin_run(boundary_run *run, btx_workspace *workspace, void *stream, int timed, btx_error *error)
 {
     const btx_plan *plan = run->plan;
-    const run_size size = size_of_plan(plan);
+    const run_size size = size_of_plan(plan, run->processor != NULL ? &run->processor->config : NULL);
     run_layout layout;
+    run->executor = btx_workspace_executor(workspace);
     run->num_lanes = btx_workspace_num_threads(workspace);
+    run->chunk_begin = malloc(((size_t)plan->num_steps + 1) * sizeof *run->chunk_begin);
+    run->seconds = calloc((size_t)run->num_lanes * BTX_NUM_STAGES, sizeof *run->seconds);
+    if (run->chunk_begin == NULL || run->seconds == NULL)
+        return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for a boundary of %" PRId64 " steps", plan->num_steps);
     if (!lay_out(run, &size, plan->keys[0].dtype, &layout))
         return btx_fail(error, BTX_OUT_OF_MEMORY, "%" PRId64 " rows exceed the address space; split the call",
                         plan->total_rows);
@@ -717,17 +808,21 @@ static btx_status prepare_run(boundary_run *run, btx_workspace *workspace, btx_e
         return status;
     char *memory = btx_workspace_memory(workspace);
     run->lanes = memory + layout.lanes;
-    run->chunk_begin = (int64_t *)(memory + layout.chunks);
     run->mass = (float *)(memory + layout.mass);
     run->positions = (int32_t *)(memory + layout.positions);
     run->staged = memory + layout.staged;
     run->delta_norm = (float *)(memory + layout.delta_norm);
     run->row_norm = (float *)(memory + layout.row_norm);
-    run->seconds = (double *)(memory + layout.seconds);
-    memset(run->seconds, 0, (size_t)run->num_lanes * BTX_NUM_STAGES * sizeof(double));
     cut_chunks(run);
-    run->num_parts = plan->total_prior > 0 && is_split(run, num_units(run)) ? plan->num_kv_heads : 1;
-    return BTX_OK;
+    run->mass_is_apart = plan->total_prior > 0 && plan->num_kv_heads > 1 && is_split(run, num_units(run));
+    run->num_parts = run->mass_is_apart || run->backend->mass_by_head ? plan->num_kv_heads : 1;
+    return run->backend->begin != NULL ? run->backend->begin(run->executor, plan, stream, timed, error) : BTX_OK;
+}
+
+static void end_run(boundary_run *run)
+{
+    free(run->chunk_begin);
+    free(run->seconds);
 }
 
 btx_status btx_processor_workspace_bytes(const btx_processor *processor, int32_t num_threads, int64_t num_sequences,
@@ -757,8 +852,10 @@ btx_status btx_processor_workspace_bytes(const btx_processor *processor, int32_t
         .max_rows = rows,
         .max_window = smaller(config->recent_window, max_tokens),
         .max_positions = max_tokens,
+        .row_limit = (int64_t)config->recent_window + config->top_k,
     };
-    boundary_run run = {.processor = processor, .backend = processor->backend, .plan = &plan, .num_lanes = num_threads};
+    boundary_run run = {.processor = processor, .backend = processor->backend, .plan = &plan};
+    run.num_lanes = processor->backend->layers_per_pass > 0 ? num_threads : 1;
     run_layout layout;
     if (!lay_out(&run, &size, cache_dtype, &layout))
         return btx_fail(error, BTX_OUT_OF_MEMORY,
@@ -790,25 +887,56 @@ static void copy_norms(const btx_tensor *out, const float *norms, const btx_plan
     }
 }
 
-static void fill_report(btx_report *report, const boundary_run *run, int32_t top_k)
+/* positions [num_layers, total_rows], delta_norm and row_norm [num_layers, num_steps], all of the host. */
+static void fill_report(btx_report *report, const boundary_run *run, const int32_t *positions, const float *delta_norm,
+                        const float *row_norm)
 {
     const btx_plan *plan = run->plan;
     const btx_tensor *out = &report->recalled;
+    const int64_t top_k = run->processor->config.top_k;
     for (int64_t layer = 0; out->data != NULL && layer < plan->num_layers; layer++) {
         for (int64_t s = 0; s < plan->num_steps; s++) {
             const btx_plan_step *step = &plan->steps[s];
-            const int32_t *positions = run->positions + layer * plan->total_rows + step->row_offset;
+            const int32_t *of_step = positions + layer * plan->total_rows + step->row_offset;
             int64_t *row = (int64_t *)out->data + layer * out->stride[0] + s * out->stride[1];
             for (int64_t i = 0; i < top_k; i++)
-                row[i * out->stride[2]] = i < step->num_recalled ? positions[i] : -1;
+                row[i * out->stride[2]] = i < step->num_recalled ? of_step[i] : -1;
         }
     }
-    copy_norms(&report->delta_norm, run->delta_norm, plan);
-    copy_norms(&report->row_norm, run->row_norm, plan);
-    for (int32_t lane = 0; lane < run->num_lanes; lane++) {
+    copy_norms(&report->delta_norm, delta_norm, plan);
+    copy_norms(&report->row_norm, row_norm, plan);
+    for (int32_t lane = 0; run->backend->begin == NULL && lane < run->num_lanes; lane++) {
         for (int32_t stage = 0; stage < BTX_NUM_STAGES; stage++)
             report->stage_seconds[stage] += run->seconds[lane * BTX_NUM_STAGES + stage];
     }
+}
+
+/* The report of a boundary on another device, which is waited for. */
+static btx_status fetch_report(btx_report *report, const boundary_run *run, btx_error *error)
+{
+    const btx_plan *plan = run->plan;
+    const size_t num_positions = (size_t)(plan->num_layers * plan->total_rows);
+    const size_t num_norms = (size_t)(plan->num_layers * plan->num_steps);
+    btx_status status = run->backend->synchronize(run->executor, report->stage_seconds, error);
+    if (status != BTX_OK)
+        return status;
+    int32_t *positions = malloc(num_positions * sizeof *positions);
+    float *norms = malloc(2 * num_norms * sizeof *norms);
+    if (positions == NULL || norms == NULL)
+        status = btx_fail(error, BTX_REBUILD_NEEDED, "out of memory for the report; the caches were rewritten");
+    if (status == BTX_OK)
+        status =
+            run->backend->download(run->executor, positions, run->positions, num_positions * sizeof *positions, error);
+    if (status == BTX_OK)
+        status = run->backend->download(run->executor, norms, run->delta_norm, num_norms * sizeof *norms, error);
+    if (status == BTX_OK)
+        status =
+            run->backend->download(run->executor, norms + num_norms, run->row_norm, num_norms * sizeof *norms, error);
+    if (status == BTX_OK)
+        fill_report(report, run, positions, norms, norms + num_norms);
+    free(positions);
+    free(norms);
+    return status;
 }
 
 static btx_status check_finite(const boundary_run *run, btx_error *error)
@@ -829,28 +957,31 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
                        btx_report *report, btx_error *error)
 {
     const btx_config *config = &processor->config;
+    const btx_backend *backend = processor->backend;
+    const btx_device device = {backend->device_type, processor->device_index};
     btx_boundary_plan planned = {0};
-    btx_status status = btx_workspace_check(workspace, processor->backend, error);
+    btx_status status = btx_workspace_check(workspace, backend, processor->device_index, error);
     if (status == BTX_OK)
-        status = btx_boundary_plan_create(boundary, processor->backend->device_type, config->num_layers,
-                                          config->num_kv_heads, config->num_query_heads, config->head_dim,
-                                          config->top_k, config->recent_window, 1, &planned, error);
+        status = btx_boundary_plan_create(boundary, device, config->num_layers, config->num_kv_heads,
+                                          config->num_query_heads, config->head_dim, config->top_k,
+                                          config->recent_window, 1, &planned, error);
     if (status != BTX_OK)
         return status;
-    planned.plan.rope_inv_freq = config->rope_inv_freq;
-    boundary_run run = {.processor = processor, .backend = processor->backend, .plan = &planned.plan};
+    planned.plan.rope_inv_freq = processor->inv_freq;
+    boundary_run run = {.processor = processor, .backend = backend, .plan = &planned.plan};
+    run.wants_norms = report != NULL || backend->begin == NULL; /* on the host they say what is not finite */
     if (report != NULL) {
         memset(report->stage_seconds, 0, sizeof report->stage_seconds);
         status = check_report(report, &planned.plan, config->top_k, error);
     }
     if (status != BTX_OK || planned.plan.num_steps == 0)
         goto cleanup;
-    status = prepare_run(&run, workspace, error);
-    if (status == BTX_OK && run.num_parts > 1)
+    status = begin_run(&run, workspace, boundary->stream, report != NULL, error);
+    if (status == BTX_OK && run.mass_is_apart)
         status = btx_workspace_run(workspace, num_units(&run) * run.num_parts, mass_part, &run, error);
     if (status == BTX_OK)
         status = btx_workspace_run(workspace, num_units(&run), stage_unit, &run, error);
-    if (status == BTX_OK)
+    if (status == BTX_OK && backend->begin == NULL)
         status = check_finite(&run, error);
     if (status != BTX_OK)
         goto cleanup;
@@ -860,10 +991,13 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
         status = BTX_REBUILD_NEEDED;
         goto cleanup;
     }
-    if (report != NULL)
-        fill_report(report, &run, config->top_k);
+    if (report != NULL && backend->begin != NULL)
+        status = fetch_report(report, &run, error);
+    else if (report != NULL)
+        fill_report(report, &run, run.positions, run.delta_norm, run.row_norm);
 
 cleanup:
+    end_run(&run);
     btx_boundary_plan_destroy(&planned);
     return status;
 }
@@ -872,27 +1006,10 @@ cleanup:
 static btx_status mass_unit(void *context, int64_t unit, int32_t lane, btx_error *error)
 {
     boundary_run *run = context;
-    const btx_plan *plan = run->plan;
-    const btx_tensor *out = run->mass_out;
     btx_pass pass = make_pass(run, unit, lane);
-    const float *mass = mass_of_pass(run, &pass, lane);
-    const int64_t prior = btx_pass_prior(&pass);
-    btx_status status = run->num_parts == 1 ? measure_mass(run, &pass, 0, lane, error) : BTX_OK;
-    for (int64_t layer = pass.layer_begin; layer < pass.layer_end && status == BTX_OK; layer++) {
-        const float *of_step = mass;
-        for (int64_t s = pass.step_begin; s < pass.step_end; s++) {
-            const btx_plan_step *step = &plan->steps[s];
-            float *row = (float *)out->data + layer * out->stride[0] + s * out->stride[1];
-            for (int64_t i = 0; i < out->shape[2]; i++) {
-                float sum = 0.0f;
-                for (int32_t part = 0; i < step->num_prior && part < run->num_parts; part++)
-                    sum += of_step[part * prior + i];
-                row[i * out->stride[2]] = sum;
-            }
-            of_step += step->num_prior;
-        }
-        mass += run->num_parts * prior;
-    }
+    btx_status status = run->mass_is_apart ? BTX_OK : measure_mass(run, &pass, lane, error);
+    if (status == BTX_OK)
+        status = run->backend->store_mass(&pass, run->num_parts, mass_of_pass(run, &pass, lane), run->mass_out, error);
     return status;
 }
 
@@ -902,7 +1019,7 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
     btx_boundary_plan planned = {0};
     btx_status status = btx_backend_check(backend, error);
     if (status == BTX_OK)
-        status = btx_workspace_check(workspace, backend, error);
+        status = btx_workspace_check(workspace, backend, btx_workspace_device_index(workspace), error);
     if (status == BTX_OK)
         status = check_range("recent_window", recent_window, 1, BTX_MAX_RECENT_WINDOW, error);
     if (status != BTX_OK)
@@ -921,8 +1038,9 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
                         "%" PRId64 " query heads over %" PRId64 " KV heads of size %" PRId64
                         " make no attention; query heads are a multiple of KV heads",
                         num_query_heads, key_shape[2], key_shape[3]);
+    const btx_device device = {backend->device_type, btx_workspace_device_index(workspace)};
     status =
-        btx_boundary_plan_create(boundary, backend->device_type, boundary->kv_cache->num_layers, (int32_t)key_shape[2],
+        btx_boundary_plan_create(boundary, device, boundary->kv_cache->num_layers, (int32_t)key_shape[2],
                                  (int32_t)num_query_heads, (int32_t)key_shape[3], 0, recent_window, 0, &planned, error);
     if (status != BTX_OK)
         return status;
@@ -930,17 +1048,20 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
     for (int64_t s = 0; s < planned.plan.num_steps; s++)
         max_prior = planned.steps[s].num_prior > max_prior ? planned.steps[s].num_prior : max_prior;
     const int64_t shape[3] = {planned.plan.num_layers, planned.plan.num_steps, max_prior};
-    status = btx_tensor_check(out, "out", BTX_F32, 3, shape, 1, error);
+    status = btx_tensor_check_on(out, "out", BTX_F32, 3, shape, 1, device, error);
     boundary_run run = {.backend = backend, .plan = &planned.plan, .mass_out = out};
     if (status != BTX_OK || planned.plan.num_steps == 0)
         goto cleanup;
-    status = prepare_run(&run, workspace, error);
-    if (status == BTX_OK && run.num_parts > 1)
+    status = begin_run(&run, workspace, boundary->stream, 0, error);
+    if (status == BTX_OK && run.mass_is_apart)
         status = btx_workspace_run(workspace, num_units(&run) * run.num_parts, mass_part, &run, error);
     if (status == BTX_OK)
         status = btx_workspace_run(workspace, num_units(&run), mass_unit, &run, error);
+    if (status == BTX_OK)
+        status = btx_workspace_synchronize(workspace, error);
 
 cleanup:
+    end_run(&run);
     btx_boundary_plan_destroy(&planned);
     return status;
 }
@@ -956,7 +1077,7 @@ btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, 
     int32_t *positions = NULL;
     void *scratch = NULL;
     btx_status status = btx_backend_check(backend, error);
-    if (status == BTX_OK && backend->device_type != BTX_CPU)
+    if (status == BTX_OK && backend->begin != NULL)
         status = btx_fail(error, BTX_UNSUPPORTED, "select_top_k runs on CPU backends");
     if (status == BTX_OK)
         status = btx_tensor_check(mass, "mass", BTX_F32, 2, any, 0, error);
@@ -986,7 +1107,7 @@ btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, 
     step.num_prior = n;
     row_mass = malloc((size_t)(n + 1) * sizeof *row_mass);
     positions = malloc((size_t)(n + 1) * sizeof *positions);
-    scratch = malloc(backend->scratch_bytes(&plan, 0, 0) + 1);
+    scratch = malloc(backend->scratch_bytes(&plan, 1, 0, 0) + 1);
     if (row_mass == NULL || positions == NULL || scratch == NULL) {
         status = btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for selecting among %" PRId64 " positions", n);
         goto cleanup;

@@ -3,7 +3,7 @@
  * Every object can be asked by its method __dlpack__; the capsule that it returns is kept unconsumed: it owns the
  * export, and dropping it releases it. A type may also offer a table of C functions (the DLPack C exchange API), which
  * is many times faster, and owns the same. Whatever that way cannot say or does not refuse as __dlpack__ would is
- * left to __dlpack__: gradients, complex numbers, devices with streams, and all errors. */
+ * left to __dlpack__: gradients, complex numbers, streams that the caller names, and all errors. */
 #include "py_module.h"
 
 /* The part of the DLPack ABI that is read here (https://dmlc.github.io/dlpack/latest/c_api.html). */
@@ -53,7 +53,9 @@ struct dl_exchange_api {
     const dl_exchange_api *previous; /* an older one, or NULL */
     void (*managed_tensor_allocator)(void);
     int (*managed_tensor_from_object)(void *object, dl_managed_tensor_versioned **out); /* 0, or -1: Python error set */
-    /* and more that is not used here */
+    void (*managed_tensor_to_object)(void);
+    void (*tensor_from_object)(void);
+    int (*current_work_stream)(int32_t device_type, int32_t device_id, void **out);
 };
 
 #define DL_FLAG_READ_ONLY ((uint64_t)1)
@@ -94,7 +96,23 @@ static void refuse_export(module_state *state, const char *name, Py_ssize_t inde
     Py_XDECREF(traceback);
 }
 
-static PyObject *call_dlpack(module_state *state, PyObject *object, const char *name, Py_ssize_t index)
+/* The arguments of __dlpack__ for work on a stream: new, or NULL with an exception set. */
+static PyObject *stream_keywords(module_state *state, PyObject *object, PyObject *stream)
+{
+    PyObject *device = PyObject_CallMethod(object, "__dlpack_device__", NULL);
+    PyObject *type = device != NULL ? PySequence_GetItem(device, 0) : NULL;
+    PyObject *keywords = type != NULL ? PyDict_Copy(state->dlpack_keywords) : NULL;
+    long number = type != NULL ? PyLong_AsLong(type) : -1;
+    if (keywords != NULL && ((number == -1 && PyErr_Occurred()) ||
+                             (number == DL_CUDA && PyDict_SetItemString(keywords, "stream", stream) < 0)))
+        Py_CLEAR(keywords);
+    Py_XDECREF(device);
+    Py_XDECREF(type);
+    return keywords;
+}
+
+static PyObject *call_dlpack(module_state *state, PyObject *object, PyObject *stream, const char *name,
+                             Py_ssize_t index)
 {
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
     if (method == NULL) {
@@ -106,8 +124,10 @@ static PyObject *call_dlpack(module_state *state, PyObject *object, const char *
                (PyObject *)Py_TYPE(object));
         return NULL;
     }
-    PyObject *capsule = PyObject_Call(method, state->empty_tuple, state->dlpack_keywords);
-    if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) { /* a producer older than DLPack 1.0 */
+    PyObject *keywords = stream != NULL ? stream_keywords(state, object, stream) : Py_NewRef(state->dlpack_keywords);
+    PyObject *capsule = keywords != NULL ? PyObject_Call(method, state->empty_tuple, keywords) : NULL;
+    Py_XDECREF(keywords);
+    if (capsule == NULL && stream == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) { /* older than DLPack 1.0 */
         PyErr_Clear();
         capsule = PyObject_CallNoArgs(method);
     }
@@ -207,7 +227,9 @@ static int exchange_tensor(module_state *state, borrowed_list *list, PyObject *o
         return 0;
     }
     const dl_managed_tensor_versioned *managed = *out;
-    if (managed->version.major != 1 || managed->tensor.device.type != DL_CPU || !read_dtype(&managed->tensor, &dtype)) {
+    const int32_t device = managed->tensor.device.type;
+    if (managed->version.major != 1 || !read_dtype(&managed->tensor, &dtype) ||
+        (device != DL_CPU && (device != DL_CUDA || list->stream != NULL))) {
         release_managed(*out);
         *out = NULL;
     }
@@ -224,7 +246,7 @@ int borrow_tensor(module_state *state, borrowed_list *list, Py_ssize_t i, PyObje
         return -1;
     managed = list->exports[i];
     if (managed == NULL) {
-        PyObject *capsule = list->capsules[i] = call_dlpack(state, object, name, index);
+        PyObject *capsule = list->capsules[i] = call_dlpack(state, object, list->stream, name, index);
         if (capsule == NULL)
             return -1;
         if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
@@ -278,9 +300,20 @@ int borrow_tensor(module_state *state, borrowed_list *list, Py_ssize_t i, PyObje
     return 0;
 }
 
-int borrowed_list_init(borrowed_list *list, Py_ssize_t length)
+void *current_stream(const borrowed_list *list)
 {
-    *list = (borrowed_list){.length = length};
+    void *stream = NULL;
+    if (list->length == 0 || list->views[0].device.type != BTX_CUDA || list->exchange == NULL ||
+        list->exchange->current_work_stream(DL_CUDA, list->views[0].device.index, &stream) != 0) {
+        PyErr_Clear();
+        return NULL;
+    }
+    return stream;
+}
+
+int borrowed_list_init(borrowed_list *list, Py_ssize_t length, PyObject *stream)
+{
+    *list = (borrowed_list){.length = length, .stream = stream};
     list->capsules = PyMem_Calloc((size_t)length + 1, sizeof *list->capsules);
     list->exports = PyMem_Calloc((size_t)length + 1, sizeof *list->exports);
     list->views = PyMem_Calloc((size_t)length + 1, sizeof *list->views);

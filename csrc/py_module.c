@@ -3,6 +3,9 @@
 #include <string.h>
 
 #include "py_module.h"
+#ifdef BTX_WITH_CUDA
+#include "../kernels/cuda/cuda.h"
+#endif
 
 module_state *module_state_of(PyObject *module)
 {
@@ -44,7 +47,7 @@ PyObject *raise_status(module_state *state, btx_status status, const btx_error *
     return NULL;
 }
 
-const btx_backend *find_backend(module_state *state, const char *name)
+const btx_backend *find_backend(module_state *state, const char *name, int32_t *device_index)
 {
     const btx_backend *backend = NULL;
     btx_error error = {{0}};
@@ -54,7 +57,7 @@ const btx_backend *find_backend(module_state *state, const char *name)
         PyOS_snprintf(forced, sizeof forced, "cpu:%s", isa);
         name = forced;
     }
-    btx_status status = btx_backend_find(name, &backend, &error);
+    btx_status status = btx_backend_find(name, &backend, device_index, &error);
     if (status != BTX_OK)
         raise_status(state, status, &error);
     return backend;
@@ -67,11 +70,12 @@ static PyObject *module_backends(PyObject *module, PyObject *unused)
     const btx_backend *const *backends = btx_backends(&count);
     PyObject *list = PyList_New(0);
     for (int32_t i = 0; list != NULL && i < count; i++) {
-        PyObject *entry = Py_BuildValue("{s:N,s:s,s:s,s:s,s:O}", "name",
-                                        PyUnicode_FromFormat("%s:%s", backends[i]->name, backends[i]->variant),
-                                        "backend", backends[i]->name, "variant", backends[i]->variant, "device",
-                                        backends[i]->device_type == BTX_CPU ? "cpu" : "cuda", "available",
-                                        backends[i]->available() ? Py_True : Py_False);
+        const btx_backend *backend = backends[i];
+        PyObject *entry = Py_BuildValue(
+            "{s:N,s:s,s:s,s:s,s:O}", "name",
+            PyUnicode_FromFormat("%s%s%s", backend->name, backend->variant[0] ? ":" : "", backend->variant), "backend",
+            backend->name, "variant", backend->variant, "device", btx_device_type_name(backend->device_type),
+            "available", backend->available() ? Py_True : Py_False);
         if (entry == NULL || PyList_Append(list, entry) < 0)
             Py_CLEAR(list);
         Py_XDECREF(entry);
@@ -82,14 +86,50 @@ static PyObject *module_backends(PyObject *module, PyObject *unused)
 static PyObject *module_default_backend(PyObject *module, PyObject *unused)
 {
     (void)unused;
-    const btx_backend *backend = find_backend(module_state_of(module), "cpu");
+    int32_t device_index;
+    const btx_backend *backend = find_backend(module_state_of(module), "cpu", &device_index);
     return backend == NULL ? NULL : PyUnicode_FromFormat("%s:%s", backend->name, backend->variant);
+}
+
+/* A string, or None for an empty one. */
+static PyObject *text_or_none(const char *text)
+{
+    return text[0] != '\0' ? PyUnicode_FromString(text) : Py_NewRef(Py_None);
+}
+
+/* ["80", "90a"] from "80,90a". */
+static PyObject *split_list(const char *text)
+{
+    PyObject *whole = PyUnicode_FromString(text), *comma = PyUnicode_FromString(",");
+    PyObject *list = whole != NULL && comma != NULL ? PyUnicode_Split(whole, text[0] != '\0' ? comma : NULL, -1) : NULL;
+    Py_XDECREF(whole);
+    Py_XDECREF(comma);
+    return list;
+}
+
+static PyObject *describe_cuda(void)
+{
+#ifdef BTX_WITH_CUDA
+    btx_cuda_info info;
+    PyObject *compiled = Py_True;
+    btx_cuda_describe(&info);
+#else
+    const struct {
+        const char *architectures, *device, *driver, *cublaslt;
+        int available;
+    } info = {"", "", "", "", 0};
+    PyObject *compiled = Py_False;
+#endif
+    return Py_BuildValue("{s:O,s:N,s:O,s:N,s:N,s:N}", "compiled", compiled, "architectures",
+                         split_list(info.architectures), "available", info.available ? Py_True : Py_False, "device",
+                         text_or_none(info.device), "driver", text_or_none(info.driver), "cublaslt",
+                         text_or_none(info.cublaslt));
 }
 
 static PyObject *module_build_info(PyObject *module, PyObject *unused)
 {
     (void)module, (void)unused;
-    return Py_BuildValue("{s:s,s:I,s:s,s:O}", "version", BTX_VERSION, "abi_version", BTX_ABI_VERSION, "compiler",
+    return Py_BuildValue("{s:s,s:I,s:s,s:N}", "version", BTX_VERSION, "abi_version", BTX_ABI_VERSION, "compiler",
 #if defined(__clang__)
                          "clang " __clang_version__,
 #elif defined(__GNUC__)
@@ -97,15 +137,16 @@ static PyObject *module_build_info(PyObject *module, PyObject *unused)
 #else
                          "unknown",
 #endif
-                         "cuda", Py_False);
+                         "cuda", describe_cuda());
 }
 
 static PyMethodDef module_methods[] = {
     {"attention_mass", (PyCFunction)(void (*)(void))module_attention_mass, METH_VARARGS | METH_KEYWORDS,
      "attention_mass($module, kv_cache, query_cache, steps, block_table=None, *, out, workspace,\n"
-     "               recent_window=256, softmax_scale=0.0)\n--\n\n"
+     "               recent_window=256, softmax_scale=0.0, stream=None)\n--\n\n"
      "Exact attention mass of every prior position (arXiv 2505.16950, section 3.2) into out, float32\n"
-     "[num_layers, num_steps, max_prior], zero behind each step's prior. Arguments as in Processor.rewrite."},
+     "[num_layers, num_steps, max_prior], of the caches' device, zero behind each step's prior. Arguments as in\n"
+     "Processor.rewrite; the result is waited for."},
     {"select_top_k", (PyCFunction)(void (*)(void))module_select_top_k, METH_VARARGS | METH_KEYWORDS,
      "select_top_k($module, mass, lengths, out, *, backend=\"cpu\")\n--\n\n"
      "The out.shape[1] largest of the first lengths[row] entries of each row of mass (float32 [rows, n]; lengths\n"
@@ -118,7 +159,8 @@ static PyMethodDef module_methods[] = {
      "What \"cpu\" stands for here, for instance \"cpu:avx512_bf16\"; BOTTLENECKED_CPU_ISA forces a lower one."},
     {"build_info", module_build_info, METH_NOARGS,
      "build_info($module)\n--\n\n"
-     "How the extension was built: version, abi_version, compiler, cuda (whether CUDA kernels are in it)."},
+     "How the extension was built: version, abi_version, compiler, and cuda: compiled, architectures, available\n"
+     "(is there a device), and device, driver and cublaslt, as far as they are there."},
     {0},
 };
 

@@ -39,9 +39,9 @@ module_state *module_state_of_self(PyTypeObject *type);
 /* Sets the exception for a status and returns NULL. */
 PyObject *raise_status(module_state *state, btx_status status, const btx_error *error);
 
-/* "cpu", "cpu:avx2": sets UnsupportedError and returns NULL when it is not to be had. The environment variable
- * BOTTLENECKED_CPU_ISA stands for the variant where "cpu" names none. */
-const btx_backend *find_backend(module_state *state, const char *name);
+/* "cpu", "cpu:avx2", "cuda:1": sets UnsupportedError and returns NULL when it is not to be had. The environment
+ * variable BOTTLENECKED_CPU_ISA stands for the variant where "cpu" names none. */
+const btx_backend *find_backend(module_state *state, const char *name, int32_t *device_index);
 
 /* Tensors borrowed for the duration of a call (py_dlpack.c). */
 typedef struct dl_managed_tensor_versioned dl_managed_tensor_versioned;
@@ -56,9 +56,14 @@ typedef struct borrowed_list {
     PyObject *exchange_type;         /* Owned: the type of the tensor seen last, or NULL. */
     const dl_exchange_api *exchange; /* its DLPack C exchange API, or NULL */
     int exchange_has_gradients;      /* its tensors have requires_grad */
+    PyObject *stream; /* on which CUDA tensors are to be ready, as DLPack numbers them; NULL: their own */
 } borrowed_list;
 
-int borrowed_list_init(borrowed_list *list, Py_ssize_t length);
+/* stream: borrowed for the list's life, or NULL. */
+int borrowed_list_init(borrowed_list *list, Py_ssize_t length, PyObject *stream);
+/* The stream on which the library of the tensor borrowed last works now; NULL, the default stream, where it does not
+ * say. */
+void *current_stream(const borrowed_list *list);
 void borrowed_list_clear(borrowed_list *list);
 /* Borrows a tensor into views[i], until the list is cleared. -1 with an exception set on failure; name and index (-1:
  * none) say in the message which argument it was. */

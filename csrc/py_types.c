@@ -107,10 +107,10 @@ static void cache_dealloc(PyObject *object)
 /* Borrows the tensors (a tuple of num_layers times the number of names) and views each as
  * [num_blocks, block_size, heads, head_dim]. */
 static int borrow_layers(module_state *state, PyObject *tensors, Py_ssize_t num_layers, const char *const *names,
-                         int heads_first, borrowed_list *list)
+                         int heads_first, PyObject *stream, borrowed_list *list)
 {
     Py_ssize_t size = PyTuple_Size(tensors);
-    if (size < 0 || borrowed_list_init(list, size) < 0)
+    if (size < 0 || borrowed_list_init(list, size, stream) < 0)
         return -1;
     for (Py_ssize_t i = 0; i < size; i++) {
         btx_tensor *view = &list->views[i];
@@ -141,7 +141,7 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *tensors, PyObject *tabl
         PyErr_Format(state->invalid_argument_error, "%s: no layers; pass one tensor per layer", names[0]);
         goto cleanup;
     }
-    if (borrow_layers(state, tensors, num_layers, names, heads_first, &borrowed) < 0)
+    if (borrow_layers(state, tensors, num_layers, names, heads_first, NULL, &borrowed) < 0)
         goto cleanup;
     self = (cache_object *)new_instance(type);
     if (self == NULL)
@@ -159,9 +159,10 @@ cleanup:
 }
 
 /* The tensors again, for one call. */
-static int cache_borrow(module_state *state, cache_object *self, borrowed_list *list, const char *const *names)
+static int cache_borrow(module_state *state, cache_object *self, PyObject *stream, borrowed_list *list,
+                        const char *const *names)
 {
-    if (borrow_layers(state, self->tensors, self->num_layers, names, self->heads_first, list) < 0)
+    if (borrow_layers(state, self->tensors, self->num_layers, names, self->heads_first, stream, list) < 0)
         return -1;
     return check_unmoved(state, list, self->views, self->num_layers, names);
 }
@@ -301,6 +302,7 @@ PyType_Spec query_cache_spec = {
 typedef struct workspace_object {
     PyObject_HEAD btx_workspace *workspace; /* Owned. */
     const btx_backend *backend;
+    int32_t device_index;
     pid_t busy; /* the process in which a call is running without the GIL, or 0 */
 } workspace_object;
 
@@ -317,10 +319,11 @@ static PyObject *workspace_new(PyTypeObject *type, PyObject *args, PyObject *key
         return NULL;
     if (reserve < 0)
         return PyErr_Format(state->invalid_argument_error, "reserve is %zd; it must be 0 or more bytes", reserve);
-    const btx_backend *backend = find_backend(state, backend_name);
+    int32_t device_index;
+    const btx_backend *backend = find_backend(state, backend_name, &device_index);
     if (backend == NULL)
         return NULL;
-    btx_status status = btx_workspace_create(backend, num_threads, &workspace, &error);
+    btx_status status = btx_workspace_create(backend, device_index, num_threads, &workspace, &error);
     if (status == BTX_OK)
         status = btx_workspace_reserve(workspace, (size_t)reserve, &error);
     if (status != BTX_OK) {
@@ -334,6 +337,7 @@ static PyObject *workspace_new(PyTypeObject *type, PyObject *args, PyObject *key
     }
     self->workspace = workspace;
     self->backend = backend;
+    self->device_index = device_index;
     return (PyObject *)self;
 }
 
@@ -346,8 +350,10 @@ static void workspace_dealloc(PyObject *object)
     free_instance(object);
 }
 
-static PyObject *backend_full_name(const btx_backend *backend)
+static PyObject *backend_full_name(const btx_backend *backend, int32_t device_index)
 {
+    if (backend->variant[0] == '\0')
+        return PyUnicode_FromFormat("%s:%d", backend->name, (int)device_index);
     return PyUnicode_FromFormat("%s:%s", backend->name, backend->variant);
 }
 
@@ -366,35 +372,9 @@ static PyObject *workspace_nbytes(PyObject *self, void *closure)
 static PyObject *workspace_backend(PyObject *self, void *closure)
 {
     (void)closure;
-    return backend_full_name(((workspace_object *)self)->backend);
+    const workspace_object *workspace = (workspace_object *)self;
+    return backend_full_name(workspace->backend, workspace->device_index);
 }
-
-static PyGetSetDef workspace_getset[] = {
-    {"num_threads", workspace_num_threads, NULL, "Threads a call may use, the caller's own included.", NULL},
-    {"nbytes", workspace_nbytes, NULL, "Bytes of staging memory: reserved, or grown to the largest call so far.", NULL},
-    {"backend", workspace_backend, NULL, "For instance \"cpu:avx2\".", NULL},
-    {0},
-};
-
-PyDoc_STRVAR(workspace_doc, "Workspace(num_threads=1, backend=\"cpu\", *, reserve=0)\n--\n\n"
-                            "Staging memory and threads of one caller: one call at a time. Its threads start at the\n"
-                            "first call and sleep between calls; a forked child starts its own. reserve: bytes to\n"
-                            "allocate now rather than when calls need them, see Processor.workspace_bytes.");
-
-static PyType_Slot workspace_slots[] = {
-    {Py_tp_doc, (void *)workspace_doc},
-    {Py_tp_new, workspace_new},
-    {Py_tp_dealloc, workspace_dealloc},
-    {Py_tp_getset, workspace_getset},
-    {0, NULL},
-};
-
-PyType_Spec workspace_spec = {
-    .name = "bottleneck_ext.Workspace",
-    .basicsize = sizeof(workspace_object),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
-    .slots = workspace_slots,
-};
 
 /* Marks the workspace as in use; the GIL is about to be released. */
 static int workspace_enter(module_state *state, workspace_object *workspace)
@@ -410,11 +390,63 @@ static int workspace_enter(module_state *state, workspace_object *workspace)
     return 0;
 }
 
+PyDoc_STRVAR(synchronize_doc,
+             "synchronize($self)\n--\n\n"
+             "Waits until everything called with this workspace is done. A boundary that its device refused after the\n"
+             "call had returned is told here, or by the next call: InvalidArgumentError, nothing of it was written.");
+
+static PyObject *workspace_synchronize(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    workspace_object *self = (workspace_object *)object;
+    module_state *state = module_state_of_self(Py_TYPE(object));
+    btx_error error = {{0}};
+    if (workspace_enter(state, self) < 0)
+        return NULL;
+    btx_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = btx_workspace_synchronize(self->workspace, &error);
+    Py_END_ALLOW_THREADS
+    self->busy = 0;
+    return status == BTX_OK ? Py_NewRef(Py_None) : raise_status(state, status, &error);
+}
+
+static PyMethodDef workspace_methods[] = {
+    {"synchronize", workspace_synchronize, METH_NOARGS, synchronize_doc},
+    {0},
+};
+
+static PyGetSetDef workspace_getset[] = {
+    {"num_threads", workspace_num_threads, NULL, "Threads a call may use, the caller's own included.", NULL},
+    {"nbytes", workspace_nbytes, NULL, "Bytes of staging memory: reserved, or grown to the largest call so far.", NULL},
+    {"backend", workspace_backend, NULL, "For instance \"cpu:avx2\" or \"cuda:0\".", NULL},
+    {0},
+};
+
+PyDoc_STRVAR(workspace_doc, "Workspace(num_threads=1, backend=\"cpu\", *, reserve=0)\n--\n\n"
+                            "Staging memory and threads of one caller: one call at a time. Its threads start at the\n"
+                            "first call and sleep between calls; a forked child starts its own. Of a CUDA backend the\n"
+                            "caller's thread is enough. reserve: bytes to allocate now rather than when calls need\n"
+                            "them, see Processor.workspace_bytes.");
+
+static PyType_Slot workspace_slots[] = {
+    {Py_tp_doc, (void *)workspace_doc}, {Py_tp_new, workspace_new},         {Py_tp_dealloc, workspace_dealloc},
+    {Py_tp_getset, workspace_getset},   {Py_tp_methods, workspace_methods}, {0, NULL},
+};
+
+PyType_Spec workspace_spec = {
+    .name = "bottleneck_ext.Workspace",
+    .basicsize = sizeof(workspace_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = workspace_slots,
+};
+
 /* ---- one boundary's arguments ------------------------------------------------------------------------ */
 
 typedef struct boundary_arguments {
     borrowed_list kv, queries;
     borrowed_list tables; /* block table, query table; absent where the identity serves */
+    PyObject *stream;     /* Owned: the stream's number, or NULL: the library's current one */
     int32_t *identity;    /* Owned: [max(num_blocks, num_pages)] */
     btx_step *steps;      /* Owned. */
     btx_kv_cache kv_cache;
@@ -427,6 +459,7 @@ static void boundary_arguments_clear(boundary_arguments *arguments)
     borrowed_list_clear(&arguments->kv);
     borrowed_list_clear(&arguments->queries);
     borrowed_list_clear(&arguments->tables);
+    Py_XDECREF(arguments->stream);
     PyMem_Free(arguments->identity);
     PyMem_Free(arguments->steps);
 }
@@ -476,14 +509,31 @@ static int parse_table(module_state *state, boundary_arguments *arguments, Py_ss
     return 0;
 }
 
+/* stream: None, or a cudaStream_t as a number. */
+static int parse_stream(boundary_arguments *arguments, PyObject *stream)
+{
+    if (stream == Py_None)
+        return 0;
+    void *handle = PyLong_AsVoidPtr(stream);
+    if (handle == NULL && PyErr_Occurred())
+        return -1;
+    arguments->boundary.stream = handle;
+    /* DLPack calls the default stream 1. */
+    arguments->stream = handle == NULL ? PyLong_FromLong(1) : Py_NewRef(stream);
+    return arguments->stream == NULL ? -1 : 0;
+}
+
 static int boundary_arguments_parse(module_state *state, boundary_arguments *arguments, cache_object *kv_cache,
                                     cache_object *query_cache, PyObject *steps, PyObject *block_table,
-                                    double softmax_scale)
+                                    double softmax_scale, PyObject *stream)
 {
-    if (cache_borrow(state, kv_cache, &arguments->kv, kv_names) < 0 ||
-        cache_borrow(state, query_cache, &arguments->queries, query_names) < 0 ||
-        borrowed_list_init(&arguments->tables, 2) < 0 || parse_steps(steps, arguments) < 0)
+    if (parse_stream(arguments, stream) < 0 ||
+        cache_borrow(state, kv_cache, arguments->stream, &arguments->kv, kv_names) < 0 ||
+        cache_borrow(state, query_cache, arguments->stream, &arguments->queries, query_names) < 0 ||
+        borrowed_list_init(&arguments->tables, 2, NULL) < 0 || parse_steps(steps, arguments) < 0)
         return -1;
+    if (stream == Py_None)
+        arguments->boundary.stream = current_stream(&arguments->kv);
     int64_t num_blocks = kv_cache->views[0].shape[0], num_pages = query_cache->views[0].shape[0];
     int64_t longest = num_blocks > num_pages ? num_blocks : num_pages;
     int64_t rows = num_blocks < num_pages ? num_blocks : num_pages;
@@ -650,7 +700,7 @@ static int read_config(module_state *state, PyObject *config, const char *weight
 
 static int borrow_weights(module_state *state, PyObject *weights, int32_t num_layers, borrowed_list *list)
 {
-    if (borrowed_list_init(list, (Py_ssize_t)num_layers * BTX_NUM_WEIGHTS) < 0)
+    if (borrowed_list_init(list, (Py_ssize_t)num_layers * BTX_NUM_WEIGHTS, NULL) < 0)
         return -1;
     for (Py_ssize_t i = 0; i < list->length; i++) {
         char name[64];
@@ -685,7 +735,8 @@ static PyObject *processor_new(PyTypeObject *type, PyObject *args, PyObject *key
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$ss:Processor", names, &config_mapping, &weights,
                                      &weight_dtype, &backend_name))
         return NULL;
-    const btx_backend *backend = find_backend(state, backend_name);
+    int32_t device_index;
+    const btx_backend *backend = find_backend(state, backend_name, &device_index);
     if (backend == NULL || read_config(state, config_mapping, weight_dtype, &config, &inv_freq) < 0 ||
         borrow_weights(state, weights, config.num_layers, &borrowed) < 0)
         goto cleanup;
@@ -700,7 +751,7 @@ static PyObject *processor_new(PyTypeObject *type, PyObject *args, PyObject *key
     }
     btx_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = btx_processor_create(backend, &config, borrowed.views, &processor, &error);
+    status = btx_processor_create(backend, device_index, &config, borrowed.views, &processor, &error);
     Py_END_ALLOW_THREADS
     if (status != BTX_OK) {
         raise_status(state, status, &error);
@@ -733,35 +784,39 @@ static PyObject *processor_nbytes(PyObject *self, void *closure)
 static PyObject *processor_backend(PyObject *self, void *closure)
 {
     (void)closure;
-    return backend_full_name(btx_processor_backend(((processor_object *)self)->processor));
+    const btx_processor *processor = ((processor_object *)self)->processor;
+    return backend_full_name(btx_processor_backend(processor), btx_processor_device_index(processor));
 }
 
 static PyGetSetDef processor_getset[] = {
     {"nbytes", processor_nbytes, NULL, "Bytes held by the packed weights.", NULL},
-    {"backend", processor_backend, NULL, "For instance \"cpu:avx2\".", NULL},
+    {"backend", processor_backend, NULL, "For instance \"cpu:avx2\" or \"cuda:0\".", NULL},
     {0},
 };
 
 PyDoc_STRVAR(rewrite_doc,
              "rewrite($self, kv_cache, query_cache, steps, block_table=None, *, workspace, softmax_scale=0.0,\n"
-             "        recalled=None, delta_norm=None, row_norm=None)\n--\n\n"
+             "        recalled=None, delta_norm=None, row_norm=None, stream=None, wait=True)\n--\n\n"
              "Rewrites the steps that just ended, in place (arXiv 2505.16950, section 3.2): one call for all\n"
              "sequences and layers. steps: (sequence, sequence_begin, step_begin, step_end) in cache positions.\n"
              "block_table: int32 [num_sequences, max_blocks]; None: block s is sequence s's only one.\n"
              "softmax_scale 0 means 1 / sqrt(head_dim). Outputs, where given: recalled int64\n"
              "[num_layers, num_steps, top_k] (positions ascending, then -1), delta_norm and row_norm float32\n"
-             "[num_layers, num_steps]. Returns seconds per stage, summed over threads.\n\n"
+             "[num_layers, num_steps], all of the CPU. Returns seconds per stage, summed over threads.\n"
+             "stream: a cudaStream_t as a number; None: that on which the caches' library works now. wait False: no\n"
+             "outputs, and None returned before a device is done; see Workspace.synchronize for its errors.\n\n"
              "InvalidArgumentError, UnsupportedError, DeviceError, MemoryError: nothing was written.\n"
              "RebuildNeededError: the write began and failed; discard these sequences.");
 
 static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"kv_cache",      "query_cache", "steps",      "block_table", "workspace",
-                            "softmax_scale", "recalled",    "delta_norm", "row_norm",    NULL};
+    static char *names[] = {"kv_cache", "query_cache", "steps",    "block_table", "workspace", "softmax_scale",
+                            "recalled", "delta_norm",  "row_norm", "stream",      "wait",      NULL};
     module_state *state = module_state_of_self(Py_TYPE(object));
     const btx_processor *processor = ((processor_object *)object)->processor;
     PyObject *kv_cache, *query_cache, *steps, *block_table = Py_None, *workspace = NULL, *result = NULL;
-    PyObject *outputs[3] = {Py_None, Py_None, Py_None};
+    PyObject *outputs[3] = {Py_None, Py_None, Py_None}, *stream = Py_None;
+    int wait = 1;
     static const char *const output_names[3] = {"recalled", "delta_norm", "row_norm"};
     double softmax_scale = 0.0;
     boundary_arguments arguments = {0};
@@ -770,9 +825,9 @@ static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *k
     PyObject *too_late = NULL; /* made before the write: there may be no memory after it */
     btx_report report = {0};
     btx_error error = {{0}};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!O|O$O!dOOO:rewrite", names, state->kv_cache_type, &kv_cache,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!O|O$O!dOOOOp:rewrite", names, state->kv_cache_type, &kv_cache,
                                      state->query_cache_type, &query_cache, &steps, &block_table, state->workspace_type,
-                                     &workspace, &softmax_scale, &outputs[0], &outputs[1], &outputs[2]))
+                                     &workspace, &softmax_scale, &outputs[0], &outputs[1], &outputs[2], &stream, &wait))
         return NULL;
     if (workspace == NULL) {
         PyErr_SetString(PyExc_TypeError, "rewrite() needs the keyword argument workspace");
@@ -780,12 +835,17 @@ static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *k
     }
     workspace_object *scratch = (workspace_object *)workspace;
     if (boundary_arguments_parse(state, &arguments, (cache_object *)kv_cache, (cache_object *)query_cache, steps,
-                                 block_table, softmax_scale) < 0 ||
-        borrowed_list_init(&borrowed, 3) < 0)
+                                 block_table, softmax_scale, stream) < 0 ||
+        borrowed_list_init(&borrowed, 3, NULL) < 0)
         goto cleanup;
     for (Py_ssize_t i = 0; i < 3; i++) {
         if (outputs[i] == Py_None)
             continue;
+        if (!wait) {
+            PyErr_Format(state->invalid_argument_error, "%s is given, which has to be waited for; leave it out or wait",
+                         output_names[i]);
+            goto cleanup;
+        }
         if (borrow_tensor(state, &borrowed, i, outputs[i], output_names[i], -1) < 0)
             goto cleanup;
         if (borrowed.views[i].data == NULL) /* an empty tensor is to be checked, not taken for "not wanted" */
@@ -803,12 +863,17 @@ static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *k
     }
     btx_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = btx_rewrite(processor, scratch->workspace, &arguments.boundary, &report, &error);
+    status = btx_rewrite(processor, scratch->workspace, &arguments.boundary, wait ? &report : NULL, &error);
     Py_END_ALLOW_THREADS
     scratch->busy = 0;
     if (status != BTX_OK) {
         Py_CLEAR(result);
         raise_status(state, status, &error);
+        goto cleanup;
+    }
+    if (!wait) {
+        Py_DECREF(result);
+        result = Py_NewRef(Py_None);
         goto cleanup;
     }
     for (int stage = 0; result != NULL && stage < BTX_NUM_STAGES; stage++) {
@@ -907,9 +972,10 @@ static PyObject *linear_new(PyTypeObject *type, PyObject *args, PyObject *keywor
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|O$ss:Linear", names, &weight, &bias, &weight_dtype_name,
                                      &backend_name))
         return NULL;
-    const btx_backend *backend = find_backend(state, backend_name);
+    int32_t device_index;
+    const btx_backend *backend = find_backend(state, backend_name, &device_index);
     if (backend == NULL || read_weight_dtype(state, weight_dtype_name, &weight_dtype) < 0 ||
-        borrowed_list_init(&borrowed, 2) < 0)
+        borrowed_list_init(&borrowed, 2, NULL) < 0)
         return NULL;
     if (borrow_tensor(state, &borrowed, 0, weight, "weight", -1) < 0 ||
         (bias != Py_None && borrow_tensor(state, &borrowed, 1, bias, "bias", -1) < 0))
@@ -949,7 +1015,7 @@ static PyObject *linear_nbytes(PyObject *self, void *closure)
 static PyObject *linear_backend(PyObject *self, void *closure)
 {
     (void)closure;
-    return backend_full_name(btx_packed_linear_backend(((linear_object *)self)->linear));
+    return backend_full_name(btx_packed_linear_backend(((linear_object *)self)->linear), 0);
 }
 
 static PyGetSetDef linear_getset[] = {
@@ -983,7 +1049,7 @@ static PyObject *linear_apply(PyObject *object, PyObject *args, PyObject *keywor
         return NULL;
     }
     workspace_object *scratch = (workspace_object *)workspace;
-    if (borrowed_list_init(&borrowed, 2) < 0)
+    if (borrowed_list_init(&borrowed, 2, NULL) < 0)
         return NULL;
     for (Py_ssize_t i = 0; i < 2; i++) {
         if (borrow_tensor(state, &borrowed, i, tensors[i], tensor_names[i], -1) < 0)
@@ -1035,17 +1101,18 @@ PyType_Spec linear_spec = {
 PyObject *module_attention_mass(PyObject *module, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"kv_cache",  "query_cache",   "steps",         "block_table", "out",
-                            "workspace", "recent_window", "softmax_scale", NULL};
+                            "workspace", "recent_window", "softmax_scale", "stream",      NULL};
     module_state *state = module_state_of(module);
     PyObject *kv_cache, *query_cache, *steps, *block_table = Py_None, *out = NULL, *workspace = NULL, *result = NULL;
+    PyObject *stream = Py_None;
     int recent_window = BTX_MAX_RECENT_WINDOW;
     double softmax_scale = 0.0;
     boundary_arguments arguments = {0};
     borrowed_list borrowed = {0};
     btx_error error = {{0}};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!O|O$OO!id:attention_mass", names, state->kv_cache_type,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!O|O$OO!idO:attention_mass", names, state->kv_cache_type,
                                      &kv_cache, state->query_cache_type, &query_cache, &steps, &block_table, &out,
-                                     state->workspace_type, &workspace, &recent_window, &softmax_scale))
+                                     state->workspace_type, &workspace, &recent_window, &softmax_scale, &stream))
         return NULL;
     if (out == NULL || workspace == NULL) {
         PyErr_SetString(PyExc_TypeError, "attention_mass() needs the keyword arguments out and workspace");
@@ -1053,10 +1120,10 @@ PyObject *module_attention_mass(PyObject *module, PyObject *args, PyObject *keyw
     }
     workspace_object *scratch = (workspace_object *)workspace;
     if (boundary_arguments_parse(state, &arguments, (cache_object *)kv_cache, (cache_object *)query_cache, steps,
-                                 block_table, softmax_scale) < 0)
+                                 block_table, softmax_scale, stream) < 0)
         goto cleanup;
-    if (borrowed_list_init(&borrowed, 1) < 0 || borrow_tensor(state, &borrowed, 0, out, "out", -1) < 0 ||
-        workspace_enter(state, scratch) < 0)
+    if (borrowed_list_init(&borrowed, 1, arguments.stream) < 0 ||
+        borrow_tensor(state, &borrowed, 0, out, "out", -1) < 0 || workspace_enter(state, scratch) < 0)
         goto cleanup;
     btx_status status;
     Py_BEGIN_ALLOW_THREADS
@@ -1087,8 +1154,9 @@ PyObject *module_select_top_k(PyObject *module, PyObject *args, PyObject *keywor
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO|$s:select_top_k", names, &tensors[0], &tensors[1],
                                      &tensors[2], &backend_name))
         return NULL;
-    const btx_backend *backend = find_backend(state, backend_name);
-    if (backend == NULL || borrowed_list_init(&borrowed, 3) < 0)
+    int32_t device_index;
+    const btx_backend *backend = find_backend(state, backend_name, &device_index);
+    if (backend == NULL || borrowed_list_init(&borrowed, 3, NULL) < 0)
         return NULL;
     for (Py_ssize_t i = 0; i < 3; i++) {
         if (borrow_tensor(state, &borrowed, i, tensors[i], tensor_names[i], -1) < 0)

@@ -48,6 +48,11 @@ const char *btx_dtype_name(btx_dtype dtype)
     return "unknown dtype";
 }
 
+const char *btx_device_type_name(btx_device_type type)
+{
+    return type == BTX_CUDA ? "cuda" : "cpu";
+}
+
 btx_tensor btx_tensor_contiguous(void *data, btx_dtype dtype, int32_t num_dims, const int64_t *shape)
 {
     btx_tensor tensor = {.data = data, .dtype = dtype, .num_dims = num_dims};
@@ -94,14 +99,35 @@ int btx_tensor_overlaps(const btx_tensor *tensor)
     return 0;
 }
 
+btx_status btx_device_check(const btx_tensor *tensor, const char *name, btx_device device, btx_error *error)
+{
+    if (tensor->device.type == device.type && tensor->device.index == device.index)
+        return BTX_OK;
+    if (device.type == BTX_CPU)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is not on the CPU; move it there", name);
+    if (tensor->device.type == BTX_CPU)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is on the CPU; it must be on %s:%d: move it there", name,
+                        btx_device_type_name(device.type), (int)device.index);
+    return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is on %s:%d; it must be on %s:%d: move it there", name,
+                    btx_device_type_name(tensor->device.type), (int)tensor->device.index,
+                    btx_device_type_name(device.type), (int)device.index);
+}
+
 btx_status btx_tensor_check(const btx_tensor *tensor, const char *name, btx_dtype dtype, int32_t num_dims,
                             const int64_t *shape, int for_writing, btx_error *error)
+{
+    return btx_tensor_check_on(tensor, name, dtype, num_dims, shape, for_writing, (btx_device){BTX_CPU, 0}, error);
+}
+
+btx_status btx_tensor_check_on(const btx_tensor *tensor, const char *name, btx_dtype dtype, int32_t num_dims,
+                               const int64_t *shape, int for_writing, btx_device device, btx_error *error)
 {
     if (tensor->dtype != dtype)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is %s; it must be %s", name, btx_dtype_name(tensor->dtype),
                         btx_dtype_name(dtype));
-    if (tensor->device.type != BTX_CPU)
-        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is not on the CPU; move it there", name);
+    btx_status status = btx_device_check(tensor, name, device, error);
+    if (status != BTX_OK)
+        return status;
     if (tensor->num_dims != num_dims)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "%s has %d dimensions; it must have %d", name,
                         (int)tensor->num_dims, (int)num_dims);

@@ -5,14 +5,15 @@
 
 struct btx_workspace {
     const btx_backend *backend;
+    int32_t device_index;
     int32_t num_threads;
     void *executor; /* Owned. */
     char *memory;   /* Owned, the backend's. */
     size_t bytes;
 };
 
-btx_status btx_workspace_create(const btx_backend *backend, int32_t num_threads, btx_workspace **workspace,
-                                btx_error *error)
+btx_status btx_workspace_create(const btx_backend *backend, int32_t device_index, int32_t num_threads,
+                                btx_workspace **workspace, btx_error *error)
 {
     *workspace = NULL;
     btx_status status = btx_backend_check(backend, error);
@@ -25,8 +26,9 @@ btx_status btx_workspace_create(const btx_backend *backend, int32_t num_threads,
     if (created == NULL)
         return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for a workspace");
     created->backend = backend;
-    created->num_threads = num_threads;
-    status = backend->executor_create(num_threads, &created->executor, error);
+    created->device_index = device_index;
+    created->num_threads = backend->layers_per_pass > 0 ? num_threads : 1;
+    status = backend->executor_create(device_index, created->num_threads, &created->executor, error);
     if (status != BTX_OK) {
         free(created);
         return status;
@@ -44,6 +46,13 @@ void btx_workspace_destroy(btx_workspace *workspace)
     free(workspace);
 }
 
+btx_status btx_workspace_synchronize(btx_workspace *workspace, btx_error *error)
+{
+    if (workspace->backend->synchronize == NULL)
+        return BTX_OK;
+    return workspace->backend->synchronize(workspace->executor, NULL, error);
+}
+
 int32_t btx_workspace_num_threads(const btx_workspace *workspace)
 {
     return workspace->num_threads;
@@ -54,13 +63,25 @@ size_t btx_workspace_bytes(const btx_workspace *workspace)
     return workspace->bytes;
 }
 
-btx_status btx_workspace_check(const btx_workspace *workspace, const btx_backend *backend, btx_error *error)
+void *btx_workspace_executor(const btx_workspace *workspace)
 {
-    if (workspace == NULL || workspace->backend != backend)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "the workspace is of another backend than '%s:%s'; create it with this one", backend->name,
-                        backend->variant);
-    return BTX_OK;
+    return workspace->executor;
+}
+
+int32_t btx_workspace_device_index(const btx_workspace *workspace)
+{
+    return workspace->device_index;
+}
+
+btx_status btx_workspace_check(const btx_workspace *workspace, const btx_backend *backend, int32_t device_index,
+                               btx_error *error)
+{
+    char name[64];
+    if (workspace != NULL && workspace->backend == backend && workspace->device_index == device_index)
+        return BTX_OK;
+    btx_backend_format(backend, device_index, name, sizeof name);
+    return btx_fail(error, BTX_INVALID_ARGUMENT,
+                    "the workspace is of another backend than '%s'; create it with this one", name);
 }
 
 btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, btx_error *error)
@@ -68,7 +89,10 @@ btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, btx_err
     if (bytes <= workspace->bytes)
         return BTX_OK;
     void *grown = NULL;
-    btx_status status = workspace->backend->allocate(bytes, &grown, error);
+    /* An earlier call may be working there. */
+    btx_status status = workspace->memory != NULL ? btx_workspace_synchronize(workspace, error) : BTX_OK;
+    if (status == BTX_OK)
+        status = workspace->backend->allocate(workspace->device_index, bytes, &grown, error);
     if (status != BTX_OK)
         return status;
     workspace->backend->release(workspace->memory);

@@ -85,6 +85,7 @@ int main(int argc, char **argv)
         value_views[layer] = btx_tensor_contiguous(values[layer], BTX_BF16, 4, kv_shape);
         query_views[layer] = btx_tensor_contiguous(queries[layer], BTX_BF16, 4, query_shape);
     }
+    int32_t device_index = 0;
     const btx_kv_cache kv_cache = {LAYERS, key_views, value_views};
     const btx_query_cache query_cache = {LAYERS, query_views};
     const btx_boundary boundary = {
@@ -97,11 +98,11 @@ int main(int argc, char **argv)
     };
     btx_status status = make_weights(&config, weights) ? BTX_OK : BTX_OUT_OF_MEMORY;
     if (status == BTX_OK)
-        status = btx_backend_find(argv[1], &backend, &error);
+        status = btx_backend_find(argv[1], &backend, &device_index, &error);
     if (status == BTX_OK)
-        status = btx_processor_create(backend, &config, weights, &processor, &error);
+        status = btx_processor_create(backend, 0, &config, weights, &processor, &error);
     if (status == BTX_OK)
-        status = btx_workspace_create(backend, 1, &workspace, &error);
+        status = btx_workspace_create(backend, 0, 1, &workspace, &error);
     if (status == BTX_OK)
         status = btx_rewrite(processor, workspace, &boundary, NULL, &error);
     if (status != BTX_OK)

@@ -79,7 +79,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["packages"]["numpy"]
     assert f"cpu:{found['instruction_set']}" in found["backends"]
     assert "cpu:scalar" in found["backends"]
-    assert set(found["cuda"]) == {"compiled", "driver", "cublaslt"}
+    assert set(found["cuda"]) == {"compiled", "architectures", "available", "device", "driver", "cublaslt"}
     status, out, err = run(capsys, "info")
     assert (status, err) == (0, "")
     assert f"instruction set  {found['instruction_set']}\n" in out

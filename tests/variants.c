@@ -209,9 +209,9 @@ static btx_status rewrite(const btx_backend *backend, const shape *shape, result
     };
     btx_tensor mass = btx_tensor_contiguous(out->mass, BTX_F32, 3, mass_shape);
 
-    status = btx_processor_create(backend, &config, weights, &processor, error);
+    status = btx_processor_create(backend, 0, &config, weights, &processor, error);
     if (status == BTX_OK)
-        status = btx_workspace_create(backend, 2, &workspace, error);
+        status = btx_workspace_create(backend, 0, 2, &workspace, error);
     if (status == BTX_OK)
         status = btx_attention_mass(backend, workspace, &boundary, RECENT_WINDOW, &mass, error);
     if (status == BTX_OK)
@@ -303,12 +303,12 @@ static double compare(const shape *shape, const result *scalar, const result *go
 int main(void)
 {
     static result scalar, got;
-    int32_t num_backends = 0;
+    int32_t num_backends = 0, device_index = 0;
     const btx_backend *const *backends = btx_backends(&num_backends);
     const btx_backend *reference = NULL;
     btx_error error = {{0}};
     int num_passed = 0, num_failed = 0;
-    if (btx_backend_find("cpu:scalar", &reference, &error) != BTX_OK) {
+    if (btx_backend_find("cpu:scalar", &reference, &device_index, &error) != BTX_OK) {
         fprintf(stderr, "variants: %s\n", error.message);
         return 2;
     }

@@ -77,6 +77,7 @@ int main(void)
     btx_tensor weights[NUM_LAYERS * BTX_NUM_WEIGHTS] = {{0}};
     btx_tensor key_views[NUM_LAYERS], value_views[NUM_LAYERS], query_views[NUM_LAYERS];
     const btx_backend *backend = NULL;
+    int32_t device_index = 0;
     btx_processor *processor = NULL;
     btx_workspace *workspace = NULL;
     btx_error error = {{0}};
@@ -126,9 +127,9 @@ int main(void)
         .row_norm = btx_tensor_contiguous(row_norm, BTX_F32, 2, norm_shape),
     };
 
-    if (!make_weights(&config, weights) || btx_backend_find("cpu", &backend, &error) != BTX_OK ||
-        btx_processor_create(backend, &config, weights, &processor, &error) != BTX_OK ||
-        btx_workspace_create(backend, 2, &workspace, &error) != BTX_OK ||
+    if (!make_weights(&config, weights) || btx_backend_find("cpu", &backend, &device_index, &error) != BTX_OK ||
+        btx_processor_create(backend, device_index, &config, weights, &processor, &error) != BTX_OK ||
+        btx_workspace_create(backend, device_index, 2, &workspace, &error) != BTX_OK ||
         btx_rewrite(processor, workspace, &boundary, &report, &error) != BTX_OK) {
         fprintf(stderr, "rewrite: %s\n", error.message);
         goto cleanup;

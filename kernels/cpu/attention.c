@@ -109,7 +109,6 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
                      .a_stride = head->stride,
                      .b = head->packed_k};
     tile.depth = head->head_dim;
-    tile.scale = 1.0f;
     tile.c_stride = head->key_block * (int64_t)sizeof(float);
     tile.columns = BTX_PANEL;
     for (int64_t begin = 0; begin < num_keys; begin += BTX_PANEL) {
@@ -131,7 +130,6 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
     tile = (btx_tile){
         .rows = (int)(row_end - row_begin), .a = head->scores, .a_stride = head->key_block, .b = head->packed_v};
     tile.depth = num_keys;
-    tile.scale = 1.0f;
     tile.c_stride = head->head_dim * (int64_t)sizeof(float);
     tile.accumulate = !first_block;
     for (int64_t begin = 0; begin < head->head_dim; begin += BTX_PANEL) {

@@ -60,9 +60,20 @@ struct executor {
 
 #define HUGE_PAGE ((size_t)2 << 20)
 
-btx_status btx_cpu_allocate(size_t bytes, void **memory, btx_error *error)
+/* There is one CPU. */
+static btx_status check_device(int32_t device_index, btx_error *error)
 {
+    if (device_index == 0)
+        return BTX_OK;
+    return btx_fail(error, BTX_INVALID_ARGUMENT, "there is no cpu:%d; the CPU has device index 0", (int)device_index);
+}
+
+btx_status btx_cpu_allocate(int32_t device_index, size_t bytes, void **memory, btx_error *error)
+{
+    btx_status status = check_device(device_index, error);
     *memory = NULL;
+    if (status != BTX_OK)
+        return status;
     if (bytes > SIZE_MAX - 64)
         return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory: %zu bytes", bytes);
     size_t rounded = bytes == 0 ? 64 : (bytes + 63) / 64 * 64;
@@ -216,8 +227,12 @@ static void start_workers(executor *run)
     pthread_sigmask(SIG_SETMASK, &callers, NULL);
 }
 
-btx_status btx_cpu_executor_create(int32_t num_threads, void **executor_out, btx_error *error)
+btx_status btx_cpu_executor_create(int32_t device_index, int32_t num_threads, void **executor_out, btx_error *error)
 {
+    *executor_out = NULL;
+    btx_status status = check_device(device_index, error);
+    if (status != BTX_OK)
+        return status;
     executor *created = calloc(1, sizeof *created + sizeof(worker) * (size_t)(num_threads - 1));
     *executor_out = created;
     if (created == NULL)

@@ -1,5 +1,5 @@
-/* gather_kv.c - selected cache rows as KV-tokens x = [keys of all KV heads | values of all KV heads], f32
- * (arXiv 2505.16950, section 3.2). */
+/* gather_kv.c - selected cache rows as KV-tokens x = [keys of all KV heads | values of all KV heads], f32, and normed
+ * as the left side of a product (arXiv 2505.16950, section 3.2). */
 #include "paging.h"
 #include "rope.h"
 
@@ -12,10 +12,12 @@ static void gather_row(const btx_plan *plan, const btx_tensor *view, int64_t seq
                           to + (int64_t)head * plan->head_dim);
 }
 
-static btx_status btx_cpu_gather_kv(const btx_pass *pass, const int32_t *positions, float *rows, btx_error *error)
+static btx_status btx_cpu_gather_kv(const btx_pass *pass, const int32_t *positions, float *rows, const float *weight,
+                                    float eps, btx_dtype dtype, void *normed, btx_error *error)
 {
     const btx_plan *plan = pass->plan;
-    int64_t half_width = (int64_t)plan->num_kv_heads * plan->head_dim;
+    const int64_t half_width = (int64_t)plan->num_kv_heads * plan->head_dim;
+    const int64_t stride = operand_stride(2 * half_width, dtype);
     float *cosines = (float *)btx_scratch(pass), *sines = cosines + plan->head_dim / 2;
     (void)error;
     for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
@@ -29,6 +31,8 @@ static btx_status btx_cpu_gather_kv(const btx_pass *pass, const int32_t *positio
                     btx_rope_table(plan, position - step->sequence_begin, -1.0f, cosines, sines);
                     btx_rope_turn(plan, cosines, sines, rows);
                 }
+                norm_row(rows, 2 * half_width, weight + layer * 2 * half_width, eps, dtype, normed);
+                normed = (char *)normed + stride;
             }
         }
     }

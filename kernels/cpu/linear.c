@@ -100,9 +100,9 @@ static void linear_layer(btx_tile tile, const btx_linear *weights, const float *
     }
 }
 
-/* All layers of the pass, in blocks of rows. scale may be NULL. */
+/* All layers of the pass, in blocks of rows. */
 static void linear_pass(const btx_pass *pass, const btx_linear *weights, const void *x, btx_tile tile,
-                        const float *scale, int64_t column_size, void *out)
+                        int64_t column_size, void *out)
 {
     const int64_t rows = btx_pass_rows(pass), x_stride = operand_stride(weights->in_dim, weights->dtype);
     const char *from = x;
@@ -110,7 +110,6 @@ static void linear_pass(const btx_pass *pass, const btx_linear *weights, const v
     for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
         const void *packed = (const char *)weights->packed + (size_t)layer * weights->layer_stride;
         const float *bias = weights->bias != NULL ? weights->bias + layer * weights->out_dim : NULL;
-        tile.scale = scale != NULL ? scale[layer] : 1.0f;
         for (int64_t left = rows; left > 0;) {
             int64_t block = linear_min(left, BTX_ROW_BLOCK);
             linear_layer(tile, weights, packed, from, block, bias, column_size, to);
@@ -121,12 +120,12 @@ static void linear_pass(const btx_pass *pass, const btx_linear *weights, const v
     }
 }
 
-static btx_status btx_cpu_linear(const btx_pass *pass, const btx_linear *weights, const void *x, const float *scale,
-                                 int accumulate, float *out, btx_error *error)
+static btx_status btx_cpu_linear(const btx_pass *pass, const btx_linear *weights, const void *x, int accumulate,
+                                 float *out, btx_error *error)
 {
     btx_tile tile = {.accumulate = accumulate, .c_stride = weights->out_dim * (int64_t)sizeof(float)};
     (void)error;
-    linear_pass(pass, weights, x, tile, scale, sizeof(float), out);
+    linear_pass(pass, weights, x, tile, sizeof(float), out);
     return BTX_OK;
 }
 
@@ -136,6 +135,6 @@ static btx_status btx_cpu_linear_swiglu(const btx_pass *pass, const btx_linear *
     btx_tile tile = {.gated = 1, .c_dtype = weights->dtype};
     tile.c_stride = operand_stride(weights->out_dim / 2, weights->dtype);
     (void)error;
-    linear_pass(pass, weights, x, tile, NULL, weights->dtype == BTX_BF16 ? BTX_OPERAND_BF16_SIZE : 4, out);
+    linear_pass(pass, weights, x, tile, weights->dtype == BTX_BF16 ? BTX_OPERAND_BF16_SIZE : 4, out);
     return BTX_OK;
 }

@@ -30,23 +30,26 @@ static float norm_sum_squares(const float *x, int64_t dim)
     return vf_reduce_add(sum[0]);
 }
 
+/* One row, x [dim], as operand. */
+static void norm_row(const float *x, int64_t dim, const float *weight, float eps, btx_dtype dtype, void *out)
+{
+    const vf scale = vf_set1(1.0f / sqrtf(norm_sum_squares(x, dim) / (float)dim + eps));
+    int64_t k = 0;
+    for (; k + BTX_VL <= dim; k += BTX_VL)
+        operand_store(out, dtype, k, vf_mul(vf_mul(vf_load(x + k), scale), vf_load(weight + k)));
+    const int tail = (int)(dim - k);
+    operand_store_n(out, dtype, k, vf_mul(vf_mul(vf_load_n(x + k, tail), scale), vf_load_n(weight + k, tail)), tail);
+    operand_end(out, dtype, dim);
+}
+
 static btx_status btx_cpu_rms_norm(const btx_pass *pass, const float *x, int64_t dim, const float *weight, float eps,
                                    btx_dtype dtype, void *out, btx_error *error)
 {
     const int64_t rows = btx_pass_rows(pass), stride = operand_stride(dim, dtype);
     (void)error;
     for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
-        const float *layer_weight = weight + layer * dim;
-        for (int64_t row = 0; row < rows; row++, x += dim, out = (char *)out + stride) {
-            vf scale = vf_set1(1.0f / sqrtf(norm_sum_squares(x, dim) / (float)dim + eps));
-            int64_t k = 0;
-            for (; k + BTX_VL <= dim; k += BTX_VL)
-                operand_store(out, dtype, k, vf_mul(vf_mul(vf_load(x + k), scale), vf_load(layer_weight + k)));
-            int tail = (int)(dim - k);
-            operand_store_n(out, dtype, k,
-                            vf_mul(vf_mul(vf_load_n(x + k, tail), scale), vf_load_n(layer_weight + k, tail)), tail);
-            operand_end(out, dtype, dim);
-        }
+        for (int64_t row = 0; row < rows; row++, x += dim, out = (char *)out + stride)
+            norm_row(x, dim, weight + layer * dim, eps, dtype, out);
     }
     return BTX_OK;
 }

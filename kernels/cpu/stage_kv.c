@@ -1,4 +1,4 @@
-/* stage_kv.c - what a rewrite will write: cache + edit, in f32, rounded once into the cache's dtype
+/* stage_kv.c - what a rewrite will write: cache + gated edit, in f32, rounded once into the cache's dtype
  * (arXiv 2505.16950, section 3.2, the gated write). The key half of an edit is first turned to the cache's positions
  * when keys were unrotated.
  *
@@ -58,13 +58,15 @@ static inline void stage_store(btx_dtype dtype, char *to, int64_t i, vf value, i
         n == BTX_VL ? vf_store_f16(half, value) : vf_store_f16_n(half, value, n);
 }
 
-/* to [num_kv_heads, head_dim], of the view's dtype = cache + delta of one position, rows holding the cache's values
- * where they are at hand (else NULL). Returns the largest magnitude before rounding. old is scratch [head_dim]. */
+/* to [num_kv_heads, head_dim], of the view's dtype = cache + gate * delta of one position, rows holding the cache's
+ * values where they are at hand (else NULL). Returns the largest magnitude before rounding. old is scratch [head_dim].
+ */
 static float stage_row(const btx_plan *plan, const btx_tensor *view, int64_t sequence, int64_t position,
-                       const float *rows, const float *delta, float *old, char *to)
+                       const float *rows, const float *delta, float gate, float *old, char *to)
 {
     int64_t offset = btx_kv_offset(plan, view, sequence, position), dim = plan->head_dim;
     int64_t size = view->dtype == BTX_F32 ? 4 : 2;
+    const vf opening = vf_set1(gate);
     vf peak = vf_zero();
     for (int32_t head = 0; head < plan->num_kv_heads; head++, delta += dim, to += dim * size) {
         const float *from = old;
@@ -74,15 +76,17 @@ static float stage_row(const btx_plan *plan, const btx_tensor *view, int64_t seq
             btx_load_elements(view, offset + head * view->stride[2], view->stride[3], dim, old);
         int64_t i = 0;
         for (; i + BTX_VL <= dim; i += BTX_VL)
-            stage_store(view->dtype, to, i, stage_value(vf_load(from + i), vf_load(delta + i), &peak), BTX_VL);
+            stage_store(view->dtype, to, i, stage_value(vf_load(from + i), vf_mul(vf_load(delta + i), opening), &peak),
+                        BTX_VL);
         int n = (int)(dim - i);
-        stage_store(view->dtype, to, i, stage_value(vf_load_n(from + i, n), vf_load_n(delta + i, n), &peak), n);
+        stage_store(view->dtype, to, i,
+                    stage_value(vf_load_n(from + i, n), vf_mul(vf_load_n(delta + i, n), opening), &peak), n);
     }
     return vf_reduce_max(peak);
 }
 
-static btx_status btx_cpu_stage_kv(const btx_pass *pass, const int32_t *positions, const float *rows, float *delta,
-                                   void *staged, float *delta_norm, float *row_norm, btx_error *error)
+static btx_status btx_cpu_stage_kv(const btx_pass *pass, const int32_t *positions, const float *gate, const float *rows,
+                                   float *delta, void *staged, float *delta_norm, float *row_norm, btx_error *error)
 {
     const btx_plan *plan = pass->plan;
     const btx_dtype dtype = plan->keys[0].dtype;
@@ -98,7 +102,7 @@ static btx_status btx_cpu_stage_kv(const btx_pass *pass, const int32_t *position
             const btx_plan_step *step = &plan->steps[s];
             int64_t num_rows = step->num_recalled + step->num_window;
             float peak = 0.0f;
-            *delta_norm = (float)sqrt(stage_sum_squares(delta, num_rows * 2 * half));
+            *delta_norm = gate[layer] * (float)sqrt(stage_sum_squares(delta, num_rows * 2 * half));
             *row_norm++ = (float)sqrt(stage_sum_squares(rows, num_rows * 2 * half));
             for (int64_t i = 0; i < num_rows; i++, rows += 2 * half, delta += 2 * half, to += 2 * half_bytes) {
                 int64_t position = *positions++;
@@ -108,9 +112,9 @@ static btx_status btx_cpu_stage_kv(const btx_pass *pass, const int32_t *position
                 }
                 /* Rows hold unrotated keys, if so: the cache's own are read again. */
                 float key_peak = stage_row(plan, &plan->keys[layer], step->sequence, position, unrotated ? NULL : rows,
-                                           delta, old, to);
+                                           delta, gate[layer], old, to);
                 float value_peak = stage_row(plan, &plan->values[layer], step->sequence, position, rows + half,
-                                             delta + half, old, to + half_bytes);
+                                             delta + half, gate[layer], old, to + half_bytes);
                 peak = key_peak > peak ? key_peak : peak;
                 peak = value_peak > peak ? value_peak : peak;
             }

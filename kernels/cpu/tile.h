@@ -1,6 +1,6 @@
 /* tile.h - the register-blocked product under linear.c and attention.c:
  *
- *     c = scale * (A B + bias) (+ c)              or, of gated weights,
+ *     c = A B + bias (+ c)              or, of gated weights,
  *     c = silu(A B_gate) * (A B_up)               as an operand (operand.h)
  *
  * A tile is up to BTX_TILE_ROWS rows of A against one panel of BTX_PANEL columns of B; its sums stay in registers over
@@ -54,7 +54,6 @@ typedef struct btx_tile {
     const float *b;
     int64_t depth;     /* words of b */
     const float *bias; /* [columns] or NULL; none when gated */
-    float scale;       /* 1 when gated */
     void *c;
     int64_t c_stride; /* bytes */
     int columns;      /* 1 ... BTX_PANEL, half of that when gated; nothing behind them is touched in bias and c */
@@ -93,7 +92,7 @@ BTX_INLINE void btx_tile_finish(const btx_tile *tile, int row, const vf *sum)
     for (int v = 0; v < BTX_TILE_VECTORS; v++) {
         float *c = (float *)(void *)to + v * BTX_VL;
         int n = tile->columns - v * BTX_VL;
-        vf value = vf_mul(sum[v], vf_set1(tile->scale));
+        vf value = sum[v];
         if (n >= BTX_VL)
             vf_store(c, tile->accumulate ? vf_add(value, vf_load(c)) : value);
         else if (n > 0)

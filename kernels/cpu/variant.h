@@ -12,18 +12,20 @@
 #include "cpu.h"
 
 #include "attention_mass.c"
+#include "store_mass.c"
 #include "top_k.c"
-#include "gather_kv.c"
 #include "round.c"
 #include "rms_norm.c"
+#include "gather_kv.c"
 #include "linear.c"
 #include "attention.c"
 #include "stage_kv.c"
 #include "write_kv.c"
 
 /* One operation runs at a time on a lane, so they share one scratch. */
-static size_t btx_cpu_scratch_bytes(const btx_plan *plan, int64_t max_rows, int64_t max_dim)
+static size_t btx_cpu_scratch_bytes(const btx_plan *plan, int32_t max_layers, int64_t max_rows, int64_t max_dim)
 {
+    (void)max_layers; /* one after the other */
     size_t selection = btx_cpu_selection_scratch_bytes(plan);
     size_t attention = max_dim > 0 ? btx_cpu_attention_scratch_bytes(max_rows, max_dim) : 0;
     return attention > selection ? attention : selection;
@@ -42,6 +44,7 @@ const btx_backend BTX_JOIN(btx_cpu_backend_, BTX_VARIANT) = {
     .device_type = BTX_CPU,
     .layers_per_pass = 1,
     .rows_per_pass = 128, /* enough for the products, few enough for their rows to stay in the second-level cache */
+    .keeps_rows = 1,
     .available = btx_cpu_available,
     .allocate = btx_cpu_allocate,
     .release = btx_cpu_release,
@@ -53,6 +56,7 @@ const btx_backend BTX_JOIN(btx_cpu_backend_, BTX_VARIANT) = {
     .operand_bytes = btx_cpu_operand_bytes,
     .scratch_bytes = btx_cpu_scratch_bytes,
     .attention_mass = btx_cpu_attention_mass,
+    .store_mass = btx_cpu_store_mass,
     .top_k = btx_cpu_top_k,
     .gather_kv = btx_cpu_gather_kv,
     .round = btx_cpu_round,

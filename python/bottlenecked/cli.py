@@ -8,7 +8,6 @@ otherwise.
 from __future__ import annotations
 
 import contextlib
-import ctypes.util
 import importlib.machinery
 import importlib.metadata
 import importlib.util
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,11 +117,7 @@ def info(
         "backends": [entry["name"] for entry in bottleneck_ext.backends() if entry["available"]],
         "instruction_set": backend.partition(":")[2],
         "weight_dtype": native_weight_dtype(backend),
-        "cuda": {
-            "compiled": bool(build["cuda"]),
-            "driver": _library("cuda") is not None,
-            "cublaslt": _library("cublasLt"),
-        },
+        "cuda": build["cuda"],
     }
     if processor is not None:
         found["memory"] = _memory(
@@ -144,8 +139,11 @@ def info(
         "backends": ", ".join(found["backends"]),
         "instruction set": found["instruction_set"],
         "weights": f"{found['weight_dtype']}, unless told otherwise",
-        "CUDA": "compiled in" if cuda["compiled"] else "not compiled in: this is a CPU-only build",
-        "CUDA driver": "found" if cuda["driver"] else "not found",
+        "CUDA": f"compiled for {', '.join(cuda['architectures'])}"
+        if cuda["compiled"]
+        else "not compiled in: this is a CPU-only build",
+        "CUDA device": cuda["device"] or "none",
+        "CUDA driver": cuda["driver"] or "not found",
         "cuBLASLt": cuda["cublaslt"] or "not found",
     }
     if memory := found.get("memory"):
@@ -555,19 +553,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _library(name: str) -> str | None:
-    """Where a shared library of the system or of NVIDIA's Python packages is, or None. Loads nothing."""
-    found = ctypes.util.find_library(name)
-    if found is not None:
-        return found
-    spec = importlib.util.find_spec("nvidia")
-    places: Iterable[str] = (spec.submodule_search_locations or ()) if spec is not None else ()
-    for place in places:
-        for file in sorted(Path(place).glob(f"*/lib/lib{name}.so*")):
-            return str(file)
-    return None
 
 
 def _encodes(text: str) -> bool:

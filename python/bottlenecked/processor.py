@@ -8,10 +8,11 @@ report = cache.rewrite([BoundaryEvent(sequence=0, step_begin=40, step_end=63)])
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +37,11 @@ _BFLOAT16_VARIANTS = ("avx512_bf16",)
 def native_weight_dtype(backend: str = "cpu") -> Literal["float32", "bfloat16"]:
     """What weight_dtype "auto" stands for: "bfloat16" where the backend multiplies bfloat16 itself, else "float32".
 
-    backend: "cpu" or one of ``bottleneck_ext.backends()``.
+    backend: "cpu", "cuda", "cuda:1" or one of ``bottleneck_ext.backends()``.
     """
     name = bottleneck_ext.default_backend() if backend == "cpu" else backend
+    if name.partition(":")[0] == "cuda":
+        return "bfloat16"
     return "bfloat16" if name.partition(":")[2] in _BFLOAT16_VARIANTS else "float32"
 
 
@@ -50,7 +53,8 @@ class RewriteReport:
     ``recalled[i]``: int64 ``[num_layers, k_eff]``, ascending, ``k_eff = min(top_k, prior positions)``.
     ``delta_norm``, ``row_norm``: float32 ``[num_layers, num_events]``, Euclidean norms of the gated edit and of the
     selected rows before it.
-    ``stage_seconds``: seconds of mass, top_k, gather, processor and write, summed over threads.
+    ``stage_seconds``: seconds of mass, top_k, gather, processor and write, summed over threads; of the device, where
+    that is not the CPU.
     """
 
     events: tuple[BoundaryEvent, ...]
@@ -79,7 +83,8 @@ class CacheProcessor:
         weight_dtype: "bfloat16" rounds both operands of every product with a weight to bfloat16 (float32 sums): half
             the memory, and faster where the machine multiplies bfloat16. "auto" is "bfloat16" there and "float32"
             elsewhere, so say which where machines must agree; the attribute `weight_dtype` says what it became.
-        backend: "cpu" (the best instruction set of this machine), or one of ``bottleneck_ext.backends()``.
+        backend: "cpu" (the best instruction set of this machine), "cuda" (its first device), "cuda:1", or one of
+            ``bottleneck_ext.backends()``.
 
         Raises InvalidArgumentError (a ValueError) naming the tensor that is missing, misshapen or not finite, and
         UnsupportedError for a backend this machine does not have.
@@ -136,6 +141,8 @@ class CacheProcessor:
         cache_dtype: CacheDtype = "float32",
     ) -> bottleneck_ext.Workspace:
         """Scratch memory and threads for one caller at a time; keep it with the sequences it serves.
+
+        num_threads: of the CPU; with a CUDA backend the caller's alone is used.
 
         It grows with the largest boundary, or is allocated at once, for boundaries of up to max_sequences (None: 1)
         sequences of up to max_tokens cache positions each in a cache of cache_dtype: then `nbytes` says before the
@@ -201,30 +208,64 @@ class BoundCache:
         self.workspace = workspace
         self.softmax_scale = softmax_scale
 
-    def rewrite(self, events: Sequence[BoundaryEvent], block_table: SupportsDLPack | None = None) -> RewriteReport:
+    @overload
+    def rewrite(
+        self,
+        events: Sequence[BoundaryEvent],
+        block_table: SupportsDLPack | None = None,
+        *,
+        stream: int | None = None,
+        report: Literal[True] = True,
+    ) -> RewriteReport: ...
+    @overload
+    def rewrite(
+        self,
+        events: Sequence[BoundaryEvent],
+        block_table: SupportsDLPack | None = None,
+        *,
+        stream: int | None = None,
+        report: bool,
+    ) -> RewriteReport | None: ...
+    def rewrite(
+        self,
+        events: Sequence[BoundaryEvent],
+        block_table: SupportsDLPack | None = None,
+        *,
+        stream: int | None = None,
+        report: bool = True,
+    ) -> RewriteReport | None:
         """Rewrites, in place, the window and the recalled positions of every event (arXiv 2505.16950, section 3.2).
 
         events: the steps that ended with this engine step, each sequence at most once.
-        block_table: int32 ``[num_sequences, max_blocks]``; None: block s is sequence s's only one.
+        block_table: int32 ``[num_sequences, max_blocks]`` on the CPU; None: block s is sequence s's only one.
+        stream: a cudaStream_t as a number; None: that on which the caches' library works now.
+        report: False returns None, and with a CUDA backend returns before the device is done: work that follows on the
+            same stream sees the rewritten cache. What the device refuses meanwhile, for instance an edit that is not
+            finite, is raised by ``workspace.synchronize()`` or by the next call with this workspace.
 
         InvalidArgumentError, UnsupportedError, DeviceError and MemoryError leave the caches untouched;
         RebuildNeededError means the write began and failed: discard these sequences.
         """
+        steps = [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in events]
+        rewrite = functools.partial(
+            self.processor.native.rewrite,
+            self.kv_cache,
+            self.query_cache,
+            steps,
+            block_table,
+            workspace=self.workspace,
+            softmax_scale=self.softmax_scale,
+            stream=stream,
+        )
+        if not report:
+            rewrite(wait=False)
+            return None
         config = self.processor.config
         recalled = np.empty((config.num_layers, len(events), config.top_k), np.int64)
         delta_norm = np.empty((config.num_layers, len(events)), np.float32)
         row_norm = np.empty_like(delta_norm)
-        stage_seconds = self.processor.native.rewrite(
-            self.kv_cache,
-            self.query_cache,
-            [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in events],
-            block_table,
-            workspace=self.workspace,
-            softmax_scale=self.softmax_scale,
-            recalled=recalled,
-            delta_norm=delta_norm,
-            row_norm=row_norm,
-        )
+        stage_seconds = rewrite(recalled=recalled, delta_norm=delta_norm, row_norm=row_norm)
+        assert stage_seconds is not None, "it was waited for"
         window_begin = tuple(e.window_begin(config.recent_window) for e in events)
         return RewriteReport(
             events=tuple(events),
