@@ -73,8 +73,9 @@ class Processor(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ProcessorLayer(config) for _ in range(config.num_layers))
-        self.load_state_dict({name: torch.as_tensor(weight) for name, weight in weights.items()})
+        with torch.device("meta"):  # nothing is initialised that the weights replace
+            self.layers = nn.ModuleList(ProcessorLayer(config) for _ in range(config.num_layers))
+        self.load_state_dict({name: torch.as_tensor(weight) for name, weight in weights.items()}, assign=True)
         self.to(device, dtype).requires_grad_(False).eval()
 
 

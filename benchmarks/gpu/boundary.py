@@ -4,13 +4,13 @@ ours                 the bound cache rewritten by one asynchronous call, nothing
 ours_graph           the same call in a CUDA graph
 naive                the paper in eager PyTorch, attention weights materialised for the window's queries
 plain                our algorithm in eager PyTorch, a module per layer
-..._compiled         under torch.compile
+..._compiled         under torch.compile; these are a case of their own, `compiled`, as they take minutes
 ..._compiled_graph   that in a CUDA graph: no launch costs either
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -24,9 +24,9 @@ from benchmarks.gpu.timing import Graph
 from benchmarks.harness import OURS, Contender, Figure, figure, say
 from benchmarks.inputs import DTYPES, Inputs, Setting
 
-CHECKED = 4  # sequences of a batch whose edits are compared, row by row, on the host
-COMPILED = {("llama-3.2-1b", 1, 2048, 32), ("llama-3.2-1b", 16, 2048, 32)}
+Call = Callable[[], object]
 
+CHECKED = 4  # sequences of a batch whose edits are compared, row by row, on the host
 # (shape, batch, prior, step), the most telling first: time may run out.
 GRID = [
     ("llama-3.2-1b", 1, 2048, 32),
@@ -52,66 +52,77 @@ GRID = [
 
 
 def run(context: Context) -> Iterator[Figure]:
-    for shape, batch, prior, step in GRID[:2] if context.quick else GRID:
+    yield from over(context, GRID[:2] if context.quick else GRID, "boundary")
+
+
+def over(context: Context, grid: Iterable[tuple[str, int, int, int]], case: str) -> Iterator[Figure]:
+    for shape, batch, prior, step in grid:
         setting = context.setting(shape, batch, prior, step)
-        if context.due("boundary", setting, 2 * cache_bytes(setting) + (2 << 30)):
-            yield measure(context, setting, compiled=context.compile and (shape, batch, prior, step) in COMPILED)
+        if context.due(case, setting, 2 * cache_bytes(setting) + (2 << 30)):
+            yield measure(context, setting, case)
 
 
-def measure(context: Context, setting: Setting, *, compiled: bool) -> Figure:
+def measure(context: Context, setting: Setting, case: str) -> Figure:
+    """case: "boundary", or "compiled", where the baselines are compiled."""
     inputs = context.inputs(setting)
     bound = inputs.bind()
 
     def ours() -> object:
         return bound.rewrite(inputs.events, report=False) if context.on_gpu else bound.rewrite(inputs.events)
 
-    calls = baselines(context, inputs, compiled=compiled)
+    calls = compiled(context, inputs) if case == "compiled" else baselines(context, inputs)
     checked = check(inputs, calls)
     contenders = {OURS: Contender(ours, inputs.restore)} | {
         name: Contender(call, inputs.restore) for name, call in calls.items()
     }
     contenders |= graphs(context, inputs, calls)
     times = context.timer.measure(contenders, repeats=max(context.repeats, MIN_REPEATS))
-    made = figure("boundary", setting.describe("threads"), times, checked=checked, key=key("boundary", setting))
+    made = figure(case, setting.describe("threads"), times, checked=checked, key=key(case, setting))
     made["host_s"] = context.timer.host_seconds(ours)
     return peaks.with_floor(made, peaks.boundary_floor(context.rates, inputs.config, setting))
 
 
-def baselines(context: Context, inputs: Inputs, *, compiled: bool) -> dict[str, Callable[[], object]]:
+def baselines(context: Context, inputs: Inputs) -> dict[str, Call]:
     """Whole boundaries on the inputs' caches, as far as there is memory for them."""
-    keys, values, queries, events = inputs.keys, inputs.values, inputs.queries, inputs.events
-    setting, dtype = inputs.setting, DTYPES[inputs.setting.dtype]
-    calls: dict[str, Callable[[], object]] = {}
-
-    def add_naive(name: str, naive: Naive) -> None:
-        calls[name] = lambda: naive.rewrite(keys, values, naive.attention_weights(keys, queries, events), events)
-
-    def add_plain(name: str, plain: Plain) -> None:
-        calls[name] = lambda: plain.rewrite(keys, values, queries, events)
-
+    setting, dtype, calls = inputs.setting, DTYPES[inputs.setting.dtype], {}
     weights = attention_bytes(setting)
     repeated = setting.backbone.num_query_heads * setting.batch * setting.prior * setting.backbone.head_dim * 2
     if context.fits(weights * (2 * setting.backbone.num_layers + 10) + 2 * repeated):
-        add_naive("naive", Naive(inputs.config, inputs.weights, dtype, device=context.device))
+        calls["naive"] = by_naive(inputs, Naive(inputs.config, inputs.weights, dtype, device=context.device))
     else:
         say("  naive is left out: its attention weights do not fit")
     if context.fits(weights * 16):
-        add_plain("plain", Plain(inputs.config, inputs.weights, dtype, device=context.device))
-    if compiled:
-        # Settings that are compiled are few, and no graph of one serves another.
-        torch.compiler.reset()
-        add_naive("naive_compiled", Naive(inputs.config, inputs.weights, dtype, device=context.device, compiled=True))
-        add_plain("plain_compiled", Plain(inputs.config, inputs.weights, dtype, device=context.device, compiled=True))
+        calls["plain"] = by_plain(inputs, Plain(inputs.config, inputs.weights, dtype, device=context.device))
     return calls
 
 
-def graphs(context: Context, inputs: Inputs, calls: dict[str, Callable[[], object]]) -> dict[str, Contender]:
+def compiled(context: Context, inputs: Inputs) -> dict[str, Call]:
+    """The same under torch.compile, and plain as it is."""
+    config, weights, dtype, device = inputs.config, inputs.weights, DTYPES[inputs.setting.dtype], context.device
+    torch.compiler.reset()  # no graph of one setting serves another
+    return {
+        "plain": by_plain(inputs, Plain(config, weights, dtype, device=device)),
+        "naive_compiled": by_naive(inputs, Naive(config, weights, dtype, device=device, compiled=True)),
+        "plain_compiled": by_plain(inputs, Plain(config, weights, dtype, device=device, compiled=True)),
+    }
+
+
+def by_naive(inputs: Inputs, naive: Naive) -> Call:
+    keys, values, queries, events = inputs.keys, inputs.values, inputs.queries, inputs.events
+    return lambda: naive.rewrite(keys, values, naive.attention_weights(keys, queries, events), events)
+
+
+def by_plain(inputs: Inputs, plain: Plain) -> Call:
+    return lambda: plain.rewrite(inputs.keys, inputs.values, inputs.queries, inputs.events)
+
+
+def graphs(context: Context, inputs: Inputs, calls: dict[str, Call]) -> dict[str, Contender]:
     """CUDA graphs of ours and of the compiled baselines."""
     made: dict[str, Contender] = {}
     if not context.on_gpu:
         return made
     bound = inputs.bind(inputs.processor.workspace())  # it belongs to its graph from then on
-    wanted: dict[str, Callable[[], object]] = {"ours_graph": lambda: bound.rewrite(inputs.events, report=False)}
+    wanted: dict[str, Call] = {"ours_graph": lambda: bound.rewrite(inputs.events, report=False)}
     wanted |= {f"{name}_graph": call for name, call in calls.items() if name.endswith("_compiled")}
     for name, call in wanted.items():
         try:
@@ -123,7 +134,7 @@ def graphs(context: Context, inputs: Inputs, calls: dict[str, Callable[[], objec
 
 
 @torch.no_grad()
-def check(inputs: Inputs, calls: dict[str, Callable[[], object]]) -> list[str]:
+def check(inputs: Inputs, calls: dict[str, Call]) -> list[str]:
     """Every baseline against ours, the first of a batch also against the reference where that takes no minutes.
 
     Returns who was compared. Leaves the caches restored.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -25,10 +26,9 @@ class Context:
 
     device: str
     quick: bool
-    compile: bool
     repeats: int
-    deadline: float
     measured: set[str]
+    deadline: float = math.inf
     timer: Timer = field(init=False)
     _rates: peaks.Rates | None = None
     _processor: tuple[tuple[object, ...], CacheProcessor] | None = None

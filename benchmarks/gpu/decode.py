@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +50,16 @@ MODELS = {"llama-3.2-1b": (128256, 2048, 8192), "tiny": (64, 64, 96)}
 
 def run(context: Context) -> Iterator[Figure]:
     model: PreTrainedModel | None = None
+    processors: dict[float, CacheProcessor] = {}
     for batch in (1, 2) if context.quick else (1, 16, 64):
         setting = context.setting("llama-3.2-1b", batch, PROMPT, EVERY)
         # A forward over all prompts holds a few activations of the MLP's width.
         activations = 6 * batch * setting.prior * MODELS[setting.shape][2] * 2
         if context.due("decode", setting, 2 * cache_bytes(setting) + activations + (5 << 30)):
             model = model or make(setting.shape, context.device)
-            yield measure(context, model, setting)
+            if not processors:
+                processors = {scale: processor(context, model, setting, scale) for scale in (0.0, SCALE)}
+            yield measure(context, model, setting, processors)
 
 
 def make(shape: str, device: str) -> PreTrainedModel:
@@ -155,7 +158,10 @@ class Loop:
 
 
 @torch.no_grad()
-def measure(context: Context, model: PreTrainedModel, setting: Setting) -> Figure:
+def measure(
+    context: Context, model: PreTrainedModel, setting: Setting, processors: Mapping[float, CacheProcessor]
+) -> Figure:
+    """processors: by the scale of their edits."""
     tokens = 2 * setting.step + 1 if context.quick else TOKENS
     generator = torch.Generator(context.device).manual_seed(SEED)
     vocabulary = model.config.vocab_size
@@ -163,9 +169,9 @@ def measure(context: Context, model: PreTrainedModel, setting: Setting) -> Figur
     ids = torch.randint(0, vocabulary, shape, generator=generator, device=context.device)
     stock = Loop(context, model, ids, model.prepare_inputs_for_generation, tokens)
     expected = stock.run()[1]
-    check(context, model, setting, ids, tokens, expected)
+    check(stock, setting, processors[0.0], expected)
 
-    with attach(model, processor(context, model, setting, SCALE)) as attachment:
+    with attach(model, processors[SCALE]) as attachment:
         ours = Loop(context, model, ids, model.prepare_inputs_for_generation, tokens)
         rows = zip(ours.run()[1], expected, strict=True)
         changed = sum(a != b for one, other in rows for a, b in zip(one, other, strict=True))
@@ -211,12 +217,12 @@ def replays(context: Context, loops: dict[str, Loop]) -> dict[str, list[float]]:
     return steps
 
 
-def check(
-    context: Context, model: PreTrainedModel, setting: Setting, ids: Tensor, tokens: int, expected: list[list[int]]
-) -> None:
+def check(stock: Loop, setting: Setting, identity: CacheProcessor, expected: list[list[int]]) -> None:
     """A Processor that changes nothing leaves stock's tokens."""
-    with attach(model, processor(context, model, setting, 0.0)) as attachment:
-        got = Loop(context, model, ids, model.prepare_inputs_for_generation, tokens).run()[1]
+    model = stock.model
+    with attach(model, identity) as attachment:
+        prepare = model.prepare_inputs_for_generation
+        got = Loop(stock.context, model, stock.ids, prepare, stock.tokens).run()[1]
         if attachment.stats.boundaries == 0:
             checks.refuse(setting, "no boundary happened")
     if got != expected:
