@@ -1,11 +1,15 @@
 """The only build logic: one abi3 extension in C11, no flag tied to the build machine.
 
 Environment: BOTTLENECKED_WERROR=1 makes warnings errors; BOTTLENECKED_SANITIZE=address,undefined adds sanitizers.
-BOTTLENECKED_EMULATE=1 adds the CUDA backend with its kernels compiled for the host, for tests (tests/emulation/).
+The CUDA backend is built where there is an nvcc (CUDA_HOME, else the PATH), for the architectures that
+BOTTLENECKED_CUDA_ARCHS lists ("90a", "80,86"; empty: without CUDA). BOTTLENECKED_EMULATE=1 compiles its kernels for the
+host instead, for tests (tests/emulation/).
 """
 
 import os
 import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -37,6 +41,30 @@ macros = [("Py_LIMITED_API", "0x030B0000"), ("_GNU_SOURCE", None)]
 link_args = ["-pthread", "-lm", "-ldl"]
 if sanitize:
     link_args.append(f"-fsanitize={sanitize}")
+
+# What is compiled in when nothing else is asked for: machine code for the devices of today, and PTX, which the driver
+# compiles at start, for those to come.
+CUDA_ARCHITECTURES = "80,86,89,90a,100f,120f,90-ptx"
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(Path(home, "bin", "nvcc") if home else "nvcc")
+
+
+def find_libraries(nvcc: str) -> list[str]:
+    """The linker's options for CUDA's libraries, as nvcc itself would give them: it may be a wrapper from anywhere."""
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    return re.findall(r'"(-L[^"]+)"', next((line for line in plan.splitlines() if "LIBRARIES=" in line), ""))
+
+
+architectures = os.environ.get("BOTTLENECKED_CUDA_ARCHS", CUDA_ARCHITECTURES).replace(" ", "")
+nvcc = None if emulate or sanitize or not architectures else find_nvcc()
+if nvcc is not None:
+    sources += glob("kernels/cuda/*.cu")
+    depends += glob("kernels/cuda/*.h") + glob("kernels/cuda/*.cuh")
+    macros.append(("BTX_WITH_CUDA", None))
+    link_args += [*find_libraries(nvcc), "-lcudart_static", "-lrt"]
 if emulate:
     sources += glob("kernels/cuda/*.cu") + [f"tests/emulation/{name}.cpp" for name in ("device", "races", "runtime")]
     depends += glob("kernels/cuda/*.h") + glob("kernels/cuda/*.cuh") + glob("tests/emulation/*.h")
@@ -44,8 +72,22 @@ if emulate:
     link_args.append("-lstdc++")
 
 
+def generate_code(architecture: str) -> str:
+    """nvcc's option for "90a" (machine code) or "90-ptx"."""
+    number, _, ptx = architecture.partition("-")
+    return f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}"
+
+
 def cuda_command() -> list[str]:
     """Compiles one source in C++ or CUDA, but for the files' names."""
+    if nvcc is not None:
+        # Without exceptions, type information and guarded statics nothing of the C++ library is needed.
+        host_args = "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics"
+        return [
+            *[nvcc, "-std=c++17", "-O3", "-c", "--threads=2", "-Icsrc", f"-Xcompiler={host_args}"],
+            f'-DBTX_CUDA_ARCHITECTURES="{architectures}"',
+            *map(generate_code, architectures.split(",")),
+        ]
     return [
         *[os.environ.get("CXX", "g++"), "-x", "c++", "-std=gnu++17", "-c", "-O2", "-g", "-fPIC"],
         *["-fno-strict-aliasing", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-missing-field-initializers"],

@@ -632,7 +632,7 @@ def test_the_c_exchange_api_is_used_where_it_is_offered(case: Case) -> None:
         ({"versions": (2, 1)}, 4),  # an older table in the chain
         ({"versions": (2,)}, 0),
         ({"fails": True}, 0),
-        ({"device": (4, 0)}, 4),  # CUDA: its stream is __dlpack__'s business
+        ({"device": (4, 0)}, 4),  # OpenCL
         ({"dtype": (5, 64, 1, 0)}, 4),  # complex: so is its conjugate bit
         ({"version": (2, 0)}, 4),
     ],
