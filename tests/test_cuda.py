@@ -542,7 +542,7 @@ def test_the_stream_orders_the_work(explicit: bool) -> None:
         if not explicit:
             bound.rewrite(device.events, device.block_table, report=False)
     if explicit:
-        bound.rewrite(device.events, device.block_table, stream=side, report=False)
+        bound.rewrite(device.events, device.block_table, stream=side.cuda_stream, report=False)
     with torch.cuda.stream(side):
         got = device.snapshot()
     assert not side.query(), "the call waited for the device"

@@ -348,7 +348,7 @@ class Attachment:
         state = _State(ring=ring, queries=ring.unbind(0), slot=slot, workspace=workspace)
         if self._device.type != "cpu":
             state.on_host = torch.empty(batch_size + 1, dtype=torch.long, pin_memory=True)
-            state.copied = torch.cuda.Event()
+            state.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with self._lock:
             self._states[cache] = state
         return state
