@@ -1,0 +1,268 @@
+"""Mistakes of the kind kernels are made of, each put into a copy of the kernels: the tests must find every one.
+
+`python -m tests.emulation.mutants [words]` tries those whose description or file holds all words, and prints what
+became of each. A mutant is compiled for the emulation that sees races (`make -C tests/emulation VARIANT=races`) and
+judged by tests/operations.cpp.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "kernels" / "cuda"
+BUILD = ROOT / "build" / "emulation-races"
+SEEDS = 60
+TIMEOUT = 300
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """An edit of kernels/cuda/: old occurs there once, spaces and line ends apart."""
+
+    file: str
+    what: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+    def apply(self, source: str) -> str:
+        pattern = r"\s+".join(re.escape(word) for word in self.old.split())
+        found = re.findall(pattern, source)
+        assert len(found) == 1, (
+            f"{self}: what to replace occurs {len(found)} times; bring tests/emulation/mutants.py up"
+        )
+        return re.sub(pattern, lambda _: self.new, source)
+
+
+MASS, TOP_K, SWIGLU = "attention_mass.cu", "top_k.cu", "linear_swiglu.cu"
+
+MUTANTS = [
+    Mutant(
+        MASS,
+        "no barrier before a tile of keys is overwritten",
+        "__syncthreads(); } partials += blockIdx.z * partials_of_layer(plan); #pragma unroll for (int m = 0;",
+        "} partials += blockIdx.z * partials_of_layer(plan);\n#pragma unroll\n for (int m = 0;",
+    ),
+    Mutant(MASS, "waits for too few copies", "copy_async_wait<1>();", "copy_async_wait<2>();"),
+    Mutant(
+        MASS,
+        "no barrier between the queries and the keys that take their place",
+        "(warp * TILES + m) * 16, k * 16); } __syncthreads();",
+        "(warp * TILES + m) * 16, k * 16); }",
+    ),
+    Mutant(MASS, "the last tile is not masked", "masked = next > step.num_prior;", "masked = key > step.num_prior;"),
+    Mutant(MASS, "a query does not see itself", "> last_key[m][h])", ">= last_key[m][h])"),
+    Mutant(
+        MASS,
+        "wrong rows of the right side",
+        "(row + lane % 8 + lane / 16 * 8)",
+        "(row + lane % 8 + lane / 8 % 2 * 8)",
+    ),
+    Mutant(
+        MASS,
+        "wrong columns of the left side",
+        "column + lane / 16 * 8);",
+        "column + lane / 8 % 2 * 8);",
+    ),
+    Mutant(MASS, "no tail guard", "if (lane % 4 == 0 && at < end)", "if (lane % 4 == 0)"),
+    Mutant(
+        MASS,
+        "only the last queries count",
+        "first_row == 0 ? sum * weight : mass[at] + sum * weight",
+        "sum * weight",
+    ),
+    Mutant(
+        MASS,
+        "no barrier before queries are overwritten",
+        "mass[at] + sum * weight; } } } __syncthreads(); }",
+        "mass[at] + sum * weight; } } } }",
+    ),
+    Mutant(MASS, "rows behind the window have a probability", "float value = INFINITY;", "float value = 0.0f;"),
+    Mutant(MASS, "a lost shuffle", "sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 2);", ""),
+    Mutant(MASS, "queries behind the window are read", "if (r >= all) {", "if (r > all) {"),
+    Mutant(
+        MASS,
+        "no barrier between loading and scores, general",
+        "queries[i][lane] = q; } __syncthreads();",
+        "queries[i][lane] = q; }",
+    ),
+    Mutant(
+        MASS,
+        "columns behind the head are read, general",
+        "if (key < key_end && column < plan.head_dim) {",
+        "if (key < key_end) {",
+    ),
+    Mutant(MASS, "splits are not weighed", "sum += part.sum * exp2f(part.largest - largest);", "sum += part.sum;"),
+    Mutant(TOP_K, "no barrier behind the clearing", "histogram[i] = 0; __syncthreads();", "histogram[i] = 0;"),
+    Mutant(TOP_K, "one bin too far", "if (histogram[bin] >= left)", "if (histogram[bin] > left)"),
+    Mutant(
+        TOP_K,
+        "one tie too many",
+        "(is_equal && rank_equal < ties)",
+        "(is_equal && rank_equal <= ties)",
+    ),
+    Mutant(
+        TOP_K,
+        "no barrier behind the warps' counts",
+        "equal[warp] = num_equal; __syncthreads();",
+        "equal[warp] = num_equal;",
+    ),
+    Mutant(TOP_K, "-0 is less than 0", "value < 0.0f || value > 0.0f ?", "value == value ?"),
+    Mutant(
+        TOP_K,
+        "positions count from the first token",
+        "positions[taken] = step.sequence_begin + i + lane;",
+        "positions[taken] = i + lane;",
+    ),
+    Mutant(
+        TOP_K,
+        "parts of other steps",
+        "sum += mass[part * plan.total_prior + i];",
+        "sum += mass[part * n + i];",
+    ),
+    Mutant(
+        "rows.cuh",
+        "no barrier in a block's sum",
+        "storage[threadIdx.x / BTX_WARP] = x; __syncthreads();",
+        "storage[threadIdx.x / BTX_WARP] = x;",
+    ),
+    Mutant(
+        "rows.cuh",
+        "a tail is read as if it were whole",
+        "piece.count = min(8, plan.head_dim - piece.first);",
+        "piece.count = 8;",
+    ),
+    Mutant(
+        "gather_kv.cu",
+        "no barrier behind the rotation's table",
+        "fill_rotation(plan, index, cosines, sines); __syncthreads();",
+        "fill_rotation(plan, index, cosines, sines);",
+    ),
+    Mutant("gather_kv.cu", "turned the wrong way", "(at < half ? other : -other)", "(at < half ? -other : other)"),
+    Mutant(
+        "gather_kv.cu", "the padding of an operand is left", "i = width + threadIdx.x;", "i = width + 1 + threadIdx.x;"
+    ),
+    Mutant("stage_kv.cu", "-0 becomes 0", "edit[i] == 0.0f ? old[i] : old[i] + edit[i];", "old[i] + edit[i];"),
+    Mutant("stage_kv.cu", "infinity is written", "fits = fits && fabsf(sum) < largest_of<T>();", ""),
+    Mutant("stage_kv.cu", "the gate of another layer", "gate[layer_index];", "gate[blockIdx.y];"),
+    Mutant(
+        "write_kv.cu",
+        "a refused edit is written",
+        "|| plan.refused->edit != BTX_NOT_REFUSED)",
+        ")",
+    ),
+    Mutant(
+        "write_kv.cu",
+        "values go to the keys' column",
+        "column = is_value ? i - half : i, head = column / plan.head_dim; T *to",
+        "column = i, head = column / plan.head_dim; T *to",
+    ),
+    Mutant(
+        "attention.cu",
+        "no barrier before keys are overwritten",
+        "key += KEYS) { __syncthreads();",
+        "key += KEYS) {",
+    ),
+    Mutant(
+        "attention.cu", "keys behind the last one count", "(dot[2] + dot[3]) : -INFINITY;", "(dot[2] + dot[3]) : 0.0f;"
+    ),
+    Mutant(SWIGLU, "waits for too few copies", "copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
+    Mutant(
+        SWIGLU,
+        "no barrier behind the wait",
+        "copy_async_wait<STAGES - 2>(); __syncthreads();",
+        "copy_async_wait<STAGES - 2>();",
+    ),
+    Mutant(
+        SWIGLU,
+        "columns behind the row are read",
+        "if (first + row < limit && column + at < stride)",
+        "if (first + row < limit)",
+    ),
+    Mutant(
+        SWIGLU,
+        "no barrier behind the tiles, f32",
+        "* stride + k + d] : 0.0f; } __syncthreads(); for (int d = 0;",
+        "* stride + k + d] : 0.0f; } for (int d = 0;",
+    ),
+    Mutant(
+        "store_mass.cu",
+        "what is behind the prior is stored",
+        "i < step.num_prior && part < num_parts;",
+        "part < num_parts;",
+    ),
+    Mutant(
+        "rms_norm.cu",
+        "the weight of another layer",
+        "weight += (layer_begin + blockIdx.y) * dim;",
+        "weight += blockIdx.y * dim;",
+    ),
+    Mutant(
+        "plan.cuh",
+        "the ring of pages does not close",
+        "(page % (unsigned)plan.pages_per_sequence)",
+        "page",
+    ),
+    Mutant("plan.cuh", "blocks count from position 0", "- step.first_block]", "]"),
+]
+
+
+def make(*arguments: str, kernels: Path = KERNELS, build: Path = BUILD) -> subprocess.CompletedProcess[str]:
+    command = ["make", "-s", "-C", str(ROOT / "tests" / "emulation"), "VARIANT=races"]
+    command += [f"KERNELS={kernels}", f"BUILD={build}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def build_unchanged() -> None:
+    """What mutants are made from: only what a mutant changes is compiled again."""
+    made = make(f"-j{os.cpu_count()}", str(BUILD / "operations"))
+    assert made.returncode == 0, made.stderr
+
+
+def judge(mutant: Mutant) -> str:
+    """How the mutant was found, or "" where it was not."""
+    with tempfile.TemporaryDirectory() as folder:
+        kernels, build = Path(folder, "kernels"), Path(folder, "build")
+        shutil.copytree(KERNELS, kernels)
+        shutil.copytree(BUILD, build)
+        changed = kernels / mutant.file
+        changed.write_text(mutant.apply(changed.read_text()))
+        made = make(str(build / "operations"), kernels=kernels, build=build)
+        assert made.returncode == 0, f"{mutant}: {made.stderr}"
+        command = [str(build / "operations"), "0", str(SEEDS), "1"]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return "does not end"
+        if run.returncode == 0:
+            return ""
+        lines = run.stderr.splitlines() + run.stdout.splitlines()
+        return next((line.strip() for line in lines if line.strip()), f"ended with {run.returncode}")
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    chosen = [mutant for mutant in MUTANTS if all(word in str(mutant) for word in words)]
+    build_unchanged()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = list(zip(chosen, pool.map(judge, chosen), strict=True))
+    for mutant, found in verdicts:
+        print(f"{mutant}\n    {found or 'NOT FOUND'}")
+    missed = sum(not found for _, found in verdicts)
+    print(f"{len(verdicts)} mutants, {missed} not found")
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
