@@ -490,7 +490,7 @@ def test_two_devices_are_refused(what: str) -> None:
     queries = host.queries if what in ("cache", "queries") else device.queries
     if what == "processor":
         other = processor.workspace()
-    with pytest.raises(ValueError, match=r"(?i)cpu|cuda|device"):
+    with pytest.raises(bottleneck_ext.BottleneckError, match=r"(?i)cpu|cuda|device"):
         processor.bind(keys, values, queries, workspace=other, query_table=host.query_table).rewrite(
             host.events, host.block_table
         )
@@ -502,7 +502,7 @@ def test_two_devices_are_refused(what: str) -> None:
 def test_mass_into_the_other_devices_memory_is_refused() -> None:
     case = make_case(SMALL)
     device = on_device(case)
-    with pytest.raises(ValueError, match=r"(?i)cpu|cuda|device"):
+    with pytest.raises(bottleneck_ext.BottleneckError, match=r"(?i)cpu|cuda|device"):
         bottleneck_ext.attention_mass(
             bottleneck_ext.KVCache(device.keys, device.values),
             bottleneck_ext.QueryCache(device.queries, case.query_table),
@@ -606,6 +606,7 @@ def test_repeated_shapes_allocate_nothing() -> None:
     before = device.snapshot()
     bound = bind(device, device.processor(BACKEND))
     for _ in range(8):
+        restore(device, before)
         bound.rewrite(device.events, device.block_table, report=False)
     torch.cuda.synchronize()
     free, nbytes = torch.cuda.mem_get_info()[0], bound.workspace.nbytes

@@ -79,7 +79,8 @@ def run(context: Context, cases: Sequence[str], end: float) -> Iterator[dict[str
         case = importlib.import_module(f"benchmarks.gpu.{name}")
         try:
             for figure in case.run(context):
-                say(f"  {report.sentence(figure)}")
+                if "refused" not in figure:
+                    say(f"  {report.sentence(figure)}")
                 yield figure
         except (Exception, SystemExit) as error:  # a device is lent for minutes: the other cases still run
             if not isinstance(error, SystemExit):

@@ -10,6 +10,7 @@ plain                our algorithm in eager PyTorch, a module per layer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -19,7 +20,7 @@ from benchmarks import checks
 from benchmarks.baselines.naive import Naive
 from benchmarks.baselines.plain import Plain
 from benchmarks.gpu import peaks
-from benchmarks.gpu.context import MIN_REPEATS, Context, attention_bytes, cache_bytes, key
+from benchmarks.gpu.context import MIN_REPEATS, Context, attempt, attention_bytes, cache_bytes, key
 from benchmarks.gpu.timing import Graph
 from benchmarks.harness import OURS, Contender, Figure, figure, say
 from benchmarks.inputs import DTYPES, Inputs, Setting
@@ -59,7 +60,7 @@ def over(context: Context, grid: Iterable[tuple[str, int, int, int]], case: str)
     for shape, batch, prior, step in grid:
         setting = context.setting(shape, batch, prior, step)
         if context.due(case, setting, 2 * cache_bytes(setting) + (2 << 30)):
-            yield measure(context, setting, case)
+            yield attempt(case, setting, functools.partial(measure, context, setting, case))
 
 
 def measure(context: Context, setting: Setting, case: str) -> Figure:

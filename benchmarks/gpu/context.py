@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from benchmarks.gpu import peaks
 from benchmarks.gpu.timing import Timer
-from benchmarks.harness import say
+from benchmarks.harness import Figure, say
 from benchmarks.inputs import Inputs, Setting
 from bottlenecked.processor import CacheProcessor
 
@@ -79,6 +81,17 @@ class Context:
         if self.quick:
             return Setting("tiny", 32, "bfloat16", min(batch, 2), 40, min(step, 6), 4, 1)
         return Setting(shape, dim, "bfloat16", batch, prior, step, 32, 1)
+
+
+def attempt(case: str, setting: Setting, measure: Callable[[], Figure]) -> Figure:
+    """The figure, or a line that says why there is none: a device is lent for minutes, and the rest still runs."""
+    try:
+        return measure()
+    except (Exception, SystemExit) as error:
+        if not isinstance(error, SystemExit):
+            say(traceback.format_exc())
+        say(f"  {case}, {setting}: refused: {error}")
+        return {"case": case, "refused": f"{setting}: {type(error).__name__}: {error}"[:2000]}
 
 
 def key(case: str, setting: Setting) -> str:

@@ -18,6 +18,7 @@ tokens. "changed_tokens" tells how many are others with the random Processor tha
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from benchmarks import checks
-from benchmarks.gpu.context import MIN_REPEATS, Context, cache_bytes, key
+from benchmarks.gpu.context import MIN_REPEATS, Context, attempt, cache_bytes, key
 from benchmarks.gpu.timing import Graph
 from benchmarks.harness import OURS, Figure, figure, rotated
 from benchmarks.inputs import SEED, SHAPES, Setting
@@ -59,7 +60,7 @@ def run(context: Context) -> Iterator[Figure]:
             model = model or make(setting.shape, context.device)
             if not processors:
                 processors = {scale: processor(context, model, setting, scale) for scale in (0.0, SCALE)}
-            yield measure(context, model, setting, processors)
+            yield attempt("decode", setting, functools.partial(measure, context, model, setting, processors))
 
 
 def make(shape: str, device: str) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from benchmarks import checks
 from benchmarks.cases.mass import plain
 from benchmarks.gpu import peaks
-from benchmarks.gpu.context import MIN_REPEATS, Context, attention_bytes, cache_bytes, key
+from benchmarks.gpu.context import MIN_REPEATS, Context, attempt, attention_bytes, cache_bytes, key
 from benchmarks.harness import OURS, Contender, Figure, figure
 from benchmarks.inputs import Setting
 
@@ -27,7 +28,7 @@ def run(context: Context) -> Iterator[Figure]:
     for shape, prior, step in GRID[:2] if context.quick else sorted(GRID, key=lambda point: point[0]):
         setting = context.setting(shape, 1, prior, step, dim=32)
         if context.due("mass", setting, 2 * cache_bytes(setting) + 16 * attention_bytes(setting)):
-            yield measure(context, setting)
+            yield attempt("mass", setting, functools.partial(measure, context, setting))
 
 
 @torch.no_grad()

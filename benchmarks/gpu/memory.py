@@ -6,12 +6,13 @@ boundaries, which also sees what the library keeps outside of both ("measured_by
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 
 from benchmarks import floors
-from benchmarks.gpu.context import Context, cache_bytes, key
+from benchmarks.gpu.context import Context, attempt, cache_bytes, key
 from benchmarks.harness import Figure
 from benchmarks.inputs import Inputs, Setting
 from bottlenecked.processor import CacheProcessor
@@ -28,7 +29,7 @@ def run(context: Context) -> Iterator[Figure]:
     for shape, batch, prior, step in GRID[:1] if context.quick else GRID:
         setting = context.setting(shape, batch, prior, step)
         if context.due("memory", setting, 2 * cache_bytes(setting) + (2 << 30)):
-            yield measure(context, setting)
+            yield attempt("memory", setting, functools.partial(measure, context, setting))
 
 
 def measure(context: Context, setting: Setting) -> Figure:
