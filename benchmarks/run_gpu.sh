@@ -141,7 +141,7 @@ for part in $parts; do
     else
         failed="$failed $part"
         echo "== $part: FAILED with status $status after $((SECONDS - begin)) s"
-        tail -25 "$out/$part.log"
+        grep -v '^SKIPPED' "$out/$part.log" | tail -30
         [ "$part" = build ] && break
     fi
 done
@@ -149,7 +149,7 @@ done
 echo
 for part in $parts; do
     case $part in
-        parity) [ -f "$out/parity.log" ] && grep -E '(passed|failed|error).* in ' "$out/parity.log" ;;
+        parity) [ -f "$out/parity.log" ] && grep -E '^(FAILED|ERROR)|(passed|failed|error).* in ' "$out/parity.log" ;;
         sanitize) [ -f "$out/sanitize.log" ] && grep -E 'SUMMARY|exit status' "$out/sanitize.log" ;;
         bench) [ -f "$out/bench.jsonl" ] && "$python" -m benchmarks.gpu --table --output "$out/bench.jsonl" ;;
     esac
