@@ -6,6 +6,7 @@ harness.py   interleaved repeats, figures    inputs.py   shapes and random cache
 floors.py    how fast it could be: counted work over rates that peak.c measures in the same run
 options.py   the command line    report.py   tables, plots, files    compare.py   do two runs agree?
 results/     runs worth keeping
+gpu/         the CUDA backend's, a command of their own; run_gpu.sh runs them with everything else a GPU is needed for
 
 A figure is one JSON object: what was measured ("case", "shape", "d_p", "dtype", "batch", "prior", "step", "top_k",
 "threads", as far as they apply), of ours "median_s", "min_s", "max_s", "spread" (interquartile range over median) and

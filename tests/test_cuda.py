@@ -26,7 +26,7 @@ import bottleneck_ext
 from bottlenecked import BoundaryConfig, CacheProcessor, CacheProcessorConfig, UnsupportedError, reference
 from bottlenecked.checkpoint import initial_weights
 
-from .cases import DTYPES, LAYOUTS, NAMED, Case, Shape, make_case
+from .cases import LAYOUTS, NAMED, Case, Shape, make_case
 from .test_parity import (
     EDIT_TOLERANCE,
     HALF_ULP,
@@ -855,6 +855,3 @@ def test_model_and_processor_on_two_devices_are_refused() -> None:
     model = model.to(DEVICE)
     with pytest.raises(UnsupportedError, match=r"on the device cuda:0 and the Processor on the CPU.*backend='cuda:0'"):
         attached(model, processor_for(model, "cpu", 0.0))
-
-
-assert DTYPES.keys() == BITS.keys()
