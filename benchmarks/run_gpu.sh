@@ -88,7 +88,8 @@ run_parity() {
     if "$python" -c 'import xdist' 2>/dev/null; then
         # These need the host more than the device: they are compared with float64 there.
         OMP_NUM_THREADS=2 within 170 $pytest -n 8 -k "$together" || status=$?
-        within 170 $pytest -k "not ($together)" || status=$?
+        within 170 $pytest -k "not ($together or compiled_into)" || status=$?
+        within 150 $pytest -k compiled_into || status=$?
     else
         within 300 $pytest || status=$?
     fi

@@ -128,8 +128,8 @@ def graphs(context: Context, inputs: Inputs, calls: dict[str, Call]) -> dict[str
     for name, call in wanted.items():
         try:
             made[name] = Contender(Graph(call, on_gpu=True).replay, inputs.restore)
-        except RuntimeError as error:
-            say(f"  {name} is left out: {str(error).splitlines()[0]}")
+        except Exception as error:  # a graph is an extra
+            say(f"  {name} is left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
             torch.cuda.synchronize()
     return made
 
