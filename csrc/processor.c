@@ -462,7 +462,7 @@ size_t btx_processor_bytes(const btx_processor *processor)
 
 /* Buffers of one lane, for one unit. */
 typedef struct lane_layout {
-    size_t mass, x, delta, normed, u, qkv, wide, scratch, bytes;
+    size_t mass, x, normed, u, qkv, wide, scratch, bytes; /* qkv: later delta */
 } lane_layout;
 
 typedef struct boundary_run {
@@ -573,7 +573,7 @@ static btx_status process_rows(const boundary_run *run, const btx_pass *pass, ch
     const int64_t C = kv_width(config), D = config->processor_dim;
     const float *x = backend->keeps_rows ? (float *)(lane + layout->x) : NULL;
     float *u = (float *)(lane + layout->u), *qkv = (float *)(lane + layout->qkv);
-    float *delta = (float *)(lane + layout->delta);
+    float *delta = qkv;
     void *normed = lane + layout->normed, *wide = lane + layout->wide;
     const float eps = config->norm_eps;
     const int64_t row = first_row(pass), norm = pass->layer_begin * run->plan->num_steps + pass->step_begin;
@@ -712,7 +712,9 @@ static int64_t layers_of_unit(const boundary_run *run, int64_t num_steps, int64_
     const btx_backend *backend = run->backend;
     if (backend->layers_per_pass > 0)
         return backend->layers_per_pass;
-    return smaller(run->plan->num_layers, larger(1, backend->rows_per_pass / larger(1, num_steps * row_limit)));
+    /* The launches of a single step cost more than its rows' memory. */
+    const int64_t rows = num_steps == 1 ? 2 * backend->rows_per_pass : backend->rows_per_pass;
+    return smaller(run->plan->num_layers, larger(1, rows / larger(1, num_steps * row_limit)));
 }
 
 /* Steps times layers of a unit, at most, when up to num_steps steps end: the fewer end, the more layers are taken. */
@@ -771,10 +773,9 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
     *out = (run_layout){0};
     return btx_reserve(&lane->bytes, &lane->mass, prior * mass_parts, sizeof(float)) &&
            btx_reserve(&lane->bytes, &lane->x, backend->keeps_rows ? rows : 0, C * sizeof(float)) &&
-           btx_reserve(&lane->bytes, &lane->delta, rows, C * sizeof(float)) &&
            btx_reserve(&lane->bytes, &lane->normed, 1, backend->operand_bytes(rows, (int64_t)(C > D ? C : D), dtype)) &&
            btx_reserve(&lane->bytes, &lane->u, rows, D * sizeof(float)) &&
-           btx_reserve(&lane->bytes, &lane->qkv, rows, 3 * D * sizeof(float)) &&
+           btx_reserve(&lane->bytes, &lane->qkv, rows, (3 * D > C ? 3 * D : C) * sizeof(float)) &&
            btx_reserve(&lane->bytes, &lane->wide, 1, backend->operand_bytes(rows, (int64_t)(D > F ? D : F), dtype)) &&
            btx_reserve(&lane->bytes, &lane->scratch, 1,
                        backend->scratch_bytes(&plan_of_longest, (int32_t)max_layers, chunk_rows, (int64_t)D)) &&

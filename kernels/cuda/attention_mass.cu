@@ -155,6 +155,46 @@ __device__ static inline void merge_lanes(partial_sum &row, int mask)
     row.largest = both;
 }
 
+/* Scores of the warp's rows with SPLIT_KEYS keys from first_key on, added to the rows' sums. MASKED: a row's query may
+ * see no key behind its last_key. */
+template <typename T, int D, int TILES, bool MASKED>
+__device__ static inline void add_tile(const unsigned (&query)[TILES][D / 16][4], const T *keys, int32_t first_key,
+                                       const int32_t (&last_key)[TILES][2], float scale, partial_sum (&row)[TILES][2])
+{
+    const int lane = threadIdx.x % BTX_WARP;
+#pragma unroll 1
+    for (int first = 0; first < SPLIT_KEYS; first += 32) {
+        float score[TILES][4][4] = {};
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) {
+            unsigned right[2][4];
+            load_right<T, D>(right[0], keys, first, k * 16);
+            load_right<T, D>(right[1], keys, first + 16, k * 16);
+#pragma unroll
+            for (int m = 0; m < TILES; m++) {
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+                    multiply_16x8x16(score[m][n], query[m][k], right[n / 2][n % 2 * 2], right[n / 2][n % 2 * 2 + 1],
+                                     T());
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float seen[8];
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    seen[i] = score[m][i / 2][2 * h + i % 2];
+                    if (MASKED && first_key + first + i / 2 * 8 + lane % 4 * 2 + i % 2 > last_key[m][h])
+                        seen[i] = -INFINITY;
+                }
+                add_scores(row[m][h], seen, scale);
+            }
+        }
+    }
+}
+
 /* Queries on the left, TILES times 16 rows a warp, keys on the right. Block: a split, a block of rows of a KV head, a
  * layer. */
 template <typename T, int D, int TILES>
@@ -212,38 +252,10 @@ __global__ void __launch_bounds__(THREADS)
         copy_async_wait<1>();
         __syncthreads();
         const T *keys = tile + stage * SPLIT_KEYS * STRIDE;
-        const bool masked = next > step.num_prior;
-#pragma unroll 1
-        for (int first = 0; first < SPLIT_KEYS; first += 32) {
-            float score[TILES][4][4] = {};
-#pragma unroll
-            for (int k = 0; k < D / 16; k++) {
-                unsigned right[2][4];
-                load_right<T, D>(right[0], keys, first, k * 16);
-                load_right<T, D>(right[1], keys, first + 16, k * 16);
-#pragma unroll
-                for (int m = 0; m < TILES; m++) {
-#pragma unroll
-                    for (int n = 0; n < 4; n++)
-                        multiply_16x8x16(score[m][n], query[m][k], right[n / 2][n % 2 * 2], right[n / 2][n % 2 * 2 + 1],
-                                         T());
-                }
-            }
-#pragma unroll
-            for (int m = 0; m < TILES; m++) {
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float seen[8];
-#pragma unroll
-                    for (int i = 0; i < 8; i++) {
-                        seen[i] = score[m][i / 2][2 * h + i % 2];
-                        if (masked && key + first + i / 2 * 8 + lane % 4 * 2 + i % 2 > last_key[m][h])
-                            seen[i] = -INFINITY;
-                    }
-                    add_scores(row[m][h], seen, plan.scale_log2);
-                }
-            }
-        }
+        if (next > step.num_prior)
+            add_tile<T, D, TILES, true>(query, keys, key, last_key, plan.scale_log2, row);
+        else
+            add_tile<T, D, TILES, false>(query, keys, key, last_key, plan.scale_log2, row);
         __syncthreads();
     }
 
@@ -325,7 +337,7 @@ __global__ void __launch_bounds__(THREADS)
             copy_async_commit();
 
             float total[2][2] = {};
-#pragma unroll 1
+#pragma unroll 2
             for (int32_t row = 0; row < num_rows; row += 16) {
                 float score[2][2][4] = {};
 #pragma unroll

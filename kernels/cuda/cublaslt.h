@@ -24,7 +24,7 @@ typedef struct lt_heuristic {
     int reserved[4];
 } lt_heuristic;
 
-enum { LT_SUCCESS = 0, LT_ALLOCATION_FAILED = 3, LT_NOT_SUPPORTED = 15 };
+enum { LT_SUCCESS = 0, LT_ALLOCATION_FAILED = 3, LT_INVALID_VALUE = 7, LT_NOT_SUPPORTED = 15 };
 enum { LT_R_32F = 0, LT_R_16BF = 14 };
 enum { LT_COMPUTE_32F = 68 };
 enum { LT_TRANSPOSED = 1 };

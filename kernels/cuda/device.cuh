@@ -2,13 +2,13 @@
  * exponential; launches. Everything else they use is CUDA's own __shfl_*_sync, __ballot_sync, __syncthreads,
  * __syncwarp and atomics.
  *
- * The tests compile the same kernels for the host (BTX_EMULATE): tests/emulation/cuda.h then stands in for CUDA and
+ * The tests compile the same kernels for the host (BTX_EMULATE): tests/emulation/emulation.h then stands in for CUDA and
  * for this file's instructions. */
 #ifndef BTX_DEVICE_CUH
 #define BTX_DEVICE_CUH
 
 #ifdef BTX_EMULATE
-#include "cuda.h" /* tests/emulation/ */
+#include "emulation.h" /* tests/emulation/ */
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -30,6 +30,14 @@ __device__ static inline void copy_async_16(void *shared, const void *global)
 {
     unsigned address = (unsigned)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+
+/* The same where wanted; zeros where not. */
+__device__ static inline void copy_async_16_or_zero(void *shared, const void *global, bool wanted)
+{
+    unsigned address = (unsigned)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(wanted ? 16 : 0)
+                 : "memory");
 }
 
 __device__ static inline void copy_async_commit(void)

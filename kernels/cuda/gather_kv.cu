@@ -3,6 +3,8 @@
 #include "operations.cuh"
 #include "rows.cuh"
 
+#define KEPT 2 /* pieces of a thread that stay in registers: rows of up to 2048 elements are read once */
+
 /* One piece of x, keys turned back when plan.rope_inv_freq says so. */
 template <typename T>
 __device__ static inline void load_token(const device_plan &plan, const device_layer &layer, const row_piece &piece,
@@ -23,6 +25,20 @@ __device__ static inline void load_token(const device_plan &plan, const device_l
         const float other = to_f32(head[pair * view.stride[3]]);
         x[i] = x[i] * cosines[angle] + (at < half ? other : -other) * sines[angle];
     }
+}
+
+template <typename Operand>
+__device__ static inline void store_normed(const row_piece &piece, const float (&x)[8], float scale,
+                                           const float *weight, Operand *normed)
+{
+    const bool whole = piece.count == 8 && piece.column % 8 == 0;
+    float factor[8];
+    Operand value[8];
+    load_piece(weight + piece.column, 1, whole, piece.count, factor);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        value[i] = from_f32<Operand>(x[i] * scale * factor[i]);
+    store_piece(normed + piece.column, 1, whole, piece.count, value);
 }
 
 /* Block: a row, a layer. */
@@ -46,25 +62,38 @@ __global__ void __launch_bounds__(BTX_ROW_THREADS)
         fill_rotation(plan, index, cosines, sines);
         __syncthreads();
     }
-    float squares = 0.0f;
-    for (int32_t p = threadIdx.x; p < pieces_per_row(plan); p += BTX_ROW_THREADS) {
+    const int32_t num_pieces = pieces_per_row(plan);
+    float kept[KEPT][8], squares = 0.0f;
+#pragma unroll
+    for (int n = 0; n < KEPT; n++) {
+        const int32_t p = threadIdx.x + n * BTX_ROW_THREADS;
+        if (p < num_pieces)
+            load_token<T>(plan, layer, find_piece(plan, p), key_offset, value_offset, cosines, sines, kept[n]);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            squares = p < num_pieces ? fmaf(kept[n][i], kept[n][i], squares) : squares;
+    }
+    for (int32_t p = threadIdx.x + KEPT * BTX_ROW_THREADS; p < num_pieces; p += BTX_ROW_THREADS) {
         float x[8];
         load_token<T>(plan, layer, find_piece(plan, p), key_offset, value_offset, cosines, sines, x);
+#pragma unroll
         for (int i = 0; i < 8; i++)
             squares = fmaf(x[i], x[i], squares);
     }
     const float scale = 1.0f / sqrtf(block_sum(squares, storage) / (float)width + eps);
     weight += layer_index * width;
     normed += at * stride;
-    for (int32_t p = threadIdx.x; p < pieces_per_row(plan); p += BTX_ROW_THREADS) {
+#pragma unroll
+    for (int n = 0; n < KEPT; n++) {
+        const int32_t p = threadIdx.x + n * BTX_ROW_THREADS;
+        if (p < num_pieces)
+            store_normed(find_piece(plan, p), kept[n], scale, weight, normed);
+    }
+    for (int32_t p = threadIdx.x + KEPT * BTX_ROW_THREADS; p < num_pieces; p += BTX_ROW_THREADS) {
         const row_piece piece = find_piece(plan, p);
         float x[8];
         load_token<T>(plan, layer, piece, key_offset, value_offset, cosines, sines, x);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            if (i < piece.count)
-                normed[piece.column + i] = from_f32<Operand>(x[i] * scale * weight[piece.column + i]);
-        }
+        store_normed(piece, x, scale, weight, normed);
     }
     for (int64_t i = width + threadIdx.x; i < stride; i += BTX_ROW_THREADS)
         normed[i] = from_f32<Operand>(0.0f);

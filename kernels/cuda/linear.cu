@@ -2,7 +2,7 @@
  *
  * cuBLASLt is opened when the first executor is made: the copy that is in the process already (PyTorch's), then that of
  * the nvidia-cublas wheel beside this extension, then the system's. The algorithm of a product is asked for once per
- * bucket of rows, and kept. */
+ * bucket of rows, and kept; what there is none for goes to linear_general.cu. */
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -71,15 +71,7 @@ size_t cuda_linear_version(void)
 btx_status cuda_linear(const btx_pass *pass, const btx_linear *weights, const void *x, int accumulate, float *out,
                        btx_error *error)
 {
-    const int64_t rows = btx_pass_rows(pass), stride = operand_stride(weights->in_dim);
-    (void)error;
-    btx_emulate_matmul(num_layers_of(pass), rows, weights->out_dim, stride,
-                       (const char *)weights->packed + (size_t)pass->layer_begin * weights->layer_stride,
-                       (int64_t)(weights->layer_stride / element_size(weights->dtype)), x, rows * stride, out,
-                       rows * weights->out_dim,
-                       weights->bias != NULL ? weights->bias + pass->layer_begin * weights->out_dim : NULL,
-                       weights->out_dim, accumulate, weights->dtype == BTX_BF16);
-    return BTX_OK;
+    return cuda_linear_general(pass, weights, x, accumulate, out, error);
 }
 
 #else
@@ -350,6 +342,8 @@ btx_status cuda_linear(const btx_pass *pass, const btx_linear *weights, const vo
                                   made.weight, x, made.x, &beta, out, made.out, out, made.out, &chosen->algorithm,
                                   state->workspace, chosen->workspace_bytes, executor->stream);
     destroy_call(&state->lt, &made);
+    if (status == LT_NOT_SUPPORTED || status == LT_INVALID_VALUE)
+        return cuda_linear_general(pass, weights, x, accumulate, out, error);
     if (status != LT_SUCCESS)
         return btx_fail(error, status == LT_ALLOCATION_FAILED ? BTX_OUT_OF_MEMORY : BTX_DEVICE_ERROR,
                         "cuBLASLt failed with status %d on a product of %lld rows, %lld to %lld, of %d layers", status,

@@ -38,12 +38,14 @@ btx_status cuda_stage_kv(const btx_pass *pass, const int32_t *positions, const f
                          float *delta, void *staged, float *delta_norm, float *row_norm, btx_error *error);
 btx_status cuda_write_kv(const btx_pass *pass, const int32_t *positions, const void *staged, btx_error *error);
 
-/* linear.cu, linear_swiglu.cu */
+/* linear.cu, linear_general.cu, linear_swiglu.cu */
 size_t cuda_packed_bytes(int64_t out_dim, int64_t in_dim, btx_dtype dtype, int32_t gated);
 void cuda_pack(const float *weight, int64_t out_dim, int64_t in_dim, btx_dtype dtype, int32_t gated, void *packed);
 size_t cuda_operand_bytes(int64_t rows, int64_t dim, btx_dtype dtype);
 btx_status cuda_linear(const btx_pass *pass, const btx_linear *weights, const void *x, int accumulate, float *out,
                        btx_error *error);
+btx_status cuda_linear_general(const btx_pass *pass, const btx_linear *weights, const void *x, int accumulate,
+                               float *out, btx_error *error);
 btx_status cuda_linear_swiglu(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
                               btx_error *error);
 

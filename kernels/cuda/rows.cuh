@@ -67,6 +67,29 @@ __device__ static inline void load_piece(const T *from, int64_t stride, int vect
         x[i] = i < count ? to_f32(from[i * stride]) : 0.0f;
 }
 
+/* The way back. */
+template <typename T>
+__device__ static inline void store_piece(T *to, int64_t stride, int vector, int32_t count, const T (&x)[8])
+{
+    constexpr int LANES = 16 / sizeof(T);
+    if (vector) {
+        union {
+            uint4 words[8 / LANES];
+            T elements[8];
+        } piece;
+        for (int i = 0; i < 8; i++)
+            piece.elements[i] = x[i];
+        for (int i = 0; i < 8 / LANES; i++)
+            ((uint4 *)(void *)to)[i] = piece.words[i];
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        if (i < count)
+            to[i * stride] = x[i];
+    }
+}
+
 /* One piece of a cached row whose keys and values begin at these elements. */
 template <typename T>
 __device__ static inline void load_cached(const device_layer &layer, const row_piece &piece, int64_t key_offset,

@@ -21,28 +21,6 @@ template <> __device__ inline float largest_of<__nv_bfloat16>()
     return 3.3961775e38f; /* 0x1.ffp127 */
 }
 
-template <typename T>
-__device__ static inline void store_piece(T *to, int64_t stride, int vector, int32_t count, const T (&x)[8])
-{
-    constexpr int LANES = 16 / sizeof(T);
-    if (vector) {
-        union {
-            uint4 words[8 / LANES];
-            T elements[8];
-        } piece;
-        for (int i = 0; i < 8; i++)
-            piece.elements[i] = x[i];
-        for (int i = 0; i < 8 / LANES; i++)
-            ((uint4 *)(void *)to)[i] = piece.words[i];
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        if (i < count)
-            to[i * stride] = x[i];
-    }
-}
-
 /* The gated edit of a piece, keys turned forth when plan.rope_inv_freq says so. */
 __device__ static inline void load_edit(const device_plan &plan, const row_piece &piece, const float *delta,
                                         float gate, const float *cosines, const float *sines, float (&edit)[8])

@@ -9,7 +9,8 @@
 #define THREADS 1024
 #define WARPS (THREADS / BTX_WARP)
 #define BINS 256
-#define RESIDENT 16384 /* values that are kept in shared memory */
+#define RESIDENT 49152 /* values that are kept in shared memory, at most */
+#define PARTS_AT_ONCE 8 /* loads on their way */
 
 /* An integer that orders as the value does. NaN counts as zero, and so does -0. */
 __device__ static inline unsigned order_of(float value)
@@ -42,9 +43,16 @@ __global__ void __launch_bounds__(THREADS) top_k_kernel(const device_plan plan, 
     mass += (int64_t)blockIdx.y * num_parts * plan.total_prior + step.prior_offset;
     unsigned *orders = n <= resident ? (unsigned *)shared : (unsigned *)mass;
     for (int32_t i = threadIdx.x; i < n; i += THREADS) {
-        float sum = mass[i];
-        for (int32_t part = 1; part < num_parts; part++)
-            sum += mass[part * plan.total_prior + i];
+        float sum = 0.0f;
+        for (int32_t first = 0; first < num_parts; first += PARTS_AT_ONCE) {
+            float value[PARTS_AT_ONCE];
+#pragma unroll
+            for (int part = 0; part < PARTS_AT_ONCE; part++)
+                value[part] = first + part < num_parts ? mass[(first + part) * plan.total_prior + i] : 0.0f;
+#pragma unroll
+            for (int part = 0; part < PARTS_AT_ONCE; part++)
+                sum += value[part];
+        }
         orders[i] = order_of(sum);
     }
     if (threadIdx.x == 0)

@@ -154,7 +154,7 @@ struct multiply_operands {
 };
 void collective(operation what, unsigned mask, void *operands, site at);
 
-void copy_issue(void *shared, const void *global, site at);
+void copy_issue(void *shared, const void *global, bool wanted, site at); /* zeros come where it is not wanted */
 void copy_commit(void);
 void copy_wait(unsigned pending);
 
@@ -651,7 +651,11 @@ static inline __half __ushort_as_half(unsigned short x)
 
 static inline void copy_async_16(void *shared, const void *global, BTX_EMULATION_SITE)
 {
-    btx_emulation::copy_issue(shared, global, at);
+    btx_emulation::copy_issue(shared, global, true, at);
+}
+static inline void copy_async_16_or_zero(void *shared, const void *global, bool wanted, BTX_EMULATION_SITE)
+{
+    btx_emulation::copy_issue(shared, global, wanted, at);
 }
 static inline void copy_async_commit(void)
 {
