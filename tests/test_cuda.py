@@ -508,8 +508,9 @@ def test_mass_into_the_other_devices_memory_is_refused() -> None:
             bottleneck_ext.QueryCache(device.queries, case.query_table),
             steps(case),
             case.block_table,
-            out=np.empty((2, 2, 108), np.float32),
+            out=np.empty((2, 2, 125), np.float32),
             workspace=bottleneck_ext.Workspace(1, BACKEND),
+            recent_window=case.shape.recent_window,
         )
 
 
