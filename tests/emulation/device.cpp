@@ -122,7 +122,7 @@ enum class state { ready, at_barrier, in_collective, returned };
 
 struct pending_copy {
     void *to;
-    const void *from;
+    const void *from; /* NULL: zeros */
     unsigned group;
 };
 
@@ -597,7 +597,7 @@ void collective(operation what, unsigned mask, void *operands, site at)
 /* ---- asynchronous copies ------------------------------------------------------------------------------------------
  */
 
-void copy_issue(void *shared, const void *global, site at)
+void copy_issue(void *shared, const void *global, bool wanted, site at)
 {
     if ((uintptr_t)shared % 16 != 0 || (uintptr_t)global % 16 != 0)
         trap_as(cudaErrorMisalignedAddress, "copy_async_16 at %s:%d: %p from %p is not 16-byte aligned",
@@ -608,7 +608,7 @@ void copy_issue(void *shared, const void *global, site at)
         trap("copy_async_16 at %s:%d: %p is not in global memory", file_name(at.file), at.line, global);
     races_access(shared, 16, true, false, __builtin_return_address(0));
     memset(shared, 0xff, 16); /* it may come at any time from now on */
-    current->copies.push_back(pending_copy{shared, global, current->groups});
+    current->copies.push_back(pending_copy{shared, wanted ? global : nullptr, current->groups});
 }
 
 void copy_commit(void)
@@ -621,9 +621,14 @@ void copy_wait(unsigned pending)
     fiber *self = current;
     size_t done = 0;
     while (done < self->copies.size() && self->copies[done].group + pending < self->groups) {
-        races_access(self->copies[done].to, 16, true, false, __builtin_return_address(0));
-        memcpy(self->copies[done].to, self->copies[done].from, 16);
-        done++;
+        const pending_copy &copy = self->copies[done++];
+        races_access(copy.to, 16, true, false, __builtin_return_address(0));
+        if (copy.from == nullptr) {
+            memset(copy.to, 0, 16);
+            continue;
+        }
+        races_access(copy.from, 16, false, false, __builtin_return_address(0));
+        memcpy(copy.to, copy.from, 16);
     }
     self->copies.erase(self->copies.begin(), self->copies.begin() + (ptrdiff_t)done);
 }

@@ -2,7 +2,7 @@
  * and run without a GPU. Stands in for the CUDA headers and for the instructions of kernels/cuda/device.cuh.
  *
  *   device.cpp   blocks: a fiber per thread, barriers, warp collectives, shared memory
- *   runtime.cpp  the host's side: memory, events, errors, faults on demand, the product in cuBLASLt's place
+ *   runtime.cpp  the host's side: memory, events, errors, faults on demand
  *
  * What it is after is mistakes, not speed:
  *   - Threads are scheduled in pseudo-random order (BTX_EMULATE_SEED), which moves on with every launch, and so are
@@ -851,12 +851,5 @@ __attribute__((visibility("default"))) void btx_emulation_seed(uint64_t seed);
 /* Nonzero: work is done no sooner than somebody waits for it, as on a slow device (BTX_EMULATE_DEFER). */
 __attribute__((visibility("default"))) void btx_emulation_defer(int defer);
 }
-
-/* In cuBLASLt's place. out f32 [batch, rows, out_dim] = x [batch, rows, in_dim] weight [batch, out_dim, in_dim]^T,
- * + bias f32 [batch, out_dim] unless NULL, + out where accumulate. weight and x are bf16 or f32. Strides: elements
- * from one of the batch to the next. */
-void btx_emulate_matmul(int64_t batch, int64_t rows, int64_t out_dim, int64_t in_dim, const void *weight,
-                        int64_t weight_stride, const void *x, int64_t x_stride, float *out, int64_t out_stride,
-                        const float *bias, int64_t bias_stride, int accumulate, int is_bf16);
 
 #endif /* BTX_EMULATION_H */

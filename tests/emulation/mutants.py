@@ -61,7 +61,7 @@ MUTANTS = [
         "(warp * TILES + m) * 16, k * 16); } __syncthreads();",
         "(warp * TILES + m) * 16, k * 16); }",
     ),
-    Mutant(MASS, "the last tile is not masked", "masked = next > step.num_prior;", "masked = key > step.num_prior;"),
+    Mutant(MASS, "the last tile is not masked", "if (next > step.num_prior)", "if (key > step.num_prior)"),
     Mutant(MASS, "a query does not see itself", "> last_key[m][h])", ">= last_key[m][h])"),
     Mutant(
         MASS,
@@ -118,7 +118,7 @@ MUTANTS = [
         "equal[warp] = num_equal; __syncthreads();",
         "equal[warp] = num_equal;",
     ),
-    Mutant(TOP_K, "-0 is less than 0", "value < 0.0f || value > 0.0f ?", "value == value ?"),
+    Mutant(TOP_K, "NaN is the largest", "value < 0.0f || value > 0.0f ?", "value != 0.0f ?"),
     Mutant(
         TOP_K,
         "positions count from the first token",
@@ -128,8 +128,8 @@ MUTANTS = [
     Mutant(
         TOP_K,
         "parts of other steps",
-        "sum += mass[part * plan.total_prior + i];",
-        "sum += mass[part * n + i];",
+        "mass[(first + part) * plan.total_prior + i]",
+        "mass[(first + part) * n + i]",
     ),
     Mutant(
         "rows.cuh",
@@ -177,6 +177,25 @@ MUTANTS = [
     Mutant(
         "attention.cu", "keys behind the last one count", "(dot[2] + dot[3]) : -INFINITY;", "(dot[2] + dot[3]) : 0.0f;"
     ),
+    Mutant(
+        "attention.cu",
+        "no barrier before keys are overwritten, split",
+        "key += SPLIT_KEYS) { __syncthreads();",
+        "key += SPLIT_KEYS) {",
+    ),
+    Mutant(
+        "attention.cu",
+        "a key behind the last one counts, split",
+        "lane % 4 * 2 + i % 2 >= num_rows)",
+        "lane % 4 * 2 + i % 2 > num_rows)",
+    ),
+    Mutant("linear_general.cu", "the bias of another layer", "bias + pass->layer_begin * out_dim", "bias"),
+    Mutant(
+        "linear_general.cu",
+        "no barrier behind the tiles",
+        "* stride + k + d]) : 0.0f; } __syncthreads(); for",
+        "* stride + k + d]) : 0.0f; } for",
+    ),
     Mutant(SWIGLU, "waits for too few copies", "copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
     Mutant(
         SWIGLU,
@@ -187,8 +206,8 @@ MUTANTS = [
     Mutant(
         SWIGLU,
         "columns behind the row are read",
-        "if (first + row < limit && column + at < stride)",
-        "if (first + row < limit)",
+        "wanted = inside && i * PASS < rows_left;",
+        "wanted = i * PASS < rows_left;",
     ),
     Mutant(
         SWIGLU,

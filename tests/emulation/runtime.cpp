@@ -24,7 +24,7 @@ struct CUevent_st {
 namespace btx_emulation {
 constexpr size_t GUARD = 256; /* bytes around device memory; AddressSanitizer does better without */
 constexpr unsigned char GUARD_BYTE = 0xfb;
-constexpr size_t DEFAULT_SHARED = 48 << 10, MAX_SHARED = 227 << 10;
+constexpr size_t DEFAULT_SHARED = 48 << 10;
 
 struct allocation {
     size_t bytes;
@@ -55,6 +55,7 @@ struct runtime {
     cudaError_t sticky = cudaSuccess, last = cudaSuccess;
     char message[2048] = "";
     int64_t launches = 0, launches_of_seed = 0;
+    size_t max_shared = 227 << 10; /* an H100's */
     uint64_t seed = 1;
 
     runtime()
@@ -63,6 +64,8 @@ struct runtime {
         if (seed_text != nullptr)
             seed = strtoull(seed_text, nullptr, 10);
         defer = defer_text != nullptr && atoi(defer_text) != 0;
+        if (const char *kib = getenv("BTX_EMULATE_SHARED_KIB"))
+            max_shared = strtoull(kib, nullptr, 10) << 10;
         add_faults(getenv("BTX_EMULATE_FAIL"));
     }
 
@@ -564,22 +567,26 @@ cudaError_t cudaSetDevice(int device)
 }
 
 /* Few processors, so that what is divided among them is more than one block's work each. */
-static const cudaDeviceProp emulated = {"emulated on the host",
-                                        (size_t)1 << 33,
-                                        DEFAULT_SHARED,
-                                        MAX_SHARED,
-                                        MAX_SHARED + 1024,
-                                        32,
-                                        MAX_THREADS,
-                                        9,
-                                        0,
-                                        4,
-                                        50 << 20};
+static cudaDeviceProp emulated(void)
+{
+    const size_t shared = state().max_shared;
+    return {"emulated on the host",
+            (size_t)1 << 33,
+            DEFAULT_SHARED,
+            shared,
+            shared + 1024,
+            32,
+            MAX_THREADS,
+            9,
+            0,
+            4,
+            50 << 20};
+}
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device)
 {
     CALLED(cudaErrorInvalidDevice);
-    *properties = emulated;
+    *properties = emulated();
     return device == 0 ? cudaSuccess : remember(cudaErrorInvalidDevice);
 }
 
@@ -590,31 +597,31 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
         return remember(cudaErrorInvalidDevice);
     switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock:
-        *value = emulated.maxThreadsPerBlock;
+        *value = emulated().maxThreadsPerBlock;
         break;
     case cudaDevAttrMaxSharedMemoryPerBlock:
-        *value = (int)emulated.sharedMemPerBlock;
+        *value = (int)emulated().sharedMemPerBlock;
         break;
     case cudaDevAttrWarpSize:
-        *value = emulated.warpSize;
+        *value = emulated().warpSize;
         break;
     case cudaDevAttrMultiProcessorCount:
-        *value = emulated.multiProcessorCount;
+        *value = emulated().multiProcessorCount;
         break;
     case cudaDevAttrL2CacheSize:
-        *value = emulated.l2CacheSize;
+        *value = emulated().l2CacheSize;
         break;
     case cudaDevAttrComputeCapabilityMajor:
-        *value = emulated.major;
+        *value = emulated().major;
         break;
     case cudaDevAttrComputeCapabilityMinor:
-        *value = emulated.minor;
+        *value = emulated().minor;
         break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-        *value = (int)emulated.sharedMemPerMultiprocessor;
+        *value = (int)emulated().sharedMemPerMultiprocessor;
         break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-        *value = (int)emulated.sharedMemPerBlockOptin;
+        *value = (int)emulated().sharedMemPerBlockOptin;
         break;
     default:
         return remember(cudaErrorInvalidValue);
@@ -633,7 +640,7 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute
     CALLED(cudaErrorInvalidValue);
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize)
         return cudaSuccess;
-    if (value < 0 || (size_t)value > MAX_SHARED)
+    if (value < 0 || (size_t)value > state().max_shared)
         return remember(cudaErrorInvalidValue);
     state().shared_limits[kernel] = (size_t)value;
     return cudaSuccess;
@@ -776,57 +783,4 @@ void btx_emulation_defer(int defer)
     std::lock_guard<std::recursive_mutex> lock(state().mutex);
     wait();
     state().defer = defer != 0;
-}
-
-/* ---- the product --------------------------------------------------------------------------------------------------
- */
-
-static std::vector<float> to_floats(const void *from, int64_t count, int is_bf16)
-{
-    std::vector<float> to((size_t)count);
-    for (int64_t i = 0; i < count; i++)
-        to[(size_t)i] = is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16 *>(from)[i])
-                                : static_cast<const float *>(from)[i];
-    return to;
-}
-
-static const void *advance(const void *from, int64_t elements, int is_bf16)
-{
-    return static_cast<const unsigned char *>(from) + elements * (is_bf16 ? 2 : 4);
-}
-
-void btx_emulate_matmul(int64_t batch, int64_t rows, int64_t out_dim, int64_t in_dim, const void *weight,
-                        int64_t weight_stride, const void *x, int64_t x_stride, float *out, int64_t out_stride,
-                        const float *bias, int64_t bias_stride, int accumulate, int is_bf16)
-{
-    std::lock_guard<std::recursive_mutex> lock(state().mutex);
-    if (called(__func__, cudaErrorUnknown) != cudaSuccess)
-        return;
-    submit([=] {
-        for (int64_t b = 0; b < batch; b++) {
-            const std::vector<float> w =
-                to_floats(advance(weight, b * weight_stride, is_bf16), out_dim * in_dim, is_bf16);
-            const std::vector<float> rows_in = to_floats(advance(x, b * x_stride, is_bf16), rows * in_dim, is_bf16);
-            for (int64_t r = 0; r < rows; r++) {
-                for (int64_t o = 0; o < out_dim; o++) {
-                    float *to = out + b * out_stride + r * out_dim + o, sums[8] = {0};
-                    const float *p = &w[(size_t)(o * in_dim)], *q = &rows_in[(size_t)(r * in_dim)];
-                    int64_t k = 0;
-                    for (; k + 8 <= in_dim; k += 8)
-                        for (int i = 0; i < 8; i++)
-                            sums[i] += p[k + i] * q[k + i];
-                    for (; k < in_dim; k++)
-                        sums[0] += p[k] * q[k];
-                    const float sum =
-                        ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-                    *to = sum + (bias != nullptr ? bias[b * bias_stride + o] : 0.0f) + (accumulate ? *to : 0.0f);
-                }
-            }
-        }
-        char message[256];
-        if (!guards_hold(message, sizeof message)) {
-            snprintf(state().message, sizeof state().message, "a product %s", message);
-            remember(cudaErrorIllegalAddress);
-        }
-    });
 }

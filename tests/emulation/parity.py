@@ -1,0 +1,314 @@
+"""The emulated CUDA backend behind the whole extension: parity with the float64 reference, and what happens when the
+device fails. tests/test_emulation.py runs this file with the extension of build/emulated.
+
+Cases are small: every thread of every block is run one after the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import bottleneck_ext
+from bottleneck_ext import _core
+from tests import test_parity as cases
+from tests.cases import LAYOUTS, Case, Shape, make_case
+
+BACKEND = "cuda"
+EXAMPLES = int(os.environ.get("BOTTLENECKED_EMULATION_EXAMPLES", "15"))
+EMULATION = ctypes.CDLL(_core.__file__)
+EMULATION.btx_emulation_launches.restype = ctypes.c_int64
+EMULATION.btx_emulation_live.restype = ctypes.c_int64
+EMULATION.btx_emulation_calls.restype = ctypes.c_int64
+
+SHAPES = {
+    "16-bit, paged, group 4": Shape(
+        ((0, 150, 20), (5, 90, 33)), head_dim=64, group=4, top_k=32, recent_window=33, block_size=16, dtype="bfloat16"
+    ),
+    "head_dim 128, ring of pages": Shape(
+        ((3, 200, 40),), head_dim=128, group=2, top_k=32, recent_window=33, block_size=3, page_size=7, dtype="float16"
+    ),
+    "head_dim 96, blocks of one": Shape(
+        ((0, 70, 9), (0, 12, 12)), head_dim=96, group=3, num_kv_heads=1, block_size=1, dtype="bfloat16"
+    ),
+    "more queries than shared memory holds": Shape(
+        ((0, 170, 96),), num_layers=1, head_dim=64, group=7, num_kv_heads=1, recent_window=96, dtype="bfloat16"
+    ),
+    "more than one split": Shape(
+        ((2, 700, 5),), num_layers=1, head_dim=64, num_kv_heads=1, top_k=77, block_size=16, dtype="float16"
+    ),
+    "float32, group 7": Shape(((0, 120, 17), (9, 31, 31)), head_dim=80, group=7, num_kv_heads=1, page_size=16),
+    "unrotated, 16-bit": Shape(
+        ((11, 140, 30), (0, 40, 20)), head_dim=64, key_space="unrotated", top_k=32, block_size=16, dtype="bfloat16"
+    ),
+    "unrotated, odd strides": Shape(((4, 60, 9),), head_dim=20, key_space="unrotated", layout="strided"),
+    "columns": Shape(((0, 80, 12),), head_dim=64, layout="column_major", block_size=16, dtype="float16"),
+    "rows with a gap": Shape(((6, 80, 12),), head_dim=64, layout="packed", block_size=16, dtype="bfloat16"),
+    "heads first": Shape(((0, 80, 12),), head_dim=128, group=1, layout="hnd", block_size=16, dtype="bfloat16"),
+    "consolidation only": Shape(((0, 50, 10), (2, 30, 7)), top_k=0, head_dim=64, dtype="bfloat16"),
+    "top_k of one": Shape(((0, 90, 10),), top_k=1, head_dim=64, dtype="float16"),
+    "k larger than the prior": Shape(((0, 20, 5), (1, 60, 50)), top_k=32, dtype="bfloat16"),
+    "no prior": Shape(((0, 5, 5), (9, 1, 1)), top_k=8, head_dim=64, dtype="float16"),
+    "odd head_dim": Shape(((0, 77, 9),), head_dim=7, num_kv_heads=3),
+    "steps of all lengths": Shape(
+        ((0, 100, 1), (8, 150, 60), (0, 16, 16), (1, 40, 3)), head_dim=64, top_k=5, block_size=3, dtype="bfloat16"
+    ),
+    "a wide Processor": Shape(
+        ((0, 90, 30),), num_layers=1, processor_dim=128, processor_heads=4, processor_mlp_dim=200, top_k=32,
+        recent_window=33, dtype="bfloat16",
+    ),
+    "three layers, heads of 64": Shape(
+        ((0, 60, 20), (0, 33, 8)), num_layers=3, processor_dim=64, processor_heads=1, processor_mlp_dim=17
+    ),
+    "head_dim 256": Shape(((0, 40, 9),), head_dim=256, num_kv_heads=1, num_layers=1, dtype="float16"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def sound_device() -> Iterator[None]:
+    """No error is left for the next test, and nothing stays allocated."""
+    EMULATION.btx_emulation_reset()
+    live = EMULATION.btx_emulation_live()
+    yield
+    EMULATION.btx_emulation_reset()
+    gc.collect()  # a raised exception keeps what its frames held
+    assert EMULATION.btx_emulation_live() == live
+
+
+def test_this_is_the_emulation() -> None:
+    assert "emulated" in _core.__file__
+    assert BACKEND in [b["name"] for b in bottleneck_ext.backends() if b["available"]]
+
+
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_parity(name: str, weight_dtype: str) -> None:
+    launches = EMULATION.btx_emulation_launches()
+    cases.check_parity(replace(SHAPES[name], seed=len(name)), BACKEND, weight_dtype)
+    assert EMULATION.btx_emulation_launches() > launches
+
+
+small_lengths = st.tuples(st.integers(0, 20), st.integers(1, 160), st.integers(1, 60)).map(
+    lambda t: (t[0], max(t[1], t[2]), t[2])
+)
+
+small_shapes = st.builds(
+    Shape,
+    lengths=st.lists(small_lengths, min_size=1, max_size=3).map(tuple),
+    num_layers=st.integers(1, 2),
+    num_kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 7]),
+    head_dim=st.sampled_from([6, 20, 64, 96, 128]),
+    processor_dim=st.sampled_from([12, 24, 48, 96]),
+    processor_heads=st.sampled_from([1, 3, 4, 12]),
+    processor_mlp_dim=st.sampled_from([1, 17, 40, 140]),
+    top_k=st.sampled_from([0, 1, 5, 32, 300]),
+    recent_window=st.sampled_from([1, 9, 16, 33]),
+    block_size=st.sampled_from([None, 1, 3, 16]),
+    page_size=st.sampled_from([None, 1, 7, 16]),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    key_space=st.sampled_from(["rotated", "unrotated"]),
+    seed=st.integers(0, 2**31),
+)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
+@given(shape=small_shapes, weight_dtype=st.sampled_from(["float32", "bfloat16"]))
+def test_random_parity(shape: Shape, weight_dtype: str) -> None:
+    cases.check_parity(shape, BACKEND, weight_dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_identity_keeps_every_bit(dtype: str) -> None:
+    cases.test_identity_keeps_every_bit(BACKEND, dtype)
+
+
+@pytest.mark.parametrize("layout", ["nhd", "strided"])
+def test_ties_go_to_the_smaller_position(layout: str) -> None:
+    cases.test_ties_go_to_the_smaller_position(BACKEND, layout, 5)
+
+
+def test_sequences_do_not_see_each_other() -> None:
+    cases.test_sequences_do_not_see_each_other(BACKEND)
+
+
+def test_attention_mass_alone() -> None:
+    shape = Shape(((0, 120, 40), (4, 33, 7), (0, 5, 5)), num_layers=2, head_dim=64, group=3, dtype="bfloat16")
+    case = make_case(replace(shape, recent_window=32, block_size=16))
+    out = np.full((2, 3, 88), np.nan, np.float32)
+    bottleneck_ext.attention_mass(
+        bottleneck_ext.KVCache(case.keys, case.values),
+        bottleneck_ext.QueryCache(case.queries, case.query_table),
+        [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in case.events],
+        case.block_table,
+        out=out,
+        workspace=bottleneck_ext.Workspace(1, BACKEND),
+        recent_window=32,
+    )
+    for layer in range(2):
+        for i in range(3):
+            mass = cases.reference_mass(case, layer, i)
+            np.testing.assert_allclose(out[layer, i, : len(mass)], mass, rtol=cases.MASS_TOLERANCE, atol=1e-12)
+            assert (out[layer, i, len(mass) :] == 0).all()
+
+
+# --- a device that is slow -------------------------------------------------------------------------------------
+
+SMALL = Shape(((0, 60, 9), (2, 21, 5)), head_dim=16, block_size=8, dtype="bfloat16", key_space="unrotated")
+
+
+def bind(case: Case) -> Any:
+    processor = case.processor(BACKEND, "bfloat16")
+    return processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+
+
+def bits(pools: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [pool.view(torch.int16) for pool in pools]
+
+
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(bits(ours), bits(theirs), strict=True))
+
+
+@pytest.fixture
+def deferred() -> Iterator[None]:
+    """Work is done no sooner than somebody waits for it."""
+    EMULATION.btx_emulation_defer(1)
+    yield
+    EMULATION.btx_emulation_defer(0)
+
+
+def test_calls_may_overtake_the_device(deferred: None) -> None:
+    """More boundaries than there are slots for plans, none waited for, are as if each had been."""
+    one_by_one, together = make_case(SMALL), make_case(SMALL)
+    waiting, hurrying = bind(one_by_one), bind(together)
+    before = together.snapshot()
+    for i in range(7):
+        events = one_by_one.events[i % 2 :][:1] if i % 3 else one_by_one.events
+        waiting.rewrite(events, one_by_one.block_table)
+        hurrying.rewrite(events, together.block_table.copy(), report=False)
+        assert i > 0 or same(together.pools, before)  # nothing happened yet
+    hurrying.workspace.synchronize()
+    assert same(together.pools, one_by_one.pools)
+
+
+def test_reports_are_waited_for(deferred: None) -> None:
+    cases.check_parity(SMALL, BACKEND, "bfloat16")
+
+
+def test_what_the_device_refuses_is_told_by_the_next_call(deferred: None) -> None:
+    case = make_case(SMALL)
+    bound = bind(case)
+    case.queries[1][case.query_table[1, 0], 20 % SMALL.recent_window] = float("nan")
+    before = case.snapshot()
+    bound.rewrite(case.events, case.block_table, report=False)
+    with pytest.raises(bottleneck_ext.InvalidArgumentError, match="sequence 1"):
+        bound.workspace.synchronize()
+    assert same(case.pools, before)
+    bound.workspace.synchronize()  # it is told once
+    bound.rewrite(case.events[:1], case.block_table)
+    assert not same(case.pools, before)
+
+
+# --- a device that fails -----------------------------------------------------------------------------------------
+
+FUNCTIONS = (
+    "cudaMalloc", "cudaMallocHost", "cudaHostAlloc", "cudaEventCreate", "cudaEventCreateWithFlags", "cudaEventRecord",
+    "cudaEventSynchronize", "cudaEventElapsedTime", "cudaMemcpy", "cudaMemcpyAsync", "cudaMemsetAsync",
+    "cudaStreamSynchronize", "cudaStreamIsCapturing", "cudaStreamWaitEvent", "cudaFuncSetAttribute", "cudaGetDevice",
+    "cudaGetDeviceCount", "cudaDeviceGetAttribute", "launch",
+)  # fmt: skip
+FAILURES = (bottleneck_ext.BottleneckError, MemoryError)
+
+
+def rewrite_all(case: Case) -> str:
+    """Rewrites twice; returns what had been done when the device failed."""
+    done = "nothing"
+    try:
+        bound = bind(case)
+        bound.rewrite(case.events, case.block_table)
+        done = "once"
+        bound.rewrite(case.events, case.block_table, report=False)
+        done = "called twice"
+        bound.workspace.synchronize()
+        done = "twice"
+    except bottleneck_ext.RebuildNeededError:
+        done = "rebuild"
+    except FAILURES as error:
+        done += f", then {error}"
+    return done
+
+
+def count_calls(work: Callable[[], None]) -> dict[str, int]:
+    before = {name: EMULATION.btx_emulation_calls(name.encode()) for name in FUNCTIONS}
+    work()
+    return {name: EMULATION.btx_emulation_calls(name.encode()) - before[name] for name in FUNCTIONS}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_every_call_may_fail(function: str) -> None:
+    """A failure is raised, or does not matter. Only RebuildNeededError leaves anything but the caches as they were."""
+    twice, once = make_case(SMALL), make_case(SMALL)
+    calls = count_calls(lambda: rewrite_all(twice))[function]
+    bind(once).rewrite(once.events, once.block_table)
+    before = make_case(SMALL).snapshot()
+    for call in range(1, calls + 1):
+        case = make_case(SMALL)
+        EMULATION.btx_emulation_fail(f"{function}:{call}".encode())
+        done = rewrite_all(case)
+        EMULATION.btx_emulation_reset()
+        if done.startswith("nothing"):
+            assert same(case.pools, before), (call, done)
+        elif done.startswith("once"):
+            assert same(case.pools, once.pools), (call, done)
+        elif done == "twice":
+            assert same(case.pools, twice.pools), (call, done)
+
+
+@pytest.mark.parametrize("function", ["cudaMalloc", "cudaMallocHost", "cudaEventCreate", "cudaEventCreateWithFlags"])
+def test_what_failed_may_be_tried_again(function: str) -> None:
+    """After a shortage the same objects work."""
+    right = make_case(SMALL)
+    right_bound = bind(right)
+    calls = count_calls(lambda: right_bound.rewrite(right.events, right.block_table))[function]
+    for call in range(1, calls + 1):
+        case = make_case(SMALL)
+        bound = bind(case)
+        EMULATION.btx_emulation_fail(f"{function}:{call}".encode())
+        told = ""
+        try:
+            bound.rewrite(case.events, case.block_table)
+        except FAILURES as error:
+            told = repr(error)
+            bound.rewrite(case.events, case.block_table)
+        assert same(case.pools, right.pools), (call, told)
+
+
+def test_a_lost_device_says_so() -> None:
+    case = make_case(SMALL)
+    bound = bind(case)
+    EMULATION.btx_emulation_fail(b"launch:1")
+    with pytest.raises(bottleneck_ext.BottleneckError, match="restart"):
+        bound.rewrite(case.events, case.block_table)
+    with pytest.raises(bottleneck_ext.BottleneckError, match="restart"):
+        bound.rewrite(case.events, case.block_table)
+
+
+def test_an_old_driver_is_no_device() -> None:
+    EMULATION.btx_emulation_fail(b"cudaGetDeviceCount:1+:35")
+    assert BACKEND not in [b["name"] for b in bottleneck_ext.backends() if b["available"]]
+    with pytest.raises(bottleneck_ext.UnsupportedError):
+        make_case(SMALL).processor(BACKEND)

@@ -1,0 +1,69 @@
+"""The CUDA kernels without a GPU: compiled for the host and run there (tests/emulation/).
+
+Needs a C++ compiler and make. `tests/emulation/README.md` says what this finds and what it does not.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from .emulation.mutants import MUTANTS, build_unchanged, judge
+
+ROOT = Path(__file__).parent.parent
+EMULATED = ROOT / "build" / "emulated"
+CPUS = os.cpu_count() or 1
+
+
+def run(command: list[str], cwd: Path = ROOT, **environment: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment})
+    assert result.returncode == 0, result.stdout[-12000:] + result.stderr[-12000:]
+
+
+@pytest.mark.parametrize(("variant", "seeds", "shared"), [("plain", "0 30", "227"), ("races", "0 20", "99")])
+def test_operations(variant: str, seeds: str, shared: str) -> None:
+    """The emulation itself, then every operation of the backend's table; "races" also sees every access of memory.
+
+    shared: KiB of shared memory, of a large device and of a small one.
+    """
+    make = ["make", "-s", f"-j{CPUS}", "-C", "tests/emulation", f"VARIANT={variant}", f"SEEDS={seeds}"]
+    run(make, BTX_EMULATE_SHARED_KIB=shared)
+
+
+@pytest.fixture(scope="session")
+def emulated() -> Path:
+    """A folder with the extension, its CUDA backend compiled for the host, and links to what is not compiled."""
+    build = ["build_py", "--build-lib", str(EMULATED), "build_ext", "--build-lib", str(EMULATED)]
+    build += ["--build-temp", f"{EMULATED}-temp"]
+    run([sys.executable, "setup.py", "--quiet", *build], BOTTLENECKED_EMULATE="1")
+    tests = EMULATED / "tests"
+    if not tests.is_symlink():
+        tests.symlink_to("../../tests")
+    return EMULATED
+
+
+def test_parity(emulated: Path) -> None:
+    """The whole way from Python: tests/emulation/parity.py, with this extension in place of the installed one."""
+    pytest_options = ["-q", "-p", "no:cacheprovider", "tests/emulation/parity.py"]
+    run([sys.executable, "-P", "-m", "pytest", *pytest_options], cwd=emulated, PYTHONPATH=str(emulated))
+
+
+def test_mutants() -> None:
+    """Mistakes put into the kernels are found: every fifth of them, or all with BOTTLENECKED_MUTANTS=all."""
+    chosen = MUTANTS if os.environ.get("BOTTLENECKED_MUTANTS") == "all" else MUTANTS[::5]
+    build_unchanged()
+    with ThreadPoolExecutor(CPUS) as pool:
+        missed = [str(mutant) for mutant, found in zip(chosen, pool.map(judge, chosen), strict=True) if not found]
+    assert not missed
+
+
+def test_mutants_are_of_these_kernels() -> None:
+    """What they replace is still there."""
+    for mutant in MUTANTS:
+        source = (ROOT / "kernels" / "cuda" / mutant.file).read_text()
+        assert mutant.apply(source) != source
