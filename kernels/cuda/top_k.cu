@@ -1,14 +1,15 @@
 /* top_k.cu - the prior positions of largest attention mass, then the window: the rows of a rewrite
  * (arXiv 2505.16950, section 3.2, the set I).
  *
- * A radix select, one block for a step of a layer, all of them in one launch: bytes from the most significant on, each
- * pass counting the values that share the bytes found so far. Exact; among equal values the smaller positions are
- * taken. */
+ * A radix select, one block for a step of a layer, all of them in one launch. Values are counted by their distance from
+ * the smallest, 11 bits at a time from the highest that any distance has: masses lie within few powers of two, whose
+ * exponents alone would crowd a few bins. Exact; among equal values the smaller positions are taken. */
 #include "operations.cuh"
 
 #define THREADS 1024
 #define WARPS (THREADS / BTX_WARP)
-#define BINS 256
+#define DIGIT_BITS 11
+#define BINS (1 << DIGIT_BITS) /* two a thread */
 #define RESIDENT 49152 /* values that are kept in shared memory, at most */
 #define PARTS_AT_ONCE 8 /* loads on their way */
 
@@ -19,12 +20,31 @@ __device__ static inline unsigned order_of(float value)
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+static_assert(BINS == 2 * THREADS, "a thread has two bins");
+
+/* Sum over the warps of lower index, and over this warp's lanes up to this one. totals [WARPS] of shared memory. */
+__device__ static inline unsigned scan_block(unsigned value, unsigned *totals)
+{
+    const int warp = threadIdx.x / BTX_WARP, lane = threadIdx.x % BTX_WARP;
+    unsigned sum = value;
+    for (int distance = 1; distance < BTX_WARP; distance *= 2) {
+        const unsigned other = __shfl_up_sync(BTX_ALL_LANES, sum, distance);
+        sum += lane >= distance ? other : 0;
+    }
+    if (lane == BTX_WARP - 1)
+        totals[warp] = sum;
+    __syncthreads();
+    for (int w = 0; w < warp; w++)
+        sum += totals[w];
+    return sum;
+}
+
 /* Block: a step, a layer. mass [layers, num_parts, total_prior]: the sum replaces the first part, as orders. */
 __global__ void __launch_bounds__(THREADS) top_k_kernel(const device_plan plan, const int32_t num_parts,
                                                         const int32_t resident, float *mass, int32_t *positions)
 {
     BTX_DYNAMIC_SHARED(shared);
-    __shared__ unsigned histogram[BINS], found, wanted;
+    __shared__ unsigned histogram[BINS], found, wanted, smallest, largest;
     __shared__ unsigned above[WARPS], equal[WARPS];
     const device_step step = plan.steps[blockIdx.x];
     const int32_t n = step.num_prior, count = step.num_recalled;
@@ -40,8 +60,12 @@ __global__ void __launch_bounds__(THREADS) top_k_kernel(const device_plan plan, 
     if (count == 0)
         return;
 
+    if (threadIdx.x == 0)
+        found = 0, wanted = (unsigned)count, smallest = 0xffffffffu, largest = 0;
+    __syncthreads();
     mass += (int64_t)blockIdx.y * num_parts * plan.total_prior + step.prior_offset;
     unsigned *orders = n <= resident ? (unsigned *)shared : (unsigned *)mass;
+    unsigned low = 0xffffffffu, high = 0;
     for (int32_t i = threadIdx.x; i < n; i += THREADS) {
         float sum = 0.0f;
         for (int32_t first = 0; first < num_parts; first += PARTS_AT_ONCE) {
@@ -53,54 +77,51 @@ __global__ void __launch_bounds__(THREADS) top_k_kernel(const device_plan plan, 
             for (int part = 0; part < PARTS_AT_ONCE; part++)
                 sum += value[part];
         }
-        orders[i] = order_of(sum);
+        const unsigned order = order_of(sum);
+        orders[i] = order;
+        low = min(low, order);
+        high = max(high, order);
     }
-    if (threadIdx.x == 0)
-        found = 0, wanted = (unsigned)count;
+    for (int distance = BTX_WARP / 2; distance > 0; distance /= 2) {
+        low = min(low, __shfl_xor_sync(BTX_ALL_LANES, low, distance));
+        high = max(high, __shfl_xor_sync(BTX_ALL_LANES, high, distance));
+    }
+    if (lane == 0) {
+        atomicMin(&smallest, low);
+        atomicMax(&largest, high);
+    }
+    __syncthreads();
+    const unsigned base = smallest, range = largest - base;
+    int shift = (range == 0 ? 1 : 32 - __clz((int)range)) - DIGIT_BITS; /* below 0: the digit is the value */
     unsigned mask = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
+    for (shift = shift > 0 ? shift : 0;; shift = shift > DIGIT_BITS ? shift - DIGIT_BITS : 0) {
         for (int i = threadIdx.x; i < BINS; i += THREADS)
             histogram[i] = 0;
         __syncthreads();
-        const unsigned prefix = found;
+        const unsigned prefix = found, left = wanted;
         for (int32_t i = threadIdx.x; i < n; i += THREADS) {
-            const unsigned order = orders[i];
-            if ((order & mask) == prefix)
-                atomicAdd(&histogram[order >> shift & 255], 1u);
+            const unsigned distance = orders[i] - base;
+            if ((distance & mask) == prefix)
+                atomicAdd(&histogram[distance >> shift & (BINS - 1)], 1u);
         }
         __syncthreads();
-        if (warp == 0) {
-            /* Lane l has the bins [8 l, 8 l + 8), counted from the largest. */
-            unsigned own = 0, before, left = wanted;
-            for (int i = 0; i < BINS / BTX_WARP; i++)
-                own += histogram[BINS - 1 - (lane * (BINS / BTX_WARP) + i)];
-            before = own;
-            for (int distance = 1; distance < BTX_WARP; distance *= 2) {
-                const unsigned other = __shfl_up_sync(BTX_ALL_LANES, before, distance);
-                before += lane >= distance ? other : 0;
-            }
-            before -= own;
-            __syncwarp();
-            if (before < left && left <= before + own) {
-                left -= before;
-                int i = 0;
-                unsigned bin;
-                for (;; i++) {
-                    bin = BINS - 1 - (lane * (BINS / BTX_WARP) + i);
-                    if (histogram[bin] >= left)
-                        break;
-                    left -= histogram[bin];
-                }
-                found = prefix | bin << shift;
-                wanted = left;
-            }
+        /* Counted from the largest: how many are in the bins up to this thread's second. */
+        const int bin = BINS - 1 - 2 * threadIdx.x;
+        const unsigned first = histogram[bin], second = histogram[bin - 1];
+        const unsigned up_to = scan_block(first + second, above), before = up_to - first - second;
+        if (before < left && left <= up_to) {
+            const bool in_first = left <= before + first;
+            found = prefix | (unsigned)(in_first ? bin : bin - 1) << shift;
+            wanted = left - before - (in_first ? 0 : first);
         }
-        mask |= 255u << shift;
+        mask |= (BINS - 1u) << shift;
         __syncthreads();
+        if (shift == 0)
+            break;
     }
+    const unsigned threshold = base + found, ties = wanted;
 
     /* Each warp has a run of positions; how many it takes comes after how many the warps before it take. */
-    const unsigned threshold = found, ties = wanted;
     const int32_t run = (n + THREADS - 1) / THREADS * BTX_WARP, begin = warp * run, end = min(begin + run, n);
     unsigned num_above = 0, num_equal = 0;
     for (int32_t i = begin; i < end; i += BTX_WARP) {
@@ -134,7 +155,7 @@ btx_status cuda_top_k(const btx_pass *pass, int32_t num_parts, float *mass, int3
     const cuda_executor *executor = executor_of(pass);
     const device_plan &plan = executor->plan;
     int32_t resident = plan.max_prior < RESIDENT ? plan.max_prior : RESIDENT;
-    const int32_t room = (executor->shared_limit - 4096) / (int32_t)sizeof(unsigned);
+    const int32_t room = (executor->shared_limit - 12288) / (int32_t)sizeof(unsigned);
     resident = resident < room ? resident : room;
     const int bytes = resident * (int)sizeof(unsigned);
     BTX_CUDA_TRY(cudaFuncSetAttribute(top_k_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
