@@ -217,14 +217,24 @@ void cuda_executor_destroy(void *memory)
     free(executor);
 }
 
+#ifndef BTX_CUDA_ARCHITECTURES /* setup.py says which */
+#define BTX_CUDA_ARCHITECTURES ""
+#endif
+
 static btx_status fill_executor(cuda_executor *executor, btx_error *error)
 {
+    int major = 0, minor = 0;
     BTX_CUDA_TRY(
         cudaDeviceGetAttribute(&executor->num_processors, cudaDevAttrMultiProcessorCount, executor->device),
         "asking for the device's size");
     BTX_CUDA_TRY(
         cudaDeviceGetAttribute(&executor->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, executor->device),
         "asking for the device's shared memory");
+    BTX_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, executor->device),
+                 "asking for the device's architecture");
+    BTX_CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, executor->device),
+                 "asking for the device's architecture");
+    executor->hopper = major == 9 && minor == 0 && strstr(BTX_CUDA_ARCHITECTURES, "90a") != NULL;
     return cuda_linear_create(executor->device, &executor->linear, error);
 }
 
@@ -586,10 +596,6 @@ btx_status cuda_synchronize(void *memory, double *stage_seconds, btx_error *erro
 }
 
 /* ---- description -------------------------------------------------------------------------------------------------- */
-
-#ifndef BTX_CUDA_ARCHITECTURES /* setup.py says which */
-#define BTX_CUDA_ARCHITECTURES ""
-#endif
 
 void btx_cuda_describe(btx_cuda_info *info)
 {

@@ -18,10 +18,12 @@ void cuda_mark(void *executor, btx_stage stage);
 btx_status cuda_download(void *executor, void *to, const void *from, size_t bytes, btx_error *error);
 btx_status cuda_synchronize(void *executor, double *stage_seconds, btx_error *error);
 
-/* attention_mass.cu */
+/* attention_mass.cu, attention_mass_sm90.cu */
 size_t cuda_selection_scratch_bytes(const btx_plan *plan, int32_t max_layers, int64_t max_rows);
 btx_status cuda_attention_mass(const btx_pass *pass, int32_t head_begin, int32_t head_end, float *mass,
                                btx_error *error);
+
+btx_status cuda_attention_mass_sm90(const btx_pass *pass, float *mass, btx_error *error);
 
 /* One file each. */
 btx_status cuda_store_mass(const btx_pass *pass, int32_t num_parts, const float *mass, const btx_tensor *out,

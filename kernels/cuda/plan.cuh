@@ -92,6 +92,7 @@ typedef struct cuda_executor {
     int32_t device;
     int32_t num_processors;
     int32_t shared_limit; /* bytes of shared memory a block may ask for */
+    int32_t hopper;       /* the kernels of *_sm90.cu are compiled in, and run here */
     cudaStream_t stream;  /* of the call under way, or the latest */
     int capturing, captured;
     plan_slot slots[BTX_PLAN_SLOTS];

@@ -1,0 +1,307 @@
+/* attention_mass_sm90.cu - the two kernels of attention_mass.cu with Hopper's asynchronous products (wgmma), for head
+ * sizes 64 and 128: the matrix units work on the next scores while exponentials are taken of the last.
+ *
+ * The right side of a product is read from shared memory, where it lies in rows of 64 elements, swizzled (hopper.cuh);
+ * a head of 128 is two such tiles. The left side stays in registers. */
+#ifndef BTX_EMULATE
+#include "hopper.cuh"
+#include "operations.cuh"
+#include "scores.cuh"
+
+#define SPLIT_THREADS 256 /* two warpgroups of 64 queries */
+#define SPLIT_KEYS 64     /* of a tile */
+#define SPLIT_STAGES 3
+#define MASS_ROWS 256     /* queries that stay in shared memory, at most */
+
+/* Warpgroups of a block of the second kernel, of 64 keys each: so many that four or five are on a multiprocessor. */
+template <int D> struct mass_block {
+    static constexpr int threads = D == 64 ? 128 : 256, keys = threads / 2, per_processor = D == 64 ? 5 : 2;
+};
+
+static_assert(BTX_LSE_MIN_KEYS % SPLIT_KEYS == 0, "splits consist of whole tiles");
+static_assert(BTX_MASS_MIN_KEYS % mass_block<128>::keys == 0, "ranges consist of whole tiles");
+
+/* One row of D elements into the swizzled tiles [D / 64][tile_rows][64], by two threads: part is 0 or 1. */
+template <typename T, int D>
+__device__ static inline void load_swizzled_row(T *shared, int tile_rows, int row, const T *global, int64_t stride,
+                                                int vector, int part)
+{
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const int chunk = 2 * i + part; /* of 8 elements */
+        T *to = shared + (chunk / 8 * tile_rows + row) * 64 + (chunk % 8 ^ row % 8) * 8;
+        if (vector) {
+            copy_async_16(to, global + 8 * chunk);
+        }
+        else {
+            for (int j = 0; j < 8; j++)
+                to[j] = global[(8 * chunk + j) * stride];
+        }
+    }
+}
+
+/* The products of 64 rows, in registers, with 64 rows of a swizzled tile from row on. */
+template <typename T, int D>
+__device__ static inline void start_scores(float (&score)[32], const unsigned (&left)[D / 16][4], const T *tile,
+                                           int tile_rows, int row)
+{
+    wgmma_hold(score);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        const uint64_t right = make_descriptor(tile + (k / 4 * tile_rows + row) * 64 + k % 4 * 16);
+        wgmma_m64n64k16_registers(score, left[k], right, T(), k > 0);
+    }
+    wgmma_commit();
+}
+
+/* Adds the scores of a thread's two rows to their sums. MASKED: row h sees no key behind last_key[h]; first_key is that
+ * of the thread's first column. */
+template <bool MASKED>
+__device__ static inline void add_row_scores(const float (&score)[32], int32_t first_key, const int32_t (&last_key)[2],
+                                             float scale, partial_sum (&row)[2])
+{
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float seen[16], largest = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            seen[i] = score[i / 2 * 4 + 2 * h + i % 2];
+            if (MASKED && first_key + i / 2 * 8 + i % 2 > last_key[h])
+                seen[i] = -INFINITY;
+            largest = fmaxf(largest, seen[i]);
+        }
+        largest *= scale;
+        if (largest > row[h].largest) {
+            row[h].sum *= exp2_fast(row[h].largest - largest);
+            row[h].largest = largest;
+        }
+        float sum[2] = {};
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            sum[i % 2] += exp2_fast(fmaf(seen[i], scale, -row[h].largest));
+        row[h].sum += sum[0] + sum[1];
+    }
+}
+
+/* Queries on the left. Block: a split, 128 rows of a KV head, a layer. */
+template <typename T, int D>
+__global__ void __launch_bounds__(SPLIT_THREADS, 2)
+    lse_sm90_kernel(const device_plan plan, const int32_t layer_begin, const int32_t row_blocks, partial_sum *partials)
+{
+#ifdef BTX_HOPPER
+    constexpr int TILE = SPLIT_KEYS * D;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    T *tiles = (T *)shared; /* first the queries, padded, then SPLIT_STAGES tiles of keys */
+    const device_tile split = plan.splits[blockIdx.x];
+    const device_step step = plan.steps[split.step];
+    const int32_t kv_head = blockIdx.y / row_blocks, first_row = blockIdx.y % row_blocks * 128;
+    const int32_t num_rows = step.num_window * plan.group;
+    if (first_row >= num_rows)
+        return;
+    const device_layer &layer = plan.layers[layer_begin + blockIdx.z];
+    const int warp = threadIdx.x / BTX_WARP, lane = threadIdx.x % BTX_WARP;
+
+    load_queries<T, D>(plan, step, layer.queries, kv_head, first_row, 128, tiles);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    unsigned query[D / 16][4];
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        load_left<T, D>(query[k], tiles, warp * 16, k * 16);
+    __syncthreads();
+
+    const int32_t r = first_row + warp * 16 + lane / 4; /* and r + 8 */
+    const int32_t last_key[2] = {step.num_prior + r / plan.group, step.num_prior + (r + 8) / plan.group};
+    partial_sum row[2] = {{LOWEST, 0.0f}, {LOWEST, 0.0f}};
+    const int32_t begin = split.index * step.keys_per_split;
+    const int32_t end = min(begin + step.keys_per_split, step.num_prior + step.num_window);
+    const device_view &view = layer.keys;
+    /* Four threads fetch a key; what lies behind the last is masked, but must be finite for no one: see MASKED. */
+    const auto load = [&](int32_t key, int stage) {
+        const int32_t at = key + (int32_t)threadIdx.x / 4;
+        if (at < end) {
+            const T *from = (const T *)view.data + kv_offset(plan, step, view, at) + kv_head * view.stride[2];
+            T *to = tiles + stage * TILE;
+            const int row_in_tile = threadIdx.x / 4;
+#pragma unroll
+            for (int i = 0; i < D / 32; i++) {
+                const int chunk = 4 * i + threadIdx.x % 4;
+                T *place = to + (chunk / 8 * SPLIT_KEYS + row_in_tile) * 64 + (chunk % 8 ^ row_in_tile % 8) * 8;
+                if (view.vector) {
+                    copy_async_16(place, from + 8 * chunk);
+                }
+                else {
+                    for (int j = 0; j < 8; j++)
+                        place[j] = from[(8 * chunk + j) * view.stride[3]];
+                }
+            }
+        }
+        copy_async_commit();
+    };
+    load(begin, 0);
+    load(begin + SPLIT_KEYS, 1);
+    int stage = 0;
+    for (int32_t key = begin; key < end; key += SPLIT_KEYS) {
+        copy_async_wait<1>();
+        fence_async_proxy();
+        __syncthreads();
+        float score[32];
+        start_scores<T, D>(score, query, tiles + stage * TILE, SPLIT_KEYS, 0);
+        /* The stage that was read last turn is free: everyone has passed the barrier. */
+        load(key + 2 * SPLIT_KEYS, stage == 0 ? SPLIT_STAGES - 1 : stage - 1);
+        stage = stage == SPLIT_STAGES - 1 ? 0 : stage + 1;
+        wgmma_wait<0>();
+        wgmma_hold(score);
+        if (key + SPLIT_KEYS > step.num_prior)
+            add_row_scores<true>(score, key + lane % 4 * 2, last_key, plan.scale_log2, row);
+        else
+            add_row_scores<false>(score, key + lane % 4 * 2, last_key, plan.scale_log2, row);
+    }
+    copy_async_wait<0>();
+    partials += blockIdx.z * partials_of_layer(plan);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        merge_lanes(row[h], 1);
+        merge_lanes(row[h], 2);
+        if (lane % 4 == 0 && r + h * 8 < num_rows)
+            partials[partial_index(plan, step, split.index, kv_head, r + h * 8)] = row[h];
+    }
+#endif
+}
+
+/* Keys on the left, the KV head's queries on the right. Block: a range of keys, a KV head, a layer. mass
+ * [layers, num_kv_heads, total_prior]. capacity: rows of queries that shared memory holds, a multiple of 64. */
+template <typename T, int D>
+__global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_processor)
+    mass_sm90_kernel(const device_plan plan, const int32_t layer_begin, const int32_t capacity,
+                     const partial_sum *partials, float *mass)
+{
+#ifdef BTX_HOPPER
+    constexpr int STRIDE = padded<D>::stride, MASS_KEYS = mass_block<D>::keys;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    T *queries = (T *)shared, *keys = queries + capacity * D;
+    float *lse = (float *)(keys + MASS_KEYS * STRIDE);
+    const device_tile range = plan.ranges[blockIdx.x];
+    const device_step step = plan.steps[range.step];
+    const int32_t kv_head = blockIdx.y, layer_index = layer_begin + blockIdx.z;
+    const device_layer &layer = plan.layers[layer_index];
+    const int warp = threadIdx.x / BTX_WARP, lane = threadIdx.x % BTX_WARP;
+    const int32_t begin = range.index * step.keys_per_range;
+    const int32_t end = min(begin + step.keys_per_range, step.num_prior);
+    const int32_t all_rows = step.num_window * plan.group;
+    const float weight = plan.mass_scale / (float)step.num_window;
+    partials += blockIdx.z * partials_of_layer(plan);
+    mass += ((int64_t)blockIdx.z * plan.num_kv_heads + kv_head) * plan.total_prior + step.prior_offset;
+
+    for (int32_t first_row = 0; first_row < all_rows; first_row += capacity) {
+        const int32_t num_rows = (min(capacity, all_rows - first_row) + 63) / 64 * 64, num_blocks = num_rows / 64;
+        for (int32_t row = threadIdx.x / 2; row < num_rows; row += mass_block<D>::threads / 2) {
+            const device_view &view = layer.queries;
+            const int32_t r = first_row + row, part = threadIdx.x % 2;
+            if (r < all_rows) {
+                const int32_t head = kv_head * plan.group + r % plan.group;
+                const T *from =
+                    (const T *)view.data + query_offset(plan, step, view, r / plan.group) + head * view.stride[2];
+                load_swizzled_row<T, D>(queries, num_rows, row, from, view.stride[3], view.vector, part);
+            }
+            else {
+                for (int i = part; i < D; i += 2)
+                    queries[(i / 64 * num_rows + row) * 64 + i % 64] = from_f32<T>(0.0f);
+            }
+        }
+        load_keys<T, D>(plan, step, layer.keys, kv_head, begin, min(begin + MASS_KEYS, end), keys);
+        copy_async_commit();
+        load_lse(plan, step, range.step, layer_index, partials, kv_head, first_row, num_rows, lse);
+        for (int32_t key = begin; key < end; key += MASS_KEYS) {
+            unsigned left[D / 16][4];
+            copy_async_wait<0>();
+            fence_async_proxy();
+            __syncthreads();
+#pragma unroll
+            for (int k = 0; k < D / 16; k++)
+                load_left<T, D>(left[k], keys, warp * 16, k * 16);
+            __syncthreads();
+            const int32_t next = key + MASS_KEYS;
+            if (next < end)
+                load_keys<T, D>(plan, step, layer.keys, kv_head, next, min(next + MASS_KEYS, end), keys);
+            copy_async_commit();
+
+            float total[2] = {};
+            const auto add = [&](const float(&score)[32], int block) {
+                const float *of_block = lse + block * 64 + lane % 4 * 2;
+#pragma unroll
+                for (int n = 0; n < 8; n++) {
+                    const float2 of_columns = *(const float2 *)(const void *)(of_block + n * 8);
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        total[h] += exp2_fast(fmaf(score[n * 4 + 2 * h], plan.scale_log2, -of_columns.x));
+                        total[h] += exp2_fast(fmaf(score[n * 4 + 2 * h + 1], plan.scale_log2, -of_columns.y));
+                    }
+                }
+            };
+            /* While one warpgroup waits for its products, others of the multiprocessor take exponentials. */
+#pragma unroll 1
+            for (int block = 0; block < num_blocks; block++) {
+                float score[32];
+                start_scores<T, D>(score, left, queries, num_rows, block * 64);
+                wgmma_wait<0>();
+                wgmma_hold(score);
+                add(score, block);
+            }
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float sum = total[h];
+                sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 1);
+                sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 2);
+                const int32_t at = key + warp * 16 + h * 8 + lane / 4;
+                if (lane % 4 == 0 && at < end)
+                    mass[at] = first_row == 0 ? sum * weight : mass[at] + sum * weight;
+            }
+        }
+        __syncthreads();
+    }
+#endif
+}
+
+/* ---- launches ----------------------------------------------------------------------------------------------------- */
+
+template <typename T, int D>
+static btx_status launch(const cuda_executor *executor, int32_t layer_begin, int32_t num_layers, partial_sum *partials,
+                         float *mass, btx_error *error)
+{
+    const device_plan &plan = executor->plan;
+    const int64_t rows = (int64_t)plan.max_window * plan.group;
+    const int32_t row_blocks = (int32_t)((rows + 127) / 128);
+    const int query_bytes = 128 * padded<D>::stride * 2, key_bytes = SPLIT_STAGES * SPLIT_KEYS * D * 2;
+    const int lse_bytes = query_bytes > key_bytes ? query_bytes : key_bytes;
+    BTX_CUDA_TRY(cudaFuncSetAttribute(lse_sm90_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, lse_bytes),
+                 "preparing lse_sm90_kernel");
+    BTX_LAUNCH((lse_sm90_kernel<T, D>), dim3(plan.num_splits, plan.num_kv_heads * row_blocks, num_layers),
+               SPLIT_THREADS, lse_bytes, executor->stream, plan, layer_begin, row_blocks, partials);
+    BTX_CUDA_CHECK("launching lse_sm90_kernel");
+    int32_t capacity = (int32_t)((rows + 63) / 64 * 64);
+    capacity = capacity < MASS_ROWS ? capacity : MASS_ROWS;
+    const int mass_bytes = capacity * (D * 2 + 4) + mass_block<D>::keys * padded<D>::stride * 2;
+    BTX_CUDA_TRY(cudaFuncSetAttribute(mass_sm90_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, mass_bytes),
+                 "preparing mass_sm90_kernel");
+    BTX_LAUNCH((mass_sm90_kernel<T, D>), dim3(plan.num_ranges, plan.num_kv_heads, num_layers),
+               mass_block<D>::threads, mass_bytes, executor->stream, plan, layer_begin, capacity, partials, mass);
+    BTX_CUDA_CHECK("launching mass_sm90_kernel");
+    return BTX_OK;
+}
+
+btx_status cuda_attention_mass_sm90(const btx_pass *pass, float *mass, btx_error *error)
+{
+    const cuda_executor *executor = executor_of(pass);
+    partial_sum *partials = (partial_sum *)pass->scratch;
+    const int32_t begin = pass->layer_begin, count = num_layers_of(pass);
+    const int wide = executor->plan.head_dim == 128;
+    if (pass->plan->keys[0].dtype == BTX_BF16)
+        return wide ? launch<__nv_bfloat16, 128>(executor, begin, count, partials, mass, error)
+                    : launch<__nv_bfloat16, 64>(executor, begin, count, partials, mass, error);
+    return wide ? launch<__half, 128>(executor, begin, count, partials, mass, error)
+                : launch<__half, 64>(executor, begin, count, partials, mass, error);
+}
+#endif /* BTX_EMULATE */
