@@ -629,6 +629,20 @@ static void test_attention(random_source &random, const boundary &b, btx_dtype d
     delete operand;
 }
 
+/* Calls work as the core calls operations: the backend then knows what to wait for. */
+template <typename Work> static void call(Work work)
+{
+    btx_error error;
+    auto unit = [](void *context, int64_t, int32_t, btx_error *of_unit) { return (*(Work *)context)(of_unit); };
+    must(backend->executor_run(executor, 1, unit, &work, &error), error);
+}
+
+static void mark(btx_stage stage)
+{
+    if (backend->mark != nullptr)
+        backend->mark(executor, stage);
+}
+
 /* ---- selection, gathering, writing
  * ----------------------------------------------------------------------------------- */
 
@@ -770,14 +784,18 @@ static void test_write(random_source &random, boundary &b, const memory &positio
     memory delta_norm((size_t)(layers * b.plan.num_steps) * sizeof(float));
     memory row_norm((size_t)(layers * b.plan.num_steps) * sizeof(float));
     btx_error error;
-    must(backend->stage_kv(&pass, (const int32_t *)positions.data, device_gate.floats(), nullptr, device_delta.floats(),
-                           staged.data, delta_norm.floats(), row_norm.floats(), &error),
-         error);
-    if (backend->mark != nullptr)
-        backend->mark(executor, BTX_STAGE_PROCESSOR);
-    must(backend->write_kv(&pass, (const int32_t *)positions.data, staged.data, &error), error);
-    if (backend->mark != nullptr)
-        backend->mark(executor, BTX_STAGE_WRITE);
+    call([&](btx_error *told) {
+        const btx_status status =
+            backend->stage_kv(&pass, (const int32_t *)positions.data, device_gate.floats(), nullptr,
+                              device_delta.floats(), staged.data, delta_norm.floats(), row_norm.floats(), told);
+        mark(BTX_STAGE_PROCESSOR);
+        return status;
+    });
+    call([&](btx_error *told) {
+        const btx_status status = backend->write_kv(&pass, (const int32_t *)positions.data, staged.data, told);
+        mark(BTX_STAGE_WRITE);
+        return status;
+    });
     double seconds[BTX_NUM_STAGES] = {0};
     const btx_status status = backend->synchronize(executor, seconds, &error);
     check(status == (refuse ? BTX_INVALID_ARGUMENT : BTX_OK), "synchronize: %d, %s", (int)status,
@@ -842,12 +860,6 @@ static void begin(const boundary &b)
         must(backend->begin(executor, &b.plan, nullptr, 1, &error), error);
 }
 
-static void mark(btx_stage stage)
-{
-    if (backend->mark != nullptr)
-        backend->mark(executor, stage);
-}
-
 static void test_boundary(random_source &random, boundary &b, int32_t layer_begin, int32_t layer_end)
 {
     const int32_t num_parts = backend->mass_by_head ? b.num_kv_heads : 1;
@@ -890,9 +902,12 @@ static void test_boundary(random_source &random, boundary &b, int32_t layer_begi
                     NAN);
         queries.device.upload(queries.host.data());
         begin(b);
-        must(backend->attention_mass(&pass, 0, b.num_kv_heads, mass.floats(), &error), error);
-        mark(BTX_STAGE_MASS);
-        must(backend->top_k(&pass, num_parts, mass.floats(), (int32_t *)positions.data, &error), error);
+        call([&](btx_error *told) {
+            const btx_status measured = backend->attention_mass(&pass, 0, b.num_kv_heads, mass.floats(), told);
+            if (measured != BTX_OK)
+                return measured;
+            return backend->top_k(&pass, num_parts, mass.floats(), (int32_t *)positions.data, told);
+        });
         const btx_status status = backend->synchronize(executor, nullptr, &error);
         check(status == BTX_INVALID_ARGUMENT, "NaN in a query was not refused: %d", (int)status);
         must(backend->synchronize(executor, nullptr, &error), error); /* told once */

@@ -26,23 +26,26 @@ TIMEOUT = 300
 
 @dataclass(frozen=True)
 class Mutant:
-    """An edit of kernels/cuda/: old occurs there once, spaces and line ends apart."""
+    """An edit of a kernel: new takes the place of old, which occurs once, spaces and line ends apart.
 
-    file: str
+    about: the kernel's file; a header may hold the place as well.
+    """
+
+    about: str
     what: str
     old: str
     new: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.what}"
+        return f"{self.about}: {self.what}"
 
-    def apply(self, source: str) -> str:
-        pattern = r"\s+".join(re.escape(word) for word in self.old.split())
-        found = re.findall(pattern, source)
-        assert len(found) == 1, (
-            f"{self}: what to replace occurs {len(found)} times; bring tests/emulation/mutants.py up"
-        )
-        return re.sub(pattern, lambda _: self.new, source)
+    def apply(self, folder: Path, write: bool = True) -> None:
+        pattern = re.compile(r"\s+".join(re.escape(word) for word in self.old.split()))
+        files = {folder / self.about, *folder.glob("*.cuh")}
+        places = [path for path in files for _ in pattern.findall(path.read_text())]
+        assert len(places) == 1, f"{self}: found in {len(places)} places; bring tests/emulation/mutants.py up"
+        if write:
+            places[0].write_text(pattern.sub(lambda _: self.new, places[0].read_text()))
 
 
 MASS, TOP_K, SWIGLU = "attention_mass.cu", "top_k.cu", "linear_swiglu.cu"
@@ -105,7 +108,19 @@ MUTANTS = [
     ),
     Mutant(MASS, "splits are not weighed", "sum += part.sum * exp2f(part.largest - largest);", "sum += part.sum;"),
     Mutant(TOP_K, "no barrier behind the clearing", "histogram[i] = 0; __syncthreads();", "histogram[i] = 0;"),
-    Mutant(TOP_K, "one bin too far", "if (histogram[bin] >= left)", "if (histogram[bin] > left)"),
+    Mutant(TOP_K, "one bin too far", "left <= before + first;", "left < before + first;"),
+    Mutant(
+        TOP_K,
+        "no barrier before the next histogram",
+        "|= (BINS - 1u) << shift; __syncthreads();",
+        "|= (BINS - 1u) << shift;",
+    ),
+    Mutant(
+        TOP_K,
+        "no barrier behind a warp's total",
+        "totals[warp] = sum; __syncthreads();",
+        "totals[warp] = sum;",
+    ),
     Mutant(
         TOP_K,
         "one tie too many",
@@ -255,8 +270,7 @@ def judge(mutant: Mutant) -> str:
         kernels, build = Path(folder, "kernels"), Path(folder, "build")
         shutil.copytree(KERNELS, kernels)
         shutil.copytree(BUILD, build)
-        changed = kernels / mutant.file
-        changed.write_text(mutant.apply(changed.read_text()))
+        mutant.apply(kernels)
         made = make(str(build / "operations"), kernels=kernels, build=build)
         assert made.returncode == 0, f"{mutant}: {made.stderr}"
         command = [str(build / "operations"), "0", str(SEEDS), "1"]

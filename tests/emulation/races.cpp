@@ -168,11 +168,14 @@ void races_access(const void *memory, size_t bytes, bool writes, bool atomic, co
 }
 } // namespace btx_emulation
 
-/* ---- what the compiler calls ----------------------------------------------------------------------------------------
+/* ---- what the compiler calls: under its own names it would be taken for the compiler's idea of them ----------------
  */
 
+#define BTX_HOOK(name, ...)                                                                                            \
+    extern "C" __attribute__((visibility("hidden"))) void btx_##name(__VA_ARGS__) __asm__("__tsan_" #name);            \
+    void btx_##name(__VA_ARGS__)
 #define BTX_ACCESS(name, bytes, writes)                                                                                \
-    __attribute__((visibility("hidden"))) void __tsan_##name(void *at)                                                 \
+    BTX_HOOK(name, void *at)                                                                                           \
     {                                                                                                                  \
         if (btx_emulation::current_thread >= 0)                                                                        \
             btx_emulation::races_access(at, bytes, writes, false, __builtin_return_address(0));                        \
@@ -185,30 +188,28 @@ void races_access(const void *memory, size_t bytes, bool writes, bool atomic, co
     BTX_ACCESS(volatile_read##bytes, bytes, false)                                                                     \
     BTX_ACCESS(volatile_write##bytes, bytes, true)
 
-extern "C" {
 BTX_ACCESSES(1)
 BTX_ACCESSES(2)
 BTX_ACCESSES(4)
 BTX_ACCESSES(8)
 BTX_ACCESSES(16)
-__attribute__((visibility("hidden"))) void __tsan_read_range(void *at, unsigned long bytes)
+BTX_HOOK(read_range, void *at, unsigned long bytes)
 {
     btx_emulation::races_access(at, bytes, false, false, __builtin_return_address(0));
 }
-__attribute__((visibility("hidden"))) void __tsan_write_range(void *at, unsigned long bytes)
+BTX_HOOK(write_range, void *at, unsigned long bytes)
 {
     btx_emulation::races_access(at, bytes, true, false, __builtin_return_address(0));
 }
-__attribute__((visibility("hidden"))) void __tsan_init(void)
+BTX_HOOK(init, void)
 {
 }
-__attribute__((visibility("hidden"))) void __tsan_func_entry(void *)
+BTX_HOOK(func_entry, void *)
 {
 }
-__attribute__((visibility("hidden"))) void __tsan_func_exit(void)
+BTX_HOOK(func_exit, void)
 {
 }
-__attribute__((visibility("hidden"))) void __tsan_vptr_update(void **, void *)
+BTX_HOOK(vptr_update, void **, void *)
 {
-}
 }

@@ -17,7 +17,7 @@ struct CUstream_st {
 };
 
 struct CUevent_st {
-    bool timed, recorded; /* recorded: since it was called for last */
+    bool timed, called_for, recorded; /* recorded: since it was called for last */
     std::chrono::steady_clock::time_point time;
 };
 
@@ -483,6 +483,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags)
     CALLED(cudaErrorMemoryAllocation);
     auto made = std::make_shared<CUevent_st>();
     made->timed = !(flags & cudaEventDisableTiming);
+    made->called_for = false;
     made->recorded = true; /* one that was never called for is done */
     *event = made.get();
     state().events[*event] = std::move(made);
@@ -502,6 +503,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t)
         return remember(cudaErrorInvalidResourceHandle);
     auto own = found->second;
     own->recorded = false;
+    own->called_for = true;
     submit([own] {
         own->recorded = true;
         own->time = std::chrono::steady_clock::now();
@@ -526,8 +528,8 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEve
 {
     CALLED(cudaErrorInvalidResourceHandle);
     auto first = state().events.find(begin), last = state().events.find(end), none = state().events.end();
-    if (first == none || last == none || !first->second->timed || !last->second->timed ||
-        first->second->time.time_since_epoch().count() == 0 || last->second->time.time_since_epoch().count() == 0)
+    if (first == none || last == none || !first->second->timed || !last->second->timed || !first->second->called_for ||
+        !last->second->called_for)
         return remember(cudaErrorInvalidResourceHandle);
     if (!first->second->recorded || !last->second->recorded)
         return cudaErrorNotReady;
