@@ -460,7 +460,7 @@ btx_status cuda_attention_mass(const btx_pass *pass, int32_t head_begin, int32_t
     if (executor->plan.num_ranges == 0)
         return BTX_OK;
 #ifndef BTX_EMULATE
-    if (executor->hopper && pass->plan->keys[0].dtype != BTX_F32 &&
+    if (executor->sm90a && pass->plan->keys[0].dtype != BTX_F32 &&
         (executor->plan.head_dim == 64 || executor->plan.head_dim == 128))
         return cuda_attention_mass_sm90(pass, mass, error);
 #endif

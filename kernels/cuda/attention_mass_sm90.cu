@@ -89,7 +89,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(SPLIT_THREADS, 2)
     lse_sm90_kernel(const device_plan plan, const int32_t layer_begin, const int32_t row_blocks, partial_sum *partials)
 {
-#ifdef BTX_HOPPER
+#ifdef BTX_SM90A
     constexpr int TILE = SPLIT_KEYS * D;
     extern __shared__ __align__(1024) unsigned char shared[];
     T *tiles = (T *)shared; /* first the queries, padded, then SPLIT_STAGES tiles of keys */
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_pro
     mass_sm90_kernel(const device_plan plan, const int32_t layer_begin, const int32_t capacity,
                      const partial_sum *partials, float *mass)
 {
-#ifdef BTX_HOPPER
+#ifdef BTX_SM90A
     constexpr int STRIDE = padded<D>::stride, MASS_KEYS = mass_block<D>::keys;
     extern __shared__ __align__(1024) unsigned char shared[];
     T *queries = (T *)shared, *keys = queries + capacity * D;

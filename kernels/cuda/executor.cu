@@ -221,20 +221,65 @@ void cuda_executor_destroy(void *memory)
 #define BTX_CUDA_ARCHITECTURES ""
 #endif
 
+#ifndef BTX_EMULATE
+/* Never runs. Whether the device would run code of sm_90a shows in how much shared memory this takes. */
+#define SM90A_PROBE_BYTES 8192
+
+static __global__ void sm90a_probe(int *out)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    __shared__ int probe[SM90A_PROBE_BYTES / sizeof(int)];
+    probe[threadIdx.x] = out[0];
+    __syncthreads();
+    out[0] = probe[blockDim.x - 1 - threadIdx.x];
+#endif
+    (void)out;
+}
+
+static btx_status fill_sm90a(cuda_executor *executor, btx_error *error)
+{
+    cudaFuncAttributes attributes;
+    cudaDriverEntryPointQueryResult result;
+    if (executor->compute_capability != 90)
+        return BTX_OK;
+    BTX_CUDA_TRY(cudaFuncGetAttributes(&attributes, sm90a_probe), "asking for a kernel's attributes");
+    executor->sm90a = attributes.sharedSizeBytes >= SM90A_PROBE_BYTES;
+    if (!executor->sm90a)
+        return BTX_OK;
+#if CUDART_VERSION >= 12050
+    cudaError_t failure = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &executor->encode_tensor_map,
+                                                           12000, cudaEnableDefault, &result);
+#else
+    cudaError_t failure = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &executor->encode_tensor_map,
+                                                  cudaEnableDefault, &result);
+#endif
+    if (failure != cudaSuccess || result != cudaDriverEntryPointSuccess) {
+        cudaGetLastError();
+        executor->encode_tensor_map = NULL;
+    }
+    return BTX_OK;
+}
+#endif
+
 static btx_status fill_executor(cuda_executor *executor, btx_error *error)
 {
     int major = 0, minor = 0;
+    BTX_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, executor->device),
+                 "asking for the device's architecture");
+    BTX_CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, executor->device),
+                 "asking for the device's architecture");
+    executor->compute_capability = 10 * major + minor;
     BTX_CUDA_TRY(
         cudaDeviceGetAttribute(&executor->num_processors, cudaDevAttrMultiProcessorCount, executor->device),
         "asking for the device's size");
     BTX_CUDA_TRY(
         cudaDeviceGetAttribute(&executor->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, executor->device),
         "asking for the device's shared memory");
-    BTX_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, executor->device),
-                 "asking for the device's architecture");
-    BTX_CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, executor->device),
-                 "asking for the device's architecture");
-    executor->hopper = major == 9 && minor == 0 && strstr(BTX_CUDA_ARCHITECTURES, "90a") != NULL;
+#ifndef BTX_EMULATE
+    btx_status status = fill_sm90a(executor, error);
+    if (status != BTX_OK)
+        return status;
+#endif
     return cuda_linear_create(executor->device, &executor->linear, error);
 }
 

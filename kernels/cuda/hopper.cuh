@@ -1,105 +1,184 @@
-/* hopper.cuh - the asynchronous products of Hopper (sm_90a): a warpgroup of four warps multiplies 64 rows at once, and
- * goes on before the result is there.
+/* hopper.cuh - what the sm_90a kernels ask of the device beyond device.cuh: products of whole warpgroups (wgmma),
+ * barriers in shared memory, the tensor copy engine.
  *
- * Device code that uses them is compiled under BTX_HOPPER alone; the host asks executor->hopper before it launches it.
+ * A warpgroup is four warps, the first a multiple of four. Its operands lie in shared memory as swizzled tiles: rows of
+ * 64 16-bit elements, 128 bytes, the tile on a multiple of 1024 bytes, where chunk c (16 bytes) of row r is found at
+ * chunk c ^ r % 8 of that row. Longer rows are several such tiles.
  *
- * The right side of a product is in shared memory: rows of 64 elements of 16 bits, 128 bytes each, from an address that
- * is a multiple of 1024, the 16-byte chunk c of row r in place c ^ r % 8. Sums are as multiply_16x8x16's (device.cuh):
- * warp w of the warpgroup has rows [16 w, 16 w + 16), eight columns in four registers. */
+ * Everything can be compiled for any architecture, and does nothing but for sm_90a: a kernel's body should be between
+ * #ifdef BTX_SM90A and #endif, and be launched only where cuda_executor says that sm90a code runs. */
 #ifndef BTX_HOPPER_CUH
 #define BTX_HOPPER_CUH
 
+#include <cuda.h> /* CUtensorMap */
 #include <stdint.h>
 
 #include "device.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define BTX_HOPPER
+#define BTX_SM90A
+#define BTX_HOPPER_ASM(...) asm volatile(__VA_ARGS__)
+#else
+#define BTX_HOPPER_ASM(...) ((void)0)
 #endif
 
-/* Before the first product, and after its registers were written otherwise. */
-__device__ static inline void wgmma_fence(void)
+#define BTX_WARPGROUP 128
+#define BTX_SWIZZLED_ALIGNMENT 1024 /* bytes */
+
+__device__ static inline unsigned shared_address(const void *shared)
 {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    return (unsigned)__cvta_generic_to_shared(shared);
 }
 
+/* ---- swizzled tiles ------------------------------------------------------------------------------------------------
+ */
+
+/* Where chunk (of 8 elements) of a row lies, in elements from the tile's first. */
+__device__ static inline int swizzled(int row, int chunk)
+{
+    return row * 64 + (chunk ^ (row & 7)) * 8;
+}
+
+/* An operand for wgmma: rows of a tile from one on that is a multiple of 8, and 16 columns from one on that is a
+ * multiple of 16; first is where the unswizzled tile would have that element. */
+__device__ static inline uint64_t make_descriptor(const void *first)
+{
+    const uint64_t leading = 1, groups = 1024 >> 4,
+                   swizzle_128 = 1; /* bytes from 8 rows to the next 8, in sixteenths */
+    return swizzle_128 << 62 | groups << 32 | leading << 16 | (shared_address(first) & 0x3ffff) >> 4;
+}
+
+/* ---- products of a warpgroup ---------------------------------------------------------------------------------------
+ */
+
+/* What the warpgroup's threads did to their sums and operands in registers before comes before the products after. */
+__device__ static inline void wgmma_fence(void)
+{
+    BTX_HOPPER_ASM("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+/* Ends a group of products. */
 __device__ static inline void wgmma_commit(void)
 {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    BTX_HOPPER_ASM("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
 /* Waits until at most pending of the latest groups are under way. */
 template <int pending> __device__ static inline void wgmma_wait(void)
 {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+    BTX_HOPPER_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-/* Keeps the compiler from moving what is done with sums across this point: it does not know that they are written
- * later than the product's instruction. Before a product, and after the wait for it. */
+/* Keeps the compiler from moving what it does with the sums to before this point; they are to be read after a wait. */
 template <int N> __device__ static inline void wgmma_hold(float (&sum)[N])
 {
 #pragma unroll
     for (int i = 0; i < N; i++)
-        asm volatile("" : "+f"(sum[i])::"memory");
+        BTX_HOPPER_ASM("" : "+f"(sum[i])::"memory");
 }
 
-/* Makes this thread's writes to shared memory, finished asynchronous copies among them, visible to products that are
- * started behind the next barrier. */
+/* Shared memory that this thread wrote by ordinary stores or cp.async (after its wait) is seen by what wgmma and the
+ * copy engine do after the next barrier. */
 __device__ static inline void fence_async_proxy(void)
 {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    BTX_HOPPER_ASM("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-/* Of the tile at a row that is a multiple of 8; 16 elements further along a row are 32 bytes. */
-__device__ static inline uint64_t make_descriptor(const void *shared)
+/* sum [64, N] = accumulate ? sum : 0, + a [64, 16] b [N, 16]^T, bf16 or f16 by type, f32 sums. Started, not done: sums
+ * must not be touched, nor operands be overwritten, until a wait. Of the sums, warp w of the warpgroup and lane l have
+ *   sum[4 * n + 2 * h + i]: row 16 * w + 8 * h + l / 4, column 8 * n + 2 * (l % 4) + i
+ * and a in registers, four words of two elements, is as in multiply_16x8x16, with a warp's 16 rows. */
+#define BTX_SUMS_8(sum, i)                                                                                             \
+    "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]),            \
+        "+f"(sum[i + 6]), "+f"(sum[i + 7])
+#define BTX_SUMS_32(sum, i) BTX_SUMS_8(sum, i), BTX_SUMS_8(sum, i + 8), BTX_SUMS_8(sum, i + 16), BTX_SUMS_8(sum, i + 24)
+#define BTX_SUMS_64(sum, i) BTX_SUMS_32(sum, i), BTX_SUMS_32(sum, i + 32)
+#define BTX_SUMS_128(sum, i) BTX_SUMS_64(sum, i), BTX_SUMS_64(sum, i + 64)
+#define BTX_PLACES_32                                                                                                  \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                           \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define BTX_PLACES_64                                                                                                  \
+    BTX_PLACES_32 ", "                                                                                                 \
+                  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
+                  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define BTX_PLACES_128                                                                                                 \
+    BTX_PLACES_64 ", "                                                                                                 \
+                  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                   \
+                  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                   \
+                  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "       \
+                  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
+/* places: of the sums' registers; a, b, p: numbers of the operands that follow, for a in registers its first. */
+#define BTX_DEFINE_WGMMA(N, T, type, places, sums, a, b, p)                                                            \
+    __device__ static inline void wgmma_m64n##N##k16(float (&sum)[N / 2], uint64_t a_descriptor,                       \
+                                                     uint64_t b_descriptor, T, int accumulate)                         \
+    {                                                                                                                  \
+        BTX_HOPPER_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p ", 0;\n"                                                \
+                       "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" places "}, %" #a ", %" #b  \
+                       ", p, 1, 1, 0, 0;\n}\n" : sums : "l"(a_descriptor),                                             \
+                       "l"(b_descriptor), "r"(accumulate) : "memory");                                                 \
+    }
+
+#define BTX_DEFINE_WGMMA_REGISTERS(N, T, type, places, sums, a0, a1, a2, a3, b, p)                                     \
+    __device__ static inline void wgmma_m64n##N##k16_registers(float (&sum)[N / 2], const unsigned (&a)[4],            \
+                                                               uint64_t b_descriptor, T, int accumulate)               \
+    {                                                                                                                  \
+        BTX_HOPPER_ASM("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p ", 0;\n"                                                \
+                       "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" places "}, {%" #a0         \
+                       ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, 0;\n}\n" : sums : "r"(a[0]),                \
+                       "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(accumulate) : "memory");                \
+    }
+
+BTX_DEFINE_WGMMA(64, __nv_bfloat16, "bf16", BTX_PLACES_32, BTX_SUMS_32(sum, 0), 32, 33, 34)
+BTX_DEFINE_WGMMA(128, __nv_bfloat16, "bf16", BTX_PLACES_64, BTX_SUMS_64(sum, 0), 64, 65, 66)
+BTX_DEFINE_WGMMA(256, __nv_bfloat16, "bf16", BTX_PLACES_128, BTX_SUMS_128(sum, 0), 128, 129, 130)
+BTX_DEFINE_WGMMA_REGISTERS(64, __nv_bfloat16, "bf16", BTX_PLACES_32, BTX_SUMS_32(sum, 0), 32, 33, 34, 35, 36, 37)
+BTX_DEFINE_WGMMA_REGISTERS(128, __nv_bfloat16, "bf16", BTX_PLACES_64, BTX_SUMS_64(sum, 0), 64, 65, 66, 67, 68, 69)
+BTX_DEFINE_WGMMA_REGISTERS(256, __nv_bfloat16, "bf16", BTX_PLACES_128, BTX_SUMS_128(sum, 0), 128, 129, 130, 131, 132,
+                           133)
+BTX_DEFINE_WGMMA(64, __half, "f16", BTX_PLACES_32, BTX_SUMS_32(sum, 0), 32, 33, 34)
+BTX_DEFINE_WGMMA(128, __half, "f16", BTX_PLACES_64, BTX_SUMS_64(sum, 0), 64, 65, 66)
+BTX_DEFINE_WGMMA(256, __half, "f16", BTX_PLACES_128, BTX_SUMS_128(sum, 0), 128, 129, 130)
+BTX_DEFINE_WGMMA_REGISTERS(64, __half, "f16", BTX_PLACES_32, BTX_SUMS_32(sum, 0), 32, 33, 34, 35, 36, 37)
+BTX_DEFINE_WGMMA_REGISTERS(128, __half, "f16", BTX_PLACES_64, BTX_SUMS_64(sum, 0), 64, 65, 66, 67, 68, 69)
+BTX_DEFINE_WGMMA_REGISTERS(256, __half, "f16", BTX_PLACES_128, BTX_SUMS_128(sum, 0), 128, 129, 130, 131, 132, 133)
+
+/* ---- barriers in shared memory ------------------------------------------------------------------------------------ */
+
+/* A phase ends when count threads have arrived and the bytes they expect have been copied; their parity is 0, 1, 0
+ * and so on. */
+__device__ static inline void barrier_init(uint64_t *barrier, unsigned count)
 {
-    const uint64_t address = (uint64_t)__cvta_generic_to_shared(shared);
-    const uint64_t row_groups = 1024; /* bytes from eight rows to the next */
-    return (address & 0x3ffff) >> 4 | (uint64_t)1 << 16 | row_groups >> 4 << 32 | (uint64_t)1 << 62; /* 128-byte swizzle */
+    BTX_HOPPER_ASM("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
 
-/* sum [64, 64] of a warpgroup += a [64, 16], in registers as multiply_16x8x16's of each warp's 16 rows, times b [64, 16]^T,
- * a tile in shared memory. accumulate 0: sum = ... */
-__device__ static inline void wgmma_m64n64k16_registers(float (&sum)[32], const unsigned (&a)[4], uint64_t b, __nv_bfloat16,
-                                                        int accumulate)
+/* After the last barrier_init, before a barrier of all threads. */
+__device__ static inline void barrier_init_fence(void)
 {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, "
-                 "%8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, "
-                 "%24, %25, %26, %27, %28, %29, %30, %31}, "
-                 "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]),
-                   "+f"(sum[4]), "+f"(sum[5]), "+f"(sum[6]), "+f"(sum[7]),
-                   "+f"(sum[8]), "+f"(sum[9]), "+f"(sum[10]), "+f"(sum[11]),
-                   "+f"(sum[12]), "+f"(sum[13]), "+f"(sum[14]), "+f"(sum[15]),
-                   "+f"(sum[16]), "+f"(sum[17]), "+f"(sum[18]), "+f"(sum[19]),
-                   "+f"(sum[20]), "+f"(sum[21]), "+f"(sum[22]), "+f"(sum[23]),
-                   "+f"(sum[24]), "+f"(sum[25]), "+f"(sum[26]), "+f"(sum[27]),
-                   "+f"(sum[28]), "+f"(sum[29]), "+f"(sum[30]), "+f"(sum[31])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+    BTX_HOPPER_ASM("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_async_proxy();
 }
 
-__device__ static inline void wgmma_m64n64k16_registers(float (&sum)[32], const unsigned (&a)[4], uint64_t b, __half,
-                                                        int accumulate)
+__device__ static inline void barrier_arrive(uint64_t *barrier)
 {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, "
-                 "%8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, "
-                 "%24, %25, %26, %27, %28, %29, %30, %31}, "
-                 "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]),
-                   "+f"(sum[4]), "+f"(sum[5]), "+f"(sum[6]), "+f"(sum[7]),
-                   "+f"(sum[8]), "+f"(sum[9]), "+f"(sum[10]), "+f"(sum[11]),
-                   "+f"(sum[12]), "+f"(sum[13]), "+f"(sum[14]), "+f"(sum[15]),
-                   "+f"(sum[16]), "+f"(sum[17]), "+f"(sum[18]), "+f"(sum[19]),
-                   "+f"(sum[20]), "+f"(sum[21]), "+f"(sum[22]), "+f"(sum[23]),
-                   "+f"(sum[24]), "+f"(sum[25]), "+f"(sum[26]), "+f"(sum[27]),
-                   "+f"(sum[28]), "+f"(sum[29]), "+f"(sum[30]), "+f"(sum[31])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+    BTX_HOPPER_ASM("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ static inline void barrier_arrive_expect(uint64_t *barrier, unsigned bytes)
+{
+    BTX_HOPPER_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                   "r"(bytes) : "memory");
+}
+
+/* Waits for the end of the phase of this parity; that before the first counts as one of parity 1. */
+__device__ static inline void barrier_wait(uint64_t *barrier, unsigned parity)
+{
+    unsigned done = 1;
+    do {
+        BTX_HOPPER_ASM("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, "
+                       "p;\n}\n" : "=r"(done) : "r"(shared_address(barrier)),
+                       "r"(parity) : "memory");
+    } while (!done);
 }
 
 #endif /* BTX_HOPPER_CUH */

@@ -92,7 +92,9 @@ typedef struct cuda_executor {
     int32_t device;
     int32_t num_processors;
     int32_t shared_limit; /* bytes of shared memory a block may ask for */
-    int32_t hopper;       /* the kernels of *_sm90.cu are compiled in, and run here */
+    int32_t compute_capability; /* 90 for 9.0 */
+    int32_t sm90a;              /* the device runs what was compiled for sm_90a */
+    void *encode_tensor_map;    /* the driver's cuTensorMapEncodeTiled, NULL without sm90a or where it has none */
     cudaStream_t stream;  /* of the call under way, or the latest */
     int capturing, captured;
     plan_slot slots[BTX_PLAN_SLOTS];
