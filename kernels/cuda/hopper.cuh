@@ -30,8 +30,7 @@ __device__ static inline unsigned shared_address(const void *shared)
     return (unsigned)__cvta_generic_to_shared(shared);
 }
 
-/* ---- swizzled tiles ------------------------------------------------------------------------------------------------
- */
+/* ---- swizzled tiles ---------------------------------------------------------------------------------------------- */
 
 /* Where chunk (of 8 elements) of a row lies, in elements from the tile's first. */
 __device__ static inline int swizzled(int row, int chunk)
@@ -43,13 +42,12 @@ __device__ static inline int swizzled(int row, int chunk)
  * multiple of 16; first is where the unswizzled tile would have that element. */
 __device__ static inline uint64_t make_descriptor(const void *first)
 {
-    const uint64_t leading = 1, groups = 1024 >> 4,
-                   swizzle_128 = 1; /* bytes from 8 rows to the next 8, in sixteenths */
+    const uint64_t leading = 1, swizzle_128 = 1;
+    const uint64_t groups = 1024 >> 4; /* bytes from 8 rows to the next 8, in sixteenths */
     return swizzle_128 << 62 | groups << 32 | leading << 16 | (shared_address(first) & 0x3ffff) >> 4;
 }
 
-/* ---- products of a warpgroup ---------------------------------------------------------------------------------------
- */
+/* ---- products of a warpgroup ------------------------------------------------------------------------------------- */
 
 /* What the warpgroup's threads did to their sums and operands in registers before comes before the products after. */
 __device__ static inline void wgmma_fence(void)
@@ -143,7 +141,7 @@ BTX_DEFINE_WGMMA_REGISTERS(64, __half, "f16", BTX_PLACES_32, BTX_SUMS_32(sum, 0)
 BTX_DEFINE_WGMMA_REGISTERS(128, __half, "f16", BTX_PLACES_64, BTX_SUMS_64(sum, 0), 64, 65, 66, 67, 68, 69)
 BTX_DEFINE_WGMMA_REGISTERS(256, __half, "f16", BTX_PLACES_128, BTX_SUMS_128(sum, 0), 128, 129, 130, 131, 132, 133)
 
-/* ---- barriers in shared memory ------------------------------------------------------------------------------------ */
+/* ---- barriers in shared memory ----------------------------------------------------------------------------------- */
 
 /* A phase ends when count threads have arrived and the bytes they expect have been copied; their parity is 0, 1, 0
  * and so on. */
@@ -179,6 +177,50 @@ __device__ static inline void barrier_wait(uint64_t *barrier, unsigned parity)
                        "p;\n}\n" : "=r"(done) : "r"(shared_address(barrier)),
                        "r"(parity) : "memory");
     } while (!done);
+}
+
+/* ---- the tensor copy engine -------------------------------------------------------------------------------------- */
+
+/* Copies the box of a tensor map that begins at these coordinates (the innermost first) to shared memory, zeros where
+ * it is outside the tensor; barrier is to expect the bytes of the whole box. By one thread. */
+__device__ static inline void copy_box(void *shared, const CUtensorMap *map, uint64_t *barrier, int c0, int c1, int c2)
+{
+    BTX_HOPPER_ASM("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+                   "[%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(shared)),
+                   "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier)) : "memory");
+}
+
+__device__ static inline void copy_box(void *shared, const CUtensorMap *map, uint64_t *barrier, int c0, int c1, int c2,
+                                       int c3)
+{
+    BTX_HOPPER_ASM("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+                   "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
+                   "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(barrier)) : "memory");
+}
+
+/* The other way; what is outside the tensor is left out. Writes to shared memory need a fence_async_proxy before. */
+__device__ static inline void store_box(const CUtensorMap *map, const void *shared, int c0, int c1, int c2)
+{
+    BTX_HOPPER_ASM("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map),
+                   "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(shared)) : "memory");
+}
+
+__device__ static inline void store_commit(void)
+{
+    BTX_HOPPER_ASM("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+/* Waits until the shared memory of this thread's stores can be overwritten. */
+__device__ static inline void store_wait_read(void)
+{
+    BTX_HOPPER_ASM("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+/* Four 8 x 8 matrices of 16-bit elements to shared memory, as load_matrix_x4 reads them. */
+__device__ static inline void store_matrix_x4(void *shared_row, const unsigned (&fragment)[4])
+{
+    BTX_HOPPER_ASM("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared_row)),
+                   "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3]) : "memory");
 }
 
 #endif /* BTX_HOPPER_CUH */

@@ -225,6 +225,10 @@ btx_status cuda_linear_swiglu(const btx_pass *pass, const btx_linear *weights, c
 {
     const cuda_executor *executor = executor_of(pass);
     const int64_t rows = btx_pass_rows(pass), dim = weights->out_dim / 2, out_stride = operand_stride(dim);
+#ifndef BTX_EMULATE
+    if (weights->dtype == BTX_BF16 && executor->encode_tensor_map != NULL)
+        return cuda_linear_swiglu_sm90(pass, weights, x, out, error);
+#endif
     if (weights->dtype == BTX_BF16) {
         /* Three stages of the largest tile take 162 KiB of shared memory. */
         return executor->shared_limit >= 166 * 1024 ? launch_best<3>(pass, weights, x, out, error)

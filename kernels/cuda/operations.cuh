@@ -40,7 +40,7 @@ btx_status cuda_stage_kv(const btx_pass *pass, const int32_t *positions, const f
                          float *delta, void *staged, float *delta_norm, float *row_norm, btx_error *error);
 btx_status cuda_write_kv(const btx_pass *pass, const int32_t *positions, const void *staged, btx_error *error);
 
-/* linear.cu, linear_general.cu, linear_swiglu.cu */
+/* linear.cu, linear_general.cu, linear_swiglu.cu, linear_swiglu_sm90.cu */
 size_t cuda_packed_bytes(int64_t out_dim, int64_t in_dim, btx_dtype dtype, int32_t gated);
 void cuda_pack(const float *weight, int64_t out_dim, int64_t in_dim, btx_dtype dtype, int32_t gated, void *packed);
 size_t cuda_operand_bytes(int64_t rows, int64_t dim, btx_dtype dtype);
@@ -50,6 +50,9 @@ btx_status cuda_linear_general(const btx_pass *pass, const btx_linear *weights, 
                                float *out, btx_error *error);
 btx_status cuda_linear_swiglu(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
                               btx_error *error);
+/* bf16 weights, where the executor has encode_tensor_map. */
+btx_status cuda_linear_swiglu_sm90(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
+                                   btx_error *error);
 
 static inline cuda_executor *executor_of(const btx_pass *pass)
 {
