@@ -9,13 +9,14 @@
 #include "scores.cuh"
 
 #define SPLIT_THREADS 256 /* two warpgroups of 64 queries */
-#define SPLIT_KEYS 64     /* of a tile */
+#define SPLIT_KEYS 128    /* of a tile: two products */
 #define SPLIT_STAGES 3
 #define MASS_ROWS 256     /* queries that stay in shared memory, at most */
 
-/* Warpgroups of a block of the second kernel, of 64 keys each: so many that four or five are on a multiprocessor. */
+/* Blocks of the second kernel: their warpgroups have 64 keys at a time, and so many are on a multiprocessor that some
+ * take exponentials while others wait for their products. */
 template <int D> struct mass_block {
-    static constexpr int threads = D == 64 ? 128 : 256, keys = threads / 2, per_processor = D == 64 ? 5 : 2;
+    static constexpr int threads = D == 64 ? 128 : 256, keys = 128, per_processor = D == 64 ? 4 : 2;
 };
 
 static_assert(BTX_LSE_MIN_KEYS % SPLIT_KEYS == 0, "splits consist of whole tiles");
@@ -55,33 +56,64 @@ __device__ static inline void start_scores(float (&score)[32], const unsigned (&
     wgmma_commit();
 }
 
+/* How a row's sum is kept from overflowing. FIRST: the reference is set from these scores; LATER: it stays; RUNNING: it
+ * follows the largest score, which costs a third more. */
+enum reference { FIRST, LATER, RUNNING };
+template <reference REFERENCE> struct constant {
+    static constexpr reference value = REFERENCE;
+};
+
 /* Adds the scores of a thread's two rows to their sums. MASKED: row h sees no key behind last_key[h]; first_key is that
  * of the thread's first column. */
-template <bool MASKED>
+template <bool MASKED, reference REFERENCE>
 __device__ static inline void add_row_scores(const float (&score)[32], int32_t first_key, const int32_t (&last_key)[2],
                                              float scale, partial_sum (&row)[2])
 {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        float seen[16], largest = -INFINITY;
+        float seen[16], sum[2] = {};
 #pragma unroll
         for (int i = 0; i < 16; i++) {
             seen[i] = score[i / 2 * 4 + 2 * h + i % 2];
             if (MASKED && first_key + i / 2 * 8 + i % 2 > last_key[h])
                 seen[i] = -INFINITY;
-            largest = fmaxf(largest, seen[i]);
         }
-        largest *= scale;
-        if (largest > row[h].largest) {
-            row[h].sum *= exp2_fast(row[h].largest - largest);
-            row[h].largest = largest;
+        if (REFERENCE != LATER) {
+            float largest = seen[0];
+#pragma unroll
+            for (int i = 1; i < 16; i++)
+                largest = fmaxf(largest, seen[i]);
+            largest *= scale;
+            if (largest > row[h].largest) {
+                row[h].sum *= exp2_fast(row[h].largest - largest);
+                row[h].largest = largest;
+            }
         }
-        float sum[2] = {};
 #pragma unroll
         for (int i = 0; i < 16; i++)
             sum[i % 2] += exp2_fast(fmaf(seen[i], scale, -row[h].largest));
         row[h].sum += sum[0] + sum[1];
     }
+}
+
+template <reference REFERENCE>
+__device__ static inline void add_tile(const float (&score)[32], int32_t first_key, const int32_t (&last_key)[2],
+                                       int32_t num_prior, float scale, partial_sum (&row)[2])
+{
+    if (first_key + 64 > num_prior)
+        add_row_scores<true, REFERENCE>(score, first_key, last_key, scale, row);
+    else
+        add_row_scores<false, REFERENCE>(score, first_key, last_key, scale, row);
+}
+
+/* Makes the sum one of [1, 2), so that it can be compared and merged whatever its reference was. */
+__device__ static inline void normalize(partial_sum &row)
+{
+    const unsigned bits = __float_as_uint(row.sum), exponent = bits >> 23;
+    if (exponent == 0 || exponent == 255)
+        return;
+    row.largest += (float)((int)exponent - 127);
+    row.sum = __uint_as_float((bits & 0x7fffffu) | 127u << 23);
 }
 
 /* Queries on the left. Block: a split, 128 rows of a KV head, a layer. */
@@ -113,56 +145,67 @@ __global__ void __launch_bounds__(SPLIT_THREADS, 2)
     __syncthreads();
 
     const int32_t r = first_row + warp * 16 + lane / 4; /* and r + 8 */
-    const int32_t last_key[2] = {step.num_prior + r / plan.group, step.num_prior + (r + 8) / plan.group};
+    const int32_t num_keys = step.num_prior + step.num_window; /* rows behind the window's are to see no more either */
+    const int32_t last_key[2] = {min(step.num_prior + r / plan.group, num_keys - 1),
+                                 min(step.num_prior + (r + 8) / plan.group, num_keys - 1)};
     partial_sum row[2] = {{LOWEST, 0.0f}, {LOWEST, 0.0f}};
     const int32_t begin = split.index * step.keys_per_split;
-    const int32_t end = min(begin + step.keys_per_split, step.num_prior + step.num_window);
+    const int32_t end = min(begin + step.keys_per_split, num_keys);
     const device_view &view = layer.keys;
-    /* Four threads fetch a key; what lies behind the last is masked, but must be finite for no one: see MASKED. */
+    const T *view_data = (const T *)view.data + kv_head * view.stride[2];
+    const int64_t element_stride = view.stride[3];
+    const int vector = view.vector, tile_row = threadIdx.x / 2, part = threadIdx.x % 2;
+    /* Two threads fetch a key; scores of what lies behind the last are masked. */
     const auto load = [&](int32_t key, int stage) {
-        const int32_t at = key + (int32_t)threadIdx.x / 4;
-        if (at < end) {
-            const T *from = (const T *)view.data + kv_offset(plan, step, view, at) + kv_head * view.stride[2];
-            T *to = tiles + stage * TILE;
-            const int row_in_tile = threadIdx.x / 4;
-#pragma unroll
-            for (int i = 0; i < D / 32; i++) {
-                const int chunk = 4 * i + threadIdx.x % 4;
-                T *place = to + (chunk / 8 * SPLIT_KEYS + row_in_tile) * 64 + (chunk % 8 ^ row_in_tile % 8) * 8;
-                if (view.vector) {
-                    copy_async_16(place, from + 8 * chunk);
-                }
-                else {
-                    for (int j = 0; j < 8; j++)
-                        place[j] = from[(8 * chunk + j) * view.stride[3]];
-                }
-            }
-        }
+        if (key + tile_row < end)
+            load_swizzled_row<T, D>(tiles + stage * TILE, SPLIT_KEYS, tile_row,
+                                    view_data + kv_offset(plan, step, view, key + tile_row), element_stride, vector,
+                                    part);
         copy_async_commit();
     };
-    load(begin, 0);
-    load(begin + SPLIT_KEYS, 1);
-    int stage = 0;
-    for (int32_t key = begin; key < end; key += SPLIT_KEYS) {
-        copy_async_wait<1>();
-        fence_async_proxy();
-        __syncthreads();
-        float score[32];
-        start_scores<T, D>(score, query, tiles + stage * TILE, SPLIT_KEYS, 0);
-        /* The stage that was read last turn is free: everyone has passed the barrier. */
-        load(key + 2 * SPLIT_KEYS, stage == 0 ? SPLIT_STAGES - 1 : stage - 1);
-        stage = stage == SPLIT_STAGES - 1 ? 0 : stage + 1;
-        wgmma_wait<0>();
-        wgmma_hold(score);
-        if (key + SPLIT_KEYS > step.num_prior)
-            add_row_scores<true>(score, key + lane % 4 * 2, last_key, plan.scale_log2, row);
-        else
-            add_row_scores<false>(score, key + lane % 4 * 2, last_key, plan.scale_log2, row);
+    /* All keys of the split. Later tiles keep the first one's reference, unless that overflows: then once more. */
+    const auto pass = [&](auto first, auto later) {
+        load(begin, 0);
+        load(begin + SPLIT_KEYS, 1);
+        int stage = 0;
+        for (int32_t key = begin; key < end; key += SPLIT_KEYS) {
+            float score[32];
+            copy_async_wait<1>();
+            fence_async_proxy();
+            __syncthreads();
+            const T *tile = tiles + stage * TILE;
+            start_scores<T, D>(score, query, tile, SPLIT_KEYS, 0);
+            /* The stage that was read last turn is free: everyone has passed the barrier. */
+            load(key + 2 * SPLIT_KEYS, stage == 0 ? SPLIT_STAGES - 1 : stage - 1);
+            stage = stage == SPLIT_STAGES - 1 ? 0 : stage + 1;
+            wgmma_wait<0>();
+            wgmma_hold(score);
+            if (key == begin)
+                add_tile<decltype(first)::value>(score, key + lane % 4 * 2, last_key, step.num_prior, plan.scale_log2,
+                                                 row);
+            else
+                add_tile<decltype(later)::value>(score, key + lane % 4 * 2, last_key, step.num_prior, plan.scale_log2,
+                                                 row);
+            if (key + 64 >= end)
+                continue;
+            start_scores<T, D>(score, query, tile, SPLIT_KEYS, 64);
+            wgmma_wait<0>();
+            wgmma_hold(score);
+            add_tile<decltype(later)::value>(score, key + 64 + lane % 4 * 2, last_key, step.num_prior, plan.scale_log2,
+                                             row);
+        }
+        copy_async_wait<0>();
+    };
+    pass(constant<FIRST>(), constant<LATER>());
+    if (__syncthreads_or(!(row[0].sum < INFINITY) || !(row[1].sum < INFINITY))) {
+        row[0].largest = row[1].largest = LOWEST;
+        row[0].sum = row[1].sum = 0.0f;
+        pass(constant<RUNNING>(), constant<RUNNING>());
     }
-    copy_async_wait<0>();
     partials += blockIdx.z * partials_of_layer(plan);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
+        normalize(row[h]);
         merge_lanes(row[h], 1);
         merge_lanes(row[h], 2);
         if (lane % 4 == 0 && r + h * 8 < num_rows)
@@ -215,49 +258,53 @@ __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_pro
         copy_async_commit();
         load_lse(plan, step, range.step, layer_index, partials, kv_head, first_row, num_rows, lse);
         for (int32_t key = begin; key < end; key += MASS_KEYS) {
-            unsigned left[D / 16][4];
+            constexpr int PARTS = MASS_KEYS * 2 / mass_block<D>::threads; /* of 64 keys, that a warpgroup has */
+            unsigned left[PARTS][D / 16][4];
             copy_async_wait<0>();
             fence_async_proxy();
             __syncthreads();
 #pragma unroll
-            for (int k = 0; k < D / 16; k++)
-                load_left<T, D>(left[k], keys, warp * 16, k * 16);
+            for (int p = 0; p < PARTS; p++) {
+#pragma unroll
+                for (int k = 0; k < D / 16; k++)
+                    load_left<T, D>(left[p][k], keys, (p * mass_block<D>::threads / 32 + warp) * 16, k * 16);
+            }
             __syncthreads();
             const int32_t next = key + MASS_KEYS;
             if (next < end)
                 load_keys<T, D>(plan, step, layer.keys, kv_head, next, min(next + MASS_KEYS, end), keys);
             copy_async_commit();
 
-            float total[2] = {};
-            const auto add = [&](const float(&score)[32], int block) {
-                const float *of_block = lse + block * 64 + lane % 4 * 2;
 #pragma unroll
-                for (int n = 0; n < 8; n++) {
-                    const float2 of_columns = *(const float2 *)(const void *)(of_block + n * 8);
+            for (int p = 0; p < PARTS; p++) {
+                float total[2] = {};
+                /* While one warpgroup waits for its products, others of the multiprocessor take exponentials. */
+#pragma unroll 1
+                for (int block = 0; block < num_blocks; block++) {
+                    const float *of_block = lse + block * 64 + lane % 4 * 2;
+                    float score[32];
+                    start_scores<T, D>(score, left[p], queries, num_rows, block * 64);
+                    wgmma_wait<0>();
+                    wgmma_hold(score);
 #pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        total[h] += exp2_fast(fmaf(score[n * 4 + 2 * h], plan.scale_log2, -of_columns.x));
-                        total[h] += exp2_fast(fmaf(score[n * 4 + 2 * h + 1], plan.scale_log2, -of_columns.y));
+                    for (int n = 0; n < 8; n++) {
+                        const float2 of_columns = *(const float2 *)(const void *)(of_block + n * 8);
+#pragma unroll
+                        for (int h = 0; h < 2; h++) {
+                            total[h] += exp2_fast(fmaf(score[n * 4 + 2 * h], plan.scale_log2, -of_columns.x));
+                            total[h] += exp2_fast(fmaf(score[n * 4 + 2 * h + 1], plan.scale_log2, -of_columns.y));
+                        }
                     }
                 }
-            };
-            /* While one warpgroup waits for its products, others of the multiprocessor take exponentials. */
-#pragma unroll 1
-            for (int block = 0; block < num_blocks; block++) {
-                float score[32];
-                start_scores<T, D>(score, left, queries, num_rows, block * 64);
-                wgmma_wait<0>();
-                wgmma_hold(score);
-                add(score, block);
-            }
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float sum = total[h];
-                sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 1);
-                sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 2);
-                const int32_t at = key + warp * 16 + h * 8 + lane / 4;
-                if (lane % 4 == 0 && at < end)
-                    mass[at] = first_row == 0 ? sum * weight : mass[at] + sum * weight;
+                for (int h = 0; h < 2; h++) {
+                    float sum = total[h];
+                    sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 1);
+                    sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 2);
+                    const int32_t at = key + (p * mass_block<D>::threads / 32 + warp) * 16 + h * 8 + lane / 4;
+                    if (lane % 4 == 0 && at < end)
+                        mass[at] = first_row == 0 ? sum * weight : mass[at] + sum * weight;
+                }
             }
         }
         __syncthreads();

@@ -477,6 +477,9 @@ static device_plan make_plan(const btx_plan *plan, const plan_layout *layout, co
     made.head_dim = plan->head_dim;
     /* A contiguous cache may have blocks beyond 2^31 positions: no position is. */
     made.block_size = (int32_t)(plan->block_size < INT32_MAX ? plan->block_size : INT32_MAX);
+    made.block_shift = -1;
+    for (int32_t shift = 0; shift < 31; shift++)
+        made.block_shift = made.block_size == (int32_t)1 << shift ? shift : made.block_shift;
     made.page_size = (int32_t)(plan->page_size < INT32_MAX ? plan->page_size : INT32_MAX);
     made.pages_per_sequence = (int32_t)plan->pages_per_sequence;
     made.scale_log2 = plan->softmax_scale * 1.44269504f;

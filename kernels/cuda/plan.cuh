@@ -11,7 +11,7 @@
 /* Keys of one unit of work. Both depend on a step's own length alone, so that its mass does not depend on the batch. */
 #define BTX_LSE_MAX_SPLITS 16
 #define BTX_LSE_MIN_KEYS 512   /* of a split of attention_mass.cu's first kernel */
-#define BTX_MASS_MIN_KEYS 256  /* of a range of its second, a multiple of MASS_KEYS */
+#define BTX_MASS_MIN_KEYS 512  /* of a range of its second, a multiple of MASS_KEYS */
 #define BTX_MASS_MAX_KEYS 2048
 
 #define BTX_NOT_REFUSED 0xffffffffu
@@ -69,6 +69,7 @@ typedef struct device_plan {
     int32_t max_window, max_prior;
     int32_t num_kv_heads, group, head_dim; /* group: query heads of a KV head */
     int32_t block_size, page_size, pages_per_sequence;
+    int32_t block_shift; /* log2 of block_size, or -1 */
     float scale_log2; /* softmax_scale * log2(e) */
     float mass_scale; /* 1 / num_query_heads, the window apart */
 } device_plan;
@@ -141,7 +142,10 @@ __device__ static inline int64_t kv_offset(const device_plan &plan, const device
                                            int32_t index)
 {
     const unsigned position = (unsigned)(step.sequence_begin + index), size = (unsigned)plan.block_size;
-    const unsigned block = position / size;
+    /* Most caches have one block a sequence, or blocks of a power of two: a division is 20 instructions. */
+    const unsigned block = position < size             ? 0
+                           : plan.block_shift >= 0 ? position >> plan.block_shift
+                                                   : position / size;
     return plan.blocks[step.block_offset + (int32_t)block - step.first_block] * view.stride[0] +
            (int64_t)(position - block * size) * view.stride[1];
 }

@@ -34,7 +34,7 @@ __device__ static float combine_splits(const device_plan &plan, const device_ste
         largest = fmaxf(largest, partials[partial_index(plan, step, split, kv_head, row)].largest);
     for (int32_t split = 0; split < step.num_splits; split++) {
         const partial_sum part = partials[partial_index(plan, step, split, kv_head, row)];
-        sum += part.sum * exp2f(part.largest - largest);
+        sum += part.sum * exp2_fast(part.largest - largest);
     }
     return largest + log2f(sum);
 }
