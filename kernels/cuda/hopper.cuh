@@ -179,29 +179,6 @@ __device__ static inline void barrier_wait(uint64_t *barrier, unsigned parity)
     } while (!done);
 }
 
-/* ---- clusters of blocks ------------------------------------------------------------------------------------------ */
-
-__device__ static inline unsigned cluster_rank(void)
-{
-    unsigned rank = 0;
-    BTX_HOPPER_ASM("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-/* A barrier of all threads of a cluster, which need not be converged. */
-__device__ static inline void cluster_sync(void)
-{
-    BTX_HOPPER_ASM("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-/* At this barrier of the cluster's block of this rank. */
-__device__ static inline void barrier_arrive_at(uint64_t *barrier, unsigned rank)
-{
-    BTX_HOPPER_ASM("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                   "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
-                   "r"(rank) : "memory");
-}
-
 /* ---- the tensor copy engine -------------------------------------------------------------------------------------- */
 
 /* Copies the box of a tensor map that begins at these coordinates (the innermost first) to shared memory, zeros where
@@ -219,16 +196,6 @@ __device__ static inline void copy_box(void *shared, const CUtensorMap *map, uin
     BTX_HOPPER_ASM("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
                    "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
                    "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(barrier)) : "memory");
-}
-
-/* The same to this place, and telling this barrier, in each block of the cluster whose rank has a bit in blocks. */
-__device__ static inline void copy_box_to(void *shared, const CUtensorMap *map, uint64_t *barrier, int c0, int c1,
-                                          int c2, int c3, int blocks)
-{
-    BTX_HOPPER_ASM("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-                   ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(shared_address(shared)),
-                   "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(barrier)),
-                   "h"((unsigned short)blocks) : "memory");
 }
 
 /* The other way; what is outside the tensor is left out. Writes to shared memory need a fence_async_proxy before. */

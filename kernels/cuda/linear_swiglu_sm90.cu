@@ -4,9 +4,7 @@
  * As many blocks as the device has processors go through the tiles of all layers. A tile has 64 rows a warpgroup and
  * COLUMNS columns of each product; a stage of its depth is DEPTH elements of its rows of x and, gate's before up's, of
  * the weights, so that one wgmma makes both products. One more warp keeps the engine busy, also while the others finish
- * their tile.
- *
- * A cluster of two blocks works on tiles one below the other: each reads one of the two weight matrices for both. */
+ * their tile. */
 #ifndef BTX_EMULATE
 #include "hopper.cuh"
 #include "operations.cuh"
@@ -40,15 +38,6 @@ __device__ static inline float swiglu(float gate, float up)
     return gate * inverse * up;
 }
 
-/* Tells the producers of the cluster's blocks, each by one lane. */
-template <int CLUSTER> __device__ static inline void release(uint64_t *barrier, int lane)
-{
-    if (CLUSTER > 1)
-        barrier_arrive_at(barrier, (unsigned)lane);
-    else
-        barrier_arrive(barrier);
-}
-
 /* The warp's 16 rows of a tile, at out in boxes of 64 columns. */
 template <int COLUMNS>
 __device__ static inline void write_swiglu(const float (&sum)[COLUMNS], int lane, __nv_bfloat16 *out)
@@ -68,9 +57,9 @@ __device__ static inline void write_swiglu(const float (&sum)[COLUMNS], int lane
 }
 #endif /* BTX_SM90A */
 
-/* Boxes: of x [layers, rows, stride] 1 x ROWS x DEPTH, of weights [layers, 2, dim, stride] 1 x 2 / CLUSTER x COLUMNS x
- * DEPTH, of out [layers, rows, out_stride] 1 x 16 x 64. row_tiles, num_tiles: of clusters. */
-template <int WARPGROUPS, int COLUMNS, int STAGES, int CLUSTER>
+/* Boxes: of x [layers, rows, stride] 1 x ROWS x DEPTH, of weights [layers, 2, dim, stride] 1 x 2 x COLUMNS x DEPTH, of
+ * out [layers, rows, out_stride] 1 x 16 x 64. */
+template <int WARPGROUPS, int COLUMNS, int STAGES>
 __global__ void __launch_bounds__(tile_shape<WARPGROUPS, COLUMNS, STAGES>::THREADS, 1)
     swiglu_sm90_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weights,
                        const __grid_constant__ CUtensorMap out, const int depth, const int rows, const int dim,
@@ -83,48 +72,38 @@ __global__ void __launch_bounds__(tile_shape<WARPGROUPS, COLUMNS, STAGES>::THREA
     __nv_bfloat16 *staged = stages + STAGES * shape::STAGE;
     uint64_t *full = (uint64_t *)(staged + shape::WARPS * shape::WARP_OUT), *empty = full + STAGES;
     const int warp = threadIdx.x / BTX_WARP, lane = threadIdx.x % BTX_WARP;
-    const int rank = CLUSTER > 1 ? (int)cluster_rank() : 0, first_tile = blockIdx.x / CLUSTER;
-    const int step = gridDim.x / CLUSTER;
     int stage = 0;
     unsigned parity = 0;
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&full[i], 1);
-            barrier_init(&empty[i], shape::WARPS * CLUSTER);
+            barrier_init(&empty[i], shape::WARPS);
         }
         barrier_init_fence();
     }
-    if (CLUSTER > 1)
-        cluster_sync();
-    else
-        __syncthreads();
+    __syncthreads();
     if (warp == shape::WARPS) {
-        for (int tile = first_tile; lane == 0 && tile < num_tiles; tile += step) {
-            const int row = (tile % row_tiles * CLUSTER + rank) * shape::ROWS;
-            const int column = tile / row_tiles % column_tiles * COLUMNS;
+        if (lane > 0)
+            return;
+        for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+            const int row = tile % row_tiles * shape::ROWS, column = tile / row_tiles % column_tiles * COLUMNS;
             const int layer = tile / row_tiles / column_tiles;
             for (int begin = 0; begin < depth; begin += DEPTH) {
                 __nv_bfloat16 *to = stages + stage * shape::STAGE;
                 barrier_wait(&empty[stage], parity ^ 1);
                 barrier_arrive_expect(&full[stage], 2 * shape::STAGE);
-                if (CLUSTER > 1)
-                    copy_box_to(to + shape::X + rank * COLUMNS * DEPTH, &weights, &full[stage], begin, column, rank,
-                                layer, (1 << CLUSTER) - 1);
-                else
-                    copy_box(to + shape::X, &weights, &full[stage], begin, column, 0, layer);
+                copy_box(to + shape::X, &weights, &full[stage], begin, column, 0, layer);
                 copy_box(to, &x, &full[stage], begin, row, layer);
                 stage = stage == STAGES - 1 ? 0 : stage + 1;
                 parity ^= stage == 0;
             }
         }
-        if (CLUSTER > 1)
-            cluster_sync(); /* the other block's arrivals need this one's barriers */
         return;
     }
     const int group = __shfl_sync(BTX_ALL_LANES, warp / 4, 0);
     __nv_bfloat16 *warp_out = staged + warp * shape::WARP_OUT;
-    for (int tile = first_tile; tile < num_tiles; tile += step) {
+    for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
         float sum[COLUMNS]; /* gate, up */
         int previous = 0;
 #pragma unroll 1
@@ -138,21 +117,20 @@ __global__ void __launch_bounds__(tile_shape<WARPGROUPS, COLUMNS, STAGES>::THREA
                 multiply(sum, make_descriptor(left + k), make_descriptor(right + k), begin + k > 0);
             wgmma_commit();
             wgmma_wait<1>();
-            if (begin > 0 && lane < CLUSTER)
-                release<CLUSTER>(&empty[previous], lane);
+            if (begin > 0 && lane == 0)
+                barrier_arrive(&empty[previous]);
             previous = stage;
             stage = stage == STAGES - 1 ? 0 : stage + 1;
             parity ^= stage == 0;
         }
         wgmma_wait<0>();
         wgmma_hold(sum);
-        if (lane < CLUSTER)
-            release<CLUSTER>(&empty[previous], lane);
-        if (lane == 0)
+        if (lane == 0) {
+            barrier_arrive(&empty[previous]);
             store_wait_read(); /* of the tile before */
+        }
         __syncwarp();
-        const int row = (tile % row_tiles * CLUSTER + rank) * shape::ROWS + warp * 16;
-        const int layer = tile / row_tiles / column_tiles;
+        const int row = tile % row_tiles * shape::ROWS + warp * 16, layer = tile / row_tiles / column_tiles;
         const int column = tile / row_tiles % column_tiles * COLUMNS;
         write_swiglu<COLUMNS>(sum, lane, warp_out);
         if (column + COLUMNS > dim) { /* zeros behind dim, also where x is not finite */
@@ -172,8 +150,6 @@ __global__ void __launch_bounds__(tile_shape<WARPGROUPS, COLUMNS, STAGES>::THREA
     }
     if (lane == 0)
         store_wait_read();
-    if (CLUSTER > 1)
-        cluster_sync();
 #endif /* BTX_SM90A */
 }
 
@@ -201,7 +177,7 @@ static int64_t divide_up(int64_t a, int64_t b)
     return (a + b - 1) / b;
 }
 
-template <int WARPGROUPS, int COLUMNS, int STAGES, int CLUSTER>
+template <int WARPGROUPS, int COLUMNS, int STAGES>
 static btx_status launch(const btx_pass *pass, const btx_linear *weights, const void *x, void *out, btx_error *error)
 {
     using shape = tile_shape<WARPGROUPS, COLUMNS, STAGES>;
@@ -212,10 +188,9 @@ static btx_status launch(const btx_pass *pass, const btx_linear *weights, const 
     const int64_t x_size[] = {depth, rows, layers}, x_stride[] = {1, depth, rows * depth};
     const int64_t weight_size[] = {depth, dim, 2, layers}, weight_stride[] = {1, depth, dim * depth, layer_stride};
     const int64_t out_size[] = {out_stride, rows, layers}, out_strides[] = {1, out_stride, rows * out_stride};
-    const int x_box[] = {DEPTH, shape::ROWS, 1}, weight_box[] = {DEPTH, COLUMNS, 2 / CLUSTER, 1};
-    const int out_box[] = {64, 16, 1};
+    const int x_box[] = {DEPTH, shape::ROWS, 1}, weight_box[] = {DEPTH, COLUMNS, 2, 1}, out_box[] = {64, 16, 1};
     const unsigned char *first = (const unsigned char *)weights->packed + pass->layer_begin * weights->layer_stride;
-    const int64_t row_tiles = divide_up(rows, shape::ROWS * CLUSTER), column_tiles = divide_up(dim, COLUMNS);
+    const int64_t row_tiles = divide_up(rows, shape::ROWS), column_tiles = divide_up(dim, COLUMNS);
     const int64_t num_tiles = row_tiles * column_tiles * layers;
     CUtensorMap x_map, weight_map, out_map;
     btx_status status = encode(executor, x, 3, x_size, x_stride, x_box, &x_map, error);
@@ -225,71 +200,41 @@ static btx_status launch(const btx_pass *pass, const btx_linear *weights, const 
         status = encode(executor, out, 3, out_size, out_strides, out_box, &out_map, error);
     if (status != BTX_OK)
         return status;
-    auto *kernel = swiglu_sm90_kernel<WARPGROUPS, COLUMNS, STAGES, CLUSTER>;
-    BTX_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape::BYTES),
+    BTX_CUDA_TRY(cudaFuncSetAttribute(swiglu_sm90_kernel<WARPGROUPS, COLUMNS, STAGES>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shape::BYTES),
                  "preparing swiglu_sm90_kernel");
-    const int64_t at_once = executor->num_processors / CLUSTER;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = CLUSTER;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)(num_tiles < at_once ? num_tiles : at_once) * CLUSTER);
-    config.blockDim = dim3(shape::THREADS);
-    config.dynamicSmemBytes = shape::BYTES;
-    config.stream = executor->stream;
-    config.attrs = &cluster;
-    config.numAttrs = CLUSTER > 1;
-    BTX_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, x_map, weight_map, out_map, (int)depth, (int)rows, (int)dim,
-                                    (int)out_stride, (int)row_tiles, (int)column_tiles, (int)num_tiles),
-                 "launching swiglu_sm90_kernel");
+    BTX_LAUNCH((swiglu_sm90_kernel<WARPGROUPS, COLUMNS, STAGES>),
+               (unsigned)(num_tiles < executor->num_processors ? num_tiles : executor->num_processors), shape::THREADS,
+               shape::BYTES, executor->stream, x_map, weight_map, out_map, (int)depth, (int)rows, (int)dim,
+               (int)out_stride, (int)row_tiles, (int)column_tiles, (int)num_tiles);
+    BTX_CUDA_CHECK("launching swiglu_sm90_kernel");
     return BTX_OK;
 }
 
 /* What a launch should take, in cycles: of its products near a processor's peak, or of its reads at a processor's share
  * of the second-level cache's rate. */
-template <int WARPGROUPS, int COLUMNS, int STAGES, int CLUSTER>
-static int64_t estimate(const btx_pass *pass, const btx_linear *weights)
+static int64_t estimate(const btx_pass *pass, const btx_linear *weights, int64_t tile_rows, int64_t tile_columns)
 {
-    constexpr int64_t ROWS = tile_shape<WARPGROUPS, COLUMNS, STAGES>::ROWS;
     const int64_t rows = btx_pass_rows(pass), depth = operand_stride(weights->in_dim);
     const int64_t num_processors = executor_of(pass)->num_processors;
-    const int64_t num_tiles = num_layers_of(pass) * divide_up(rows, ROWS * CLUSTER) *
-                              divide_up(weights->out_dim / 2, COLUMNS); /* of a cluster */
-    const int64_t products = ROWS * 2 * COLUMNS * depth / 2048;
-    const int64_t bytes = 2 * ((rows < ROWS ? rows : ROWS) + 2 * COLUMNS / CLUSTER) * depth;
-    const int64_t computing = divide_up(num_tiles, num_processors / CLUSTER) * products * 5 / 4;
-    const int64_t reading = num_tiles * CLUSTER * bytes / (num_processors * 28);
+    const int64_t num_tiles = num_layers_of(pass) * divide_up(rows, tile_rows) *
+                              divide_up(weights->out_dim / 2, tile_columns);
+    const int64_t products = tile_rows * 2 * tile_columns * depth / 2048;
+    const int64_t bytes = 2 * ((rows < tile_rows ? rows : tile_rows) + 2 * tile_columns) * depth;
+    const int64_t computing = divide_up(num_tiles, num_processors) * products * 5 / 4;
+    const int64_t reading = num_tiles * bytes / (num_processors * 28);
     return computing > reading ? computing : reading;
 }
 
 btx_status cuda_linear_swiglu_sm90(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
                                    btx_error *error)
 {
-    const int64_t rows = btx_pass_rows(pass);
-    btx_status (*best)(const btx_pass *, const btx_linear *, const void *, void *, btx_error *) = NULL;
-    int64_t least = INT64_MAX;
-#define CONSIDER(...)                                              \
-    do {                                                           \
-        const int64_t cycles = estimate<__VA_ARGS__>(pass, weights); \
-        if (cycles < least) {                                      \
-            least = cycles;                                        \
-            best = launch<__VA_ARGS__>;                            \
-        }                                                          \
-    } while (0)
-    if (rows <= 64) {
-        CONSIDER(1, 128, 5, 1);
-        CONSIDER(1, 64, 8, 1);
-    }
-    else {
-        CONSIDER(2, 128, 4, 1);
-        CONSIDER(2, 64, 6, 1);
-    }
-    if (rows > 128) {
-        CONSIDER(2, 128, 4, 2);
-        CONSIDER(2, 64, 6, 2);
-    }
-#undef CONSIDER
-    return best(pass, weights, x, out, error);
+    if (btx_pass_rows(pass) <= 64)
+        return estimate(pass, weights, 64, 128) <= estimate(pass, weights, 64, 64)
+                   ? launch<1, 128, 5>(pass, weights, x, out, error)
+                   : launch<1, 64, 8>(pass, weights, x, out, error);
+    return estimate(pass, weights, 128, 128) <= estimate(pass, weights, 128, 64)
+               ? launch<2, 128, 4>(pass, weights, x, out, error)
+               : launch<2, 64, 6>(pass, weights, x, out, error);
 }
 #endif /* BTX_EMULATE */
