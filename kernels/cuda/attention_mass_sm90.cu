@@ -106,6 +106,7 @@ __device__ static inline void add_tile(const float (&score)[32], int32_t first_k
         add_row_scores<false, REFERENCE>(score, first_key, last_key, scale, row);
 }
 
+#ifdef BTX_SM90A
 /* Makes the sum one of [1, 2), so that it can be compared and merged whatever its reference was. */
 __device__ static inline void normalize(partial_sum &row)
 {
@@ -115,6 +116,7 @@ __device__ static inline void normalize(partial_sum &row)
     row.largest += (float)((int)exponent - 127);
     row.sum = __uint_as_float((bits & 0x7fffffu) | 127u << 23);
 }
+#endif
 
 /* Queries on the left. Block: a split, 128 rows of a KV head, a layer. */
 template <typename T, int D>

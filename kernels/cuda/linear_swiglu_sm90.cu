@@ -211,30 +211,12 @@ static btx_status launch(const btx_pass *pass, const btx_linear *weights, const 
     return BTX_OK;
 }
 
-/* What a launch should take, in cycles: of its products near a processor's peak, or of its reads at a processor's share
- * of the second-level cache's rate. */
-static int64_t estimate(const btx_pass *pass, const btx_linear *weights, int64_t tile_rows, int64_t tile_columns)
-{
-    const int64_t rows = btx_pass_rows(pass), depth = operand_stride(weights->in_dim);
-    const int64_t num_processors = executor_of(pass)->num_processors;
-    const int64_t num_tiles = num_layers_of(pass) * divide_up(rows, tile_rows) *
-                              divide_up(weights->out_dim / 2, tile_columns);
-    const int64_t products = tile_rows * 2 * tile_columns * depth / 2048;
-    const int64_t bytes = 2 * ((rows < tile_rows ? rows : tile_rows) + 2 * tile_columns) * depth;
-    const int64_t computing = divide_up(num_tiles, num_processors) * products * 5 / 4;
-    const int64_t reading = num_tiles * bytes / (num_processors * 28);
-    return computing > reading ? computing : reading;
-}
-
+/* Small tiles for few rows, of which large ones would compute many in vain and leave processors without one; measured on
+ * an H200. */
 btx_status cuda_linear_swiglu_sm90(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
                                    btx_error *error)
 {
-    if (btx_pass_rows(pass) <= 64)
-        return estimate(pass, weights, 64, 128) <= estimate(pass, weights, 64, 64)
-                   ? launch<1, 128, 5>(pass, weights, x, out, error)
-                   : launch<1, 64, 8>(pass, weights, x, out, error);
-    return estimate(pass, weights, 128, 128) <= estimate(pass, weights, 128, 64)
-               ? launch<2, 128, 4>(pass, weights, x, out, error)
-               : launch<2, 64, 6>(pass, weights, x, out, error);
+    return btx_pass_rows(pass) <= 192 ? launch<1, 64, 8>(pass, weights, x, out, error)
+                                      : launch<2, 64, 6>(pass, weights, x, out, error);
 }
 #endif /* BTX_EMULATE */
