@@ -197,8 +197,9 @@ btx_status btx_workspace_create(const btx_backend *backend, int32_t device_index
                                 btx_workspace **workspace, btx_error *error);
 void btx_workspace_destroy(btx_workspace *workspace); /* NULL is fine; waits for what is running */
 /* Waits until everything that was called with this workspace is done. A boundary that its device refused, after the
- * call had returned, is told here, or by the next call with this workspace: INVALID_ARGUMENT, nothing of it was
- * written. */
+ * call had returned, is told here, or by the next call with this workspace, which then does nothing else:
+ * INVALID_ARGUMENT, nothing of the refused one was written. After DEVICE_ERROR discard the sequences of all that was
+ * not waited for. */
 btx_status btx_workspace_synchronize(btx_workspace *workspace, btx_error *error);
 int32_t btx_workspace_num_threads(const btx_workspace *workspace);
 size_t btx_workspace_bytes(const btx_workspace *workspace); /* reserved, or grown to the largest call so far */
@@ -356,7 +357,8 @@ struct btx_backend {
     const char *variant;  /* "scalar", "neon", "avx2", "avx512", "avx512_bf16"; of CUDA "" */
     btx_device_type device_type;
     /* How large a pass is best. layers_per_pass > 0: so many layers, and whole steps until there are rows_per_pass rows
-     * (0: all). layers_per_pass 0: all steps, and as many layers as have rows_per_pass rows together. */
+     * (0: all). layers_per_pass 0: all steps, and as many layers as have rows_per_pass rows together, or twice that
+     * where there is one step. */
     int32_t layers_per_pass;
     int64_t rows_per_pass;
     /* The mass is always in parts, a KV head each: attention_mass is asked for all heads at once, and its mass is
@@ -377,8 +379,13 @@ struct btx_backend {
     btx_status (*executor_run)(void *executor, int64_t num_units, btx_unit_function fn, void *context,
                                btx_error *error);
 
-    /* Where the memory is not the host's; all NULL where it is. Operations between begin and finish are ordered on
-     * stream. */
+    /* Where the memory is not the host's; all NULL where it is. A boundary is
+     *
+     *     begin, executor_run (each stage's operations, then mark), executor_run (the write, then mark),
+     *     and where there is a report: synchronize, download
+     *
+     * all called by one thread. Operations are ordered on begin's stream and need not be done when they return; the
+     * plan is the host's and goes when the call returns. */
     /* memory = from, of the host; blocks. */
     btx_status (*upload)(int32_t device_index, void *memory, const void *from, size_t bytes, btx_error *error);
     /* Brings the plan to the device. Tells of an earlier call's failure that nobody has been told of. timed:
@@ -388,8 +395,8 @@ struct btx_backend {
     void (*mark)(void *executor, btx_stage stage);
     /* to, of the host, = memory; blocks. */
     btx_status (*download)(void *executor, void *to, const void *memory, size_t bytes, btx_error *error);
-    /* Waits, and tells whether the device refused a boundary or failed; stage_seconds [BTX_NUM_STAGES] of the latest
-     * boundary, or NULL. */
+    /* Waits, and tells whether the device refused a boundary (INVALID_ARGUMENT, each once) or failed; adds to
+     * stage_seconds [BTX_NUM_STAGES], unless NULL, those of the latest boundary. */
     btx_status (*synchronize)(void *executor, double *stage_seconds, btx_error *error);
 
     /* Weights f32 [out_dim, in_dim] to the packed layout of one layer. gated: [2, out_dim / 2, in_dim]. packed is host
@@ -440,8 +447,9 @@ struct btx_backend {
     /* staged [layers, rows, C] in the cache's dtype = cache + gate [num_layers] * delta, in f32, rounded once; where
      * the edit is zero the cache's own bits. delta [layers, rows, C] is the edit of rows, overwritten; RoPE is redone
      * on its key half when the plan says so. rows: what gather_kv read, or NULL, see keeps_rows. Norms f32 [layers,
-     * steps of the pass], of the gated edit and of rows. A boundary whose staged values are not all finite is refused
-     * before the write: on the host a delta_norm is infinite then, a device keeps it in mind. */
+     * steps of the pass], of the gated edit and of rows; both may be NULL on a device. A boundary whose staged values
+     * are not all finite is refused before the write: on the host a delta_norm is infinite then, a device keeps it in
+     * mind. */
     btx_status (*stage_kv)(const btx_pass *pass, const int32_t *positions, const float *gate, const float *rows,
                            float *delta, void *staged, float *delta_norm, float *row_norm, btx_error *error);
     /* cache = staged at positions. On a device nothing where the boundary has been refused. */

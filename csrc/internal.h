@@ -24,7 +24,7 @@ void btx_boundary_plan_destroy(btx_boundary_plan *plan);
 /* Checks one tensor argument: rank, dtype, shape (-1: any), CPU, writable. name is used in the message. */
 btx_status btx_tensor_check(const btx_tensor *tensor, const char *name, btx_dtype dtype, int32_t num_dims,
                             const int64_t *shape, int for_writing, btx_error *error);
-/* The same on a device, and that alone. */
+/* The same on a device; and whether it is there, alone. */
 btx_status btx_tensor_check_on(const btx_tensor *tensor, const char *name, btx_dtype dtype, int32_t num_dims,
                                const int64_t *shape, int for_writing, btx_device device, btx_error *error);
 btx_status btx_device_check(const btx_tensor *tensor, const char *name, btx_device device, btx_error *error);

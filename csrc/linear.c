@@ -149,6 +149,7 @@ typedef struct linear_run {
     const float *x;
     float *out;
     int accumulate;
+    void *executor;
     char *lanes; /* [num_threads] of lane_bytes */
     size_t operand, scratch, lane_bytes;
 } linear_run;
@@ -174,6 +175,7 @@ static btx_status linear_unit(void *context, int64_t unit, int32_t lane_index, b
         .layer_end = layer_end < plan->num_layers ? layer_end : plan->num_layers,
         .step_begin = step,
         .step_end = step + 1,
+        .executor = run->executor,
         .scratch = lane + run->scratch,
     };
     const int64_t row = layer_begin * plan->total_rows + plan->steps[step].row_offset;
@@ -262,6 +264,7 @@ btx_status btx_packed_linear_apply(const btx_packed_linear *linear, btx_workspac
         .x = x->data,
         .out = out->data,
         .accumulate = accumulate,
+        .executor = btx_workspace_executor(workspace),
     };
     const float *x_end = run.x + linear->num_layers * rows * product->in_dim;
     const float *out_end = run.out + linear->num_layers * rows * product->out_dim;

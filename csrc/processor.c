@@ -481,10 +481,11 @@ typedef struct boundary_run {
     char *lanes;        /* [num_lanes] of layout.bytes */
     float *mass;        /* [num_layers, num_chunks][num_parts, prior of the chunk] where mass_is_apart */
     int32_t *positions; /* [num_layers, total_rows] */
-    char *staged;       /* [num_layers, total_rows, C] in the cache's dtype */
     float *delta_norm;  /* [num_layers, num_steps] */
     float *row_norm;    /* [num_layers, num_steps] */
+    char *staged;       /* [num_layers, total_rows, C] in the cache's dtype */
     double *seconds;    /* [num_lanes, BTX_NUM_STAGES]. Owned. */
+    char *fetched;      /* a device's results for the host: positions up to staged. Owned, or NULL. */
     const btx_tensor *mass_out;
 } boundary_run;
 
@@ -681,7 +682,7 @@ typedef struct run_size {
 
 /* Where the buffers of a run begin in the workspace. */
 typedef struct run_layout {
-    size_t lanes, mass, positions, staged, delta_norm, row_norm, bytes;
+    size_t lanes, mass, positions, delta_norm, row_norm, staged, bytes;
 } run_layout;
 
 static run_size size_of_plan(const btx_plan *plan, const btx_config *config)
@@ -783,14 +784,14 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
            btx_reserve(&out->bytes, &out->mass, plan->num_layers * split_prior,
                        (size_t)plan->num_kv_heads * sizeof(float)) &&
            btx_reserve(&out->bytes, &out->positions, all_rows, sizeof(int32_t)) &&
-           btx_reserve(&out->bytes, &out->staged, all_rows, C * btx_dtype_size(cache_dtype)) &&
            btx_reserve(&out->bytes, &out->delta_norm, all_steps, sizeof(float)) &&
-           btx_reserve(&out->bytes, &out->row_norm, all_steps, sizeof(float));
+           btx_reserve(&out->bytes, &out->row_norm, all_steps, sizeof(float)) &&
+           btx_reserve(&out->bytes, &out->staged, all_rows, C * btx_dtype_size(cache_dtype));
 }
 
-/* Makes room in the workspace and cuts the run into units. What the run owns is released by end_run, also after a
- * failure. */
-static btx_status begin_run(boundary_run *run, btx_workspace *workspace, void *stream, int timed, btx_error *error)
+/* Makes room in the workspace and cuts the run into units. reports: its results are for the host too. What the run owns
+ * is released by end_run, also after a failure. */
+static btx_status begin_run(boundary_run *run, btx_workspace *workspace, void *stream, int reports, btx_error *error)
 {
     const btx_plan *plan = run->plan;
     const run_size size = size_of_plan(plan, run->processor != NULL ? &run->processor->config : NULL);
@@ -811,19 +812,28 @@ static btx_status begin_run(boundary_run *run, btx_workspace *workspace, void *s
     run->lanes = memory + layout.lanes;
     run->mass = (float *)(memory + layout.mass);
     run->positions = (int32_t *)(memory + layout.positions);
-    run->staged = memory + layout.staged;
     run->delta_norm = (float *)(memory + layout.delta_norm);
     run->row_norm = (float *)(memory + layout.row_norm);
+    run->staged = memory + layout.staged;
     cut_chunks(run);
     run->mass_is_apart = plan->total_prior > 0 && plan->num_kv_heads > 1 && is_split(run, num_units(run));
     run->num_parts = run->mass_is_apart || run->backend->mass_by_head ? plan->num_kv_heads : 1;
-    return run->backend->begin != NULL ? run->backend->begin(run->executor, plan, stream, timed, error) : BTX_OK;
+    if (run->backend->begin == NULL)
+        return BTX_OK;
+    if (reports) { /* before the write, after which there must be no want of memory */
+        run->fetched = malloc(layout.staged - layout.positions);
+        if (run->fetched == NULL)
+            return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for the report of %" PRId64 " steps",
+                            plan->num_steps);
+    }
+    return run->backend->begin(run->executor, plan, stream, reports, error);
 }
 
 static void end_run(boundary_run *run)
 {
     free(run->chunk_begin);
     free(run->seconds);
+    free(run->fetched);
 }
 
 btx_status btx_processor_workspace_bytes(const btx_processor *processor, int32_t num_threads, int64_t num_sequences,
@@ -888,11 +898,14 @@ static void copy_norms(const btx_tensor *out, const float *norms, const btx_plan
     }
 }
 
-/* positions [num_layers, total_rows], delta_norm and row_norm [num_layers, num_steps], all of the host. */
-static void fill_report(btx_report *report, const boundary_run *run, const int32_t *positions, const float *delta_norm,
-                        const float *row_norm)
+/* results: the run's positions and norms, or the host's copy of them. */
+static void fill_report(btx_report *report, const boundary_run *run, const char *results)
 {
     const btx_plan *plan = run->plan;
+    const char *begin = (const char *)run->positions;
+    const int32_t *positions = (const int32_t *)(const void *)results;
+    const float *delta_norm = (const float *)(const void *)(results + ((const char *)run->delta_norm - begin));
+    const float *row_norm = (const float *)(const void *)(results + ((const char *)run->row_norm - begin));
     const btx_tensor *out = &report->recalled;
     const int64_t top_k = run->processor->config.top_k;
     for (int64_t layer = 0; out->data != NULL && layer < plan->num_layers; layer++) {
@@ -912,32 +925,21 @@ static void fill_report(btx_report *report, const boundary_run *run, const int32
     }
 }
 
-/* The report of a boundary on another device, which is waited for. */
+/* The report of a boundary on another device, which is waited for. The write has been called for, so every failure but
+ * the device's own refusal leaves the caches as nobody knows. */
 static btx_status fetch_report(btx_report *report, const boundary_run *run, btx_error *error)
 {
-    const btx_plan *plan = run->plan;
-    const size_t num_positions = (size_t)(plan->num_layers * plan->total_rows);
-    const size_t num_norms = (size_t)(plan->num_layers * plan->num_steps);
-    btx_status status = run->backend->synchronize(run->executor, report->stage_seconds, error);
-    if (status != BTX_OK)
+    const btx_backend *backend = run->backend;
+    const size_t bytes = (size_t)(run->staged - (const char *)run->positions);
+    btx_status status = backend->synchronize(run->executor, report->stage_seconds, error);
+    if (status == BTX_INVALID_ARGUMENT)
         return status;
-    int32_t *positions = malloc(num_positions * sizeof *positions);
-    float *norms = malloc(2 * num_norms * sizeof *norms);
-    if (positions == NULL || norms == NULL)
-        status = btx_fail(error, BTX_REBUILD_NEEDED, "out of memory for the report; the caches were rewritten");
     if (status == BTX_OK)
-        status =
-            run->backend->download(run->executor, positions, run->positions, num_positions * sizeof *positions, error);
-    if (status == BTX_OK)
-        status = run->backend->download(run->executor, norms, run->delta_norm, num_norms * sizeof *norms, error);
-    if (status == BTX_OK)
-        status =
-            run->backend->download(run->executor, norms + num_norms, run->row_norm, num_norms * sizeof *norms, error);
-    if (status == BTX_OK)
-        fill_report(report, run, positions, norms, norms + num_norms);
-    free(positions);
-    free(norms);
-    return status;
+        status = backend->download(run->executor, run->fetched, run->positions, bytes, error);
+    if (status != BTX_OK)
+        return BTX_REBUILD_NEEDED;
+    fill_report(report, run, run->fetched);
+    return BTX_OK;
 }
 
 static btx_status check_finite(const boundary_run *run, btx_error *error)
@@ -977,7 +979,10 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
     }
     if (status != BTX_OK || planned.plan.num_steps == 0)
         goto cleanup;
-    status = begin_run(&run, workspace, boundary->stream, report != NULL, error);
+    if (report != NULL) /* it is waited for anyway, and an earlier call's refusal must not be taken for this one's */
+        status = btx_workspace_synchronize(workspace, error);
+    if (status == BTX_OK)
+        status = begin_run(&run, workspace, boundary->stream, report != NULL, error);
     if (status == BTX_OK && run.mass_is_apart)
         status = btx_workspace_run(workspace, num_units(&run) * run.num_parts, mass_part, &run, error);
     if (status == BTX_OK)
@@ -995,7 +1000,7 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
     if (report != NULL && backend->begin != NULL)
         status = fetch_report(report, &run, error);
     else if (report != NULL)
-        fill_report(report, &run, run.positions, run.delta_norm, run.row_norm);
+        fill_report(report, &run, (const char *)run.positions);
 
 cleanup:
     end_run(&run);
@@ -1053,7 +1058,9 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
     boundary_run run = {.backend = backend, .plan = &planned.plan, .mass_out = out};
     if (status != BTX_OK || planned.plan.num_steps == 0)
         goto cleanup;
-    status = begin_run(&run, workspace, boundary->stream, 0, error);
+    status = btx_workspace_synchronize(workspace, error); /* as in btx_rewrite */
+    if (status == BTX_OK)
+        status = begin_run(&run, workspace, boundary->stream, 0, error);
     if (status == BTX_OK && run.mass_is_apart)
         status = btx_workspace_run(workspace, num_units(&run) * run.num_parts, mass_part, &run, error);
     if (status == BTX_OK)
@@ -1079,7 +1086,8 @@ btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, 
     void *scratch = NULL;
     btx_status status = btx_backend_check(backend, error);
     if (status == BTX_OK && backend->begin != NULL)
-        status = btx_fail(error, BTX_UNSUPPORTED, "select_top_k runs on CPU backends");
+        status = btx_fail(error, BTX_UNSUPPORTED, "select_top_k alone runs on CPU backends, not on '%s'; name one",
+                          backend->name);
     if (status == BTX_OK)
         status = btx_tensor_check(mass, "mass", BTX_F32, 2, any, 0, error);
     if (status == BTX_OK)

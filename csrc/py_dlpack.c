@@ -300,10 +300,12 @@ int borrow_tensor(module_state *state, borrowed_list *list, Py_ssize_t i, PyObje
     return 0;
 }
 
-void *current_stream(const borrowed_list *list)
+void *current_stream(module_state *state, borrowed_list *list, PyObject *object)
 {
     void *stream = NULL;
-    if (list->length == 0 || list->views[0].device.type != BTX_CUDA || list->exchange == NULL ||
+    if (list->views[0].device.type != BTX_CUDA)
+        return NULL;
+    if (find_exchange(state, list, object) < 0 || list->exchange == NULL ||
         list->exchange->current_work_stream(DL_CUDA, list->views[0].device.index, &stream) != 0) {
         PyErr_Clear();
         return NULL;

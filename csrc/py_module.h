@@ -61,9 +61,9 @@ typedef struct borrowed_list {
 
 /* stream: borrowed for the list's life, or NULL. */
 int borrowed_list_init(borrowed_list *list, Py_ssize_t length, PyObject *stream);
-/* The stream on which the library of the tensor borrowed last works now; NULL, the default stream, where it does not
- * say. */
-void *current_stream(const borrowed_list *list);
+/* The stream on which the library of object, the list's first tensor, works now; NULL, the default stream, where it
+ * does not say. */
+void *current_stream(module_state *state, borrowed_list *list, PyObject *object);
 void borrowed_list_clear(borrowed_list *list);
 /* Borrows a tensor into views[i], until the list is cleared. -1 with an exception set on failure; name and index (-1:
  * none) say in the message which argument it was. */

@@ -390,10 +390,13 @@ static int workspace_enter(module_state *state, workspace_object *workspace)
     return 0;
 }
 
-PyDoc_STRVAR(synchronize_doc,
-             "synchronize($self)\n--\n\n"
-             "Waits until everything called with this workspace is done. A boundary that its device refused after the\n"
-             "call had returned is told here, or by the next call: InvalidArgumentError, nothing of it was written.");
+PyDoc_STRVAR(
+    synchronize_doc,
+    "synchronize($self)\n--\n\n"
+    "Waits until everything called with this workspace is done. A boundary that its device refused after the\n"
+    "call had returned is told here, or by the next call, which then does nothing else:\n"
+    "InvalidArgumentError, nothing of the refused one was written. After DeviceError discard the sequences of\n"
+    "all that was not waited for.");
 
 static PyObject *workspace_synchronize(PyObject *object, PyObject *unused)
 {
@@ -514,12 +517,16 @@ static int parse_stream(boundary_arguments *arguments, PyObject *stream)
 {
     if (stream == Py_None)
         return 0;
-    void *handle = PyLong_AsVoidPtr(stream);
-    if (handle == NULL && PyErr_Occurred())
+    if (!PyLong_Check(stream)) {
+        PyErr_Format(PyExc_TypeError, "stream is %R; it must be None or a cudaStream_t as a number", stream);
         return -1;
-    arguments->boundary.stream = handle;
+    }
+    unsigned long long number = PyLong_AsUnsignedLongLong(stream);
+    if (PyErr_Occurred())
+        return -1;
+    arguments->boundary.stream = (void *)(uintptr_t)number;
     /* DLPack calls the default stream 1. */
-    arguments->stream = handle == NULL ? PyLong_FromLong(1) : Py_NewRef(stream);
+    arguments->stream = number == 0 ? PyLong_FromLong(1) : Py_NewRef(stream);
     return arguments->stream == NULL ? -1 : 0;
 }
 
@@ -533,7 +540,7 @@ static int boundary_arguments_parse(module_state *state, boundary_arguments *arg
         borrowed_list_init(&arguments->tables, 2, NULL) < 0 || parse_steps(steps, arguments) < 0)
         return -1;
     if (stream == Py_None)
-        arguments->boundary.stream = current_stream(&arguments->kv);
+        arguments->boundary.stream = current_stream(state, &arguments->kv, PyTuple_GetItem(kv_cache->tensors, 0));
     int64_t num_blocks = kv_cache->views[0].shape[0], num_pages = query_cache->views[0].shape[0];
     int64_t longest = num_blocks > num_pages ? num_blocks : num_pages;
     int64_t rows = num_blocks < num_pages ? num_blocks : num_pages;

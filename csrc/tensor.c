@@ -99,18 +99,23 @@ int btx_tensor_overlaps(const btx_tensor *tensor)
     return 0;
 }
 
+/* "the CPU" or "cuda:1". */
+static void format_device(btx_device device, char *out, size_t size)
+{
+    if (device.type == BTX_CPU)
+        snprintf(out, size, "the CPU");
+    else
+        snprintf(out, size, "%s:%d", btx_device_type_name(device.type), (int)device.index);
+}
+
 btx_status btx_device_check(const btx_tensor *tensor, const char *name, btx_device device, btx_error *error)
 {
     if (tensor->device.type == device.type && tensor->device.index == device.index)
         return BTX_OK;
-    if (device.type == BTX_CPU)
-        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is not on the CPU; move it there", name);
-    if (tensor->device.type == BTX_CPU)
-        return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is on the CPU; it must be on %s:%d: move it there", name,
-                        btx_device_type_name(device.type), (int)device.index);
-    return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is on %s:%d; it must be on %s:%d: move it there", name,
-                    btx_device_type_name(tensor->device.type), (int)tensor->device.index,
-                    btx_device_type_name(device.type), (int)device.index);
+    char is[32], must[32];
+    format_device(tensor->device, is, sizeof is);
+    format_device(device, must, sizeof must);
+    return btx_fail(error, BTX_INVALID_ARGUMENT, "%s is on %s; it must be on %s: move it there", name, is, must);
 }
 
 btx_status btx_tensor_check(const btx_tensor *tensor, const char *name, btx_dtype dtype, int32_t num_dims,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import re
 import sys
 import threading
 import time
@@ -28,7 +29,8 @@ from bottlenecked import BoundaryEvent, CacheProcessor
 from .cases import LAYOUTS, Case, Shape, make_case
 
 SHAPE = Shape(lengths=((0, 30, 9), (3, 22, 5)), block_size=8)
-AVAILABLE = [b["name"] for b in bottleneck_ext.backends() if b["available"]]
+AVAILABLE = [b["name"] for b in bottleneck_ext.backends() if b["available"] and b["backend"] == "cpu"]
+CUDA = any(b["available"] for b in bottleneck_ext.backends() if b["backend"] == "cuda")
 
 
 @pytest.fixture
@@ -436,9 +438,29 @@ def test_weights_that_are_wrong(case: Case) -> None:
 
 
 def test_unknown_backend(case: Case) -> None:
-    for name in ("cpu:mmx", "cuda", "", "cp", "cpu:"):
+    for name in ("cpu:mmx", "cuda:1", "cuda", "", "cp", "cpu:"):
+        if name.startswith("cuda") and CUDA:
+            continue
         with pytest.raises(UnsupportedError, match=f"backend '{name}' is not available here; there is .*cpu:scalar"):
             case.processor(backend=name)
+
+
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_names_of_devices(case: Case) -> None:
+    for name in ("cuda", "cuda:0"):
+        processor = case.processor(backend=name)
+        assert (processor.backend, processor.workspace(4).backend) == ("cuda:0", "cuda:0")
+        assert processor.workspace(4).num_threads == 1
+    for device in ("", "x", "-1", "+1", "1x", "0x1", " 1", "4097", "99999999999999999999"):
+        with pytest.raises(InvalidArgumentError, match=rf"'{re.escape(device)}' is no number of a device.*'cuda:0'"):
+            case.processor(backend=f"cuda:{device}")
+    with pytest.raises(InvalidArgumentError, match="there is no cuda:4096; this process sees"):
+        bottleneck_ext.Workspace(1, "cuda:4096")
+    mass, lengths, out = np.ones((1, 3), np.float32), np.full(1, 3, np.int64), np.zeros((1, 2), np.int64)
+    with pytest.raises(UnsupportedError, match="select_top_k alone runs on CPU backends, not on 'cuda'"):
+        bottleneck_ext.select_top_k(mass, lengths, out, backend="cuda")
+    with pytest.raises(UnsupportedError, match="single products run on CPU backends"):
+        bottleneck_ext.Linear(np.ones((1, 2, 2), np.float32), backend="cuda")
 
 
 def test_workspace_of_another_backend(case: Case) -> None:
@@ -458,6 +480,44 @@ def test_thread_count_out_of_range(num_threads: int) -> None:
 
 
 # ---- not errors ------------------------------------------------------------------------------------------
+
+
+def test_without_a_report(case: Case) -> None:
+    expected = make_case(SHAPE)
+    expected.rewrite(expected.processor())
+    processor = case.processor()
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    before = case.snapshot()
+    events = [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in case.events]
+    for name in ("recalled", "delta_norm", "row_norm"):
+        with pytest.raises(InvalidArgumentError, match=f"{name} is given, which has to be waited for; leave it out"):
+            processor.native.rewrite(
+                bound.kv_cache,
+                bound.query_cache,
+                events,
+                case.block_table,
+                workspace=bound.workspace,
+                wait=False,
+                **{name: np.zeros((2, 2), np.float32)},
+            )
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
+    assert bound.rewrite(case.events, case.block_table, report=False) is None
+    assert bound.workspace.synchronize() is None
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+
+
+def test_what_is_not_finite_is_refused_without_a_report_too(case: Case) -> None:
+    case.values[1][case.block_table[1, 24 // 8], 24 % 8] = torch.nan
+    processor = case.processor()
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    before = case.snapshot()
+    with pytest.raises(InvalidArgumentError, match="the edit of sequence 1 in layer 1 is not finite"):
+        bound.rewrite(case.events, case.block_table, report=False)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
 
 
 def test_no_events_is_a_no_op(case: Case) -> None:
@@ -556,17 +616,23 @@ class ExchangeAPI(ctypes.Structure):
         ("previous", ctypes.c_void_p),
         ("allocator", ctypes.c_void_p),
         ("from_object", ctypes.c_void_p),
+        ("to_object", ctypes.c_void_p),
+        ("tensor_from_object", ctypes.c_void_p),
+        ("current_work_stream", ctypes.c_void_p),
     ]
 
 
 class Exchange:
     """Makes types that offer the C exchange API: fast exports count in `exported` and `deleted`, others in `asked`.
 
+    `devices` are those whose stream was asked for.
+
     fails: the C function raises an exception. changes: of the exported ManagedTensor.
     """
 
     def __init__(self, *, versions: tuple[int, ...] = (1,), fails: bool = False, **changes: object) -> None:
         self.exported = self.deleted = self.asked = 0
+        self.devices: list[tuple[int, int]] = []
         self.alive: list[object] = []  # what C points to
         changes = {"flags": 0, "device": (1, 0), "version": (1, 3)} | changes
 
@@ -587,15 +653,22 @@ class Exchange:
         def delete(managed: int) -> None:
             self.deleted += 1
 
+        def current_stream(device_type: int, device_id: int, out: int) -> int:
+            self.devices.append((device_type, device_id))
+            ctypes.c_void_p.from_address(out).value = 7
+            return 0
+
         # A callback of ctypes cannot raise; appending to what is no list does.
         function = ctypes.pythonapi.PyList_Append
         if not fails:
             function = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)(from_object)
         deleter = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(delete)
-        self.alive += [function, deleter]
+        stream = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)(current_stream)
+        self.alive += [function, deleter, stream]
         previous = None
         for version in sorted(versions):
             api = ExchangeAPI((version, 0), previous, None, ctypes.cast(function, ctypes.c_void_p))
+            api.current_work_stream = ctypes.cast(stream, ctypes.c_void_p)
             self.alive.append(api)
             previous = ctypes.addressof(api)
         new = ctypes.pythonapi.PyCapsule_New
@@ -659,6 +732,88 @@ def test_refusals_of_the_c_exchange_api(case: Case) -> None:
         refused(case, match, keys=[exchange.Array(k) for k in case.keys])
         assert exchange.asked == 0
         assert exchange.exported == exchange.deleted > 0
+
+
+def test_cuda_tensors_need_a_cuda_backend(case: Case) -> None:
+    exchange = Exchange(device=(2, 3))
+    before = case.snapshot()
+    for names, match in (
+        (("keys", "values", "queries"), "the KV cache is on cuda:3; it must be on the CPU: move it there"),
+        (("keys",), "values of layer 0 are on another device"),
+        (("queries",), "queries of layer 0 are on another device than the keys"),
+    ):
+        tensors = {name: [exchange.Array(t) for t in getattr(case, name)] for name in names}
+        refused(case, match, **tensors)
+    assert exchange.asked == 0
+    assert exchange.exported == exchange.deleted > 0
+    assert exchange.devices == [(2, 3)] * 2  # where the keys are there
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
+
+
+class OnDevice:
+    """A tensor that says it is on a device, and records what its __dlpack__ is asked for."""
+
+    def __init__(self, values: torch.Tensor, device: int, asked: list[dict[str, object]]) -> None:
+        self.values, self.device, self.asked = values.numpy(), device, asked
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device, 0
+
+    def __dlpack__(self, **options: object) -> object:
+        self.asked.append(options)
+        return self.values.__dlpack__(max_version=options["max_version"])
+
+
+@pytest.mark.parametrize(("stream", "told"), [(None, None), (0, 1), (1, 1), (2, 2), (1 << 40, 1 << 40)])
+def test_only_cuda_tensors_are_told_the_stream(case: Case, stream: int | None, told: int | None) -> None:
+    expected = make_case(SHAPE)
+    expected.rewrite(expected.processor())
+    asked: dict[int, list[dict[str, object]]] = {1: [], 2: []}
+    keys = [OnDevice(k, 2, asked[2]) for k in case.keys]
+    values = [OnDevice(v, 1, asked[1]) for v in case.values]
+    processor = case.processor()
+    bound = processor.bind(keys, values, case.queries, workspace=processor.workspace(), query_table=case.query_table)
+    for calls in asked.values():
+        assert calls == [{"max_version": (1, 0)}] * 2
+        calls.clear()
+    bound.rewrite(case.events, case.block_table, stream=stream)
+    assert asked[1] == [{"max_version": (1, 0)}] * 2
+    assert asked[2] == [{"max_version": (1, 0)} | ({} if told is None else {"stream": told})] * 2
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+
+
+def test_a_stream_leaves_the_exchange_api_to_cpu_tensors(case: Case) -> None:
+    on_cpu, on_cuda = Exchange(), Exchange(device=(2, 0))
+    on_cuda.Array.__dlpack_device__ = lambda self: (2, 0)
+    on_cuda.Array.__dlpack__ = lambda self, *, max_version, stream=None: self.array.__dlpack__(max_version=max_version)
+    processor = case.processor()
+    keys, values = [on_cpu.Array(k) for k in case.keys], [on_cpu.Array(v) for v in case.values]
+    bound = processor.bind(keys, values, case.queries, workspace=processor.workspace(), query_table=case.query_table)
+    bound.rewrite(case.events, case.block_table, stream=9)
+    assert (on_cpu.asked, on_cpu.exported, on_cpu.devices) == (0, 8, [])
+    bound = processor.bind(
+        case.keys,
+        case.values,
+        [on_cuda.Array(q) for q in case.queries],
+        workspace=processor.workspace(),
+        query_table=case.query_table,
+    )
+    with pytest.raises(InvalidArgumentError, match="queries of layer 0 moved"):  # its __dlpack__ says: to the CPU
+        bound.rewrite(case.events, case.block_table, stream=9)
+    assert on_cuda.exported == on_cuda.deleted
+
+
+def test_streams_are_numbers(case: Case) -> None:
+    processor = case.processor()
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    before = case.snapshot()
+    with pytest.raises(TypeError, match="stream is 'x'; it must be None or a cudaStream_t as a number"):
+        bound.rewrite(case.events, case.block_table, stream="x")
+    with pytest.raises(OverflowError):
+        bound.rewrite(case.events, case.block_table, stream=-1)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
 
 
 def test_a_subclass_is_asked_itself(case: Case) -> None:
@@ -1072,12 +1227,19 @@ def test_environment_forces_a_lower_instruction_set(monkeypatch: pytest.MonkeyPa
 
 
 def test_backends_and_build_info() -> None:
-    variants = [b["variant"] for b in bottleneck_ext.backends()]
-    assert variants[-1] == "scalar"
-    assert bottleneck_ext.backends()[-1]["available"]
+    found = bottleneck_ext.backends()
+    on_cpu = [b for b in found if b["backend"] == "cpu"]
+    assert (on_cpu[-1]["variant"], on_cpu[-1]["available"]) == ("scalar", True)
+    assert {b["device"] for b in on_cpu} == {"cpu"}
     info = bottleneck_ext.build_info()
-    assert info["version"] == bottleneck_ext.__version__
-    assert info["cuda"] is False
+    assert (info["version"], info["abi_version"]) == (bottleneck_ext.__version__, 3)
+    cuda = info["cuda"]
+    assert set(cuda) == {"compiled", "architectures", "available", "device", "driver", "cublaslt"}
+    assert [b["name"] for b in found[len(on_cpu) :]] == ["cuda"] * cuda["compiled"]  # the last
+    assert cuda["available"] == CUDA
+    assert (cuda["device"] is not None) == CUDA
+    if not cuda["compiled"]:
+        assert cuda == {**dict.fromkeys(cuda), "compiled": False, "architectures": [], "available": False}
 
 
 def test_module_survives_a_second_interpreter_dictionary() -> None:

@@ -19,7 +19,7 @@ import torch
 import bottleneck_ext
 from bottleneck_ext import InvalidArgumentError, Linear, UnsupportedError, Workspace
 
-AVAILABLE = [b["name"] for b in bottleneck_ext.backends() if b["available"]]
+AVAILABLE = [b["name"] for b in bottleneck_ext.backends() if b["available"] and b["backend"] == "cpu"]
 WEIGHT_DTYPES = ("float32", "bfloat16")
 DIMS = (1, 7, 33, 127, 384, 560)
 LAYERS = 3

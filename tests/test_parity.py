@@ -25,7 +25,7 @@ from bottlenecked import reference
 
 from .cases import LAYOUTS, NAMED, Case, Shape, make_case
 
-AVAILABLE = [b["name"] for b in bottleneck_ext.backends() if b["available"]]
+AVAILABLE = [b["name"] for b in bottleneck_ext.backends() if b["available"] and b["backend"] == "cpu"]
 EXAMPLES = int(os.environ.get("BOTTLENECKED_PARITY_EXAMPLES", "120"))
 
 MASS_TOLERANCE = 3e-5

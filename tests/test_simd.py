@@ -18,7 +18,7 @@ import pytest
 import bottleneck_ext
 
 ROOT = Path(__file__).parent.parent
-AVAILABLE = {b["variant"] for b in bottleneck_ext.backends() if b["available"]}
+AVAILABLE = {b["variant"] for b in bottleneck_ext.backends() if b["available"] and b["backend"] == "cpu"}
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
 INCLUDES = ["-Icsrc", "-Ikernels/cpu"]
 FORMS = {
@@ -82,6 +82,11 @@ def test_boundaries_on_this_machine(tmp_path: Path) -> None:
     if {"scalar"} == AVAILABLE:
         pytest.skip("this machine has no other backend to compare with the scalar one")
     assert ", 0 failed" in NATIVE.compile_and_run(tmp_path, "tests/variants.c", *CORE, *BACKEND)
+
+
+def test_boundaries_on_a_device(tmp_path: Path) -> None:
+    """The core's side of it: the device is the scalar backend, in memory that the host cannot touch."""
+    assert "0 failed" in NATIVE.compile_and_run(tmp_path, "tests/device.c", *CORE, *BACKEND).splitlines()
 
 
 def test_boundaries_on_neon(tmp_path: Path) -> None:

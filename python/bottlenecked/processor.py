@@ -81,8 +81,9 @@ class CacheProcessor:
         config: shape of backbone and Processor.
         weights: checkpoint names to float32, float16 or bfloat16 tensors on the CPU (NumPy, torch, ...).
         weight_dtype: "bfloat16" rounds both operands of every product with a weight to bfloat16 (float32 sums): half
-            the memory, and faster where the machine multiplies bfloat16. "auto" is "bfloat16" there and "float32"
-            elsewhere, so say which where machines must agree; the attribute `weight_dtype` says what it became.
+            the memory, and faster where the machine multiplies bfloat16. "auto" is "bfloat16" there, as on CUDA
+            devices, and "float32" elsewhere, so say which where machines must agree; the attribute `weight_dtype` says
+            what it became.
         backend: "cpu" (the best instruction set of this machine), "cuda" (its first device), "cuda:1", or one of
             ``bottleneck_ext.backends()``.
 
@@ -124,7 +125,7 @@ class CacheProcessor:
 
     @property
     def backend(self) -> str:
-        """For instance "cpu:avx512_bf16"."""
+        """For instance "cpu:avx512_bf16" or "cuda:0"."""
         return self.native.backend
 
     @property
@@ -241,7 +242,8 @@ class BoundCache:
         stream: a cudaStream_t as a number; None: that on which the caches' library works now.
         report: False returns None, and with a CUDA backend returns before the device is done: work that follows on the
             same stream sees the rewritten cache. What the device refuses meanwhile, for instance an edit that is not
-            finite, is raised by ``workspace.synchronize()`` or by the next call with this workspace.
+            finite, is raised by ``workspace.synchronize()`` or by the next call with this workspace, which then does
+            nothing else.
 
         InvalidArgumentError, UnsupportedError, DeviceError and MemoryError leave the caches untouched;
         RebuildNeededError means the write began and failed: discard these sequences.
