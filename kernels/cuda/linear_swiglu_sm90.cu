@@ -25,11 +25,6 @@ __device__ static inline void multiply(float (&sum)[64], uint64_t left, uint64_t
 {
     wgmma_m64n128k16(sum, left, right, __nv_bfloat16(), accumulate);
 }
-__device__ static inline void multiply(float (&sum)[128], uint64_t left, uint64_t right, int accumulate)
-{
-    wgmma_m64n256k16(sum, left, right, __nv_bfloat16(), accumulate);
-}
-
 /* Within a few units in the last place of f32, to be rounded to bf16. */
 __device__ static inline float swiglu(float gate, float up)
 {
