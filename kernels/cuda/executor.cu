@@ -199,20 +199,19 @@ void cuda_executor_destroy(void *memory)
     btx_error ignored;
     if (executor == NULL)
         return;
-    if (enter_device(executor->device, &scope, &ignored) == BTX_OK) {
-        for (int i = 0; i < BTX_PLAN_SLOTS; i++) {
-            if (executor->slots[i].in_use)
-                cudaEventSynchronize(executor->slots[i].done);
-            release_slot(&executor->slots[i]);
-        }
-        release_slot(&executor->capture_slot);
-        for (int i = 0; i <= BTX_MAX_MARKS; i++) {
-            if (executor->marks[i] != NULL)
-                cudaEventDestroy(executor->marks[i]);
-        }
-        cuda_linear_destroy(executor->linear);
-        leave_device(executor->device, &scope);
+    enter_device(executor->device, &scope, &ignored); /* a lost device is left all the same */
+    for (int i = 0; i < BTX_PLAN_SLOTS; i++) {
+        if (executor->slots[i].in_use)
+            cudaEventSynchronize(executor->slots[i].done);
+        release_slot(&executor->slots[i]);
     }
+    release_slot(&executor->capture_slot);
+    for (int i = 0; i <= BTX_MAX_MARKS; i++) {
+        if (executor->marks[i] != NULL)
+            cudaEventDestroy(executor->marks[i]);
+    }
+    cuda_linear_destroy(executor->linear);
+    leave_device(executor->device, &scope);
     cudaGetLastError();
     free(executor);
 }
@@ -587,6 +586,7 @@ void cuda_mark(void *memory, btx_stage stage)
     if ((*mark == NULL && cudaEventCreate(mark) != cudaSuccess) ||
         cudaEventRecord(*mark, executor->stream) != cudaSuccess) {
         executor->timed = 0;
+        cudaGetLastError(); /* or the next launch would be taken to have failed */
         return;
     }
     executor->mark_stage[++executor->num_marks] = stage;
