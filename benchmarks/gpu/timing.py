@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,10 +93,14 @@ class Timer:
 
 
 class Graph:
-    """call, captured in a CUDA graph after warming up on another stream; without a GPU just called."""
+    """call, captured in a CUDA graph after warming up on another stream; without a GPU just called.
+
+    Keeps call and what it returned, and so the memory that the graph works on: a workspace's too.
+    """
 
     def __init__(self, call: Call, *, on_gpu: bool, warm_up: int = 2) -> None:
-        self.replay: Call = call
+        self._call = call
+        self._graph: torch.cuda.CUDAGraph | None = None
         if not on_gpu:
             return
         stream = torch.cuda.Stream()
@@ -106,10 +109,12 @@ class Graph:
             for _ in range(warm_up):
                 call()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.kept: Any = call()  # what the graph writes lives as long as it
-        self.replay = self.graph.replay
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = call()
+
+    def replay(self) -> object:
+        return self._call() if self._graph is None else self._graph.replay()
 
 
 def _event() -> torch.cuda.Event:
