@@ -219,14 +219,14 @@ def replays(context: Context, loops: dict[str, Loop]) -> dict[str, list[float]]:
 
 
 def check(stock: Loop, setting: Setting, identity: CacheProcessor, expected: list[list[int]]) -> None:
-    """A Processor that changes nothing leaves stock's tokens."""
+    """A Processor that changes nothing leaves stock's tokens, where stock repeats them: large batches' products may not."""
     model = stock.model
     with attach(model, identity) as attachment:
         prepare = model.prepare_inputs_for_generation
         got = Loop(stock.context, model, stock.ids, prepare, stock.tokens).run()[1]
         if attachment.stats.boundaries == 0:
             checks.refuse(setting, "no boundary happened")
-    if got != expected:
+    if got != expected and stock.run()[1] == expected:  # else stock itself does not repeat its tokens
         at = next(i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b)
         checks.refuse(setting, f"an identity Processor generates other tokens than stock, from token {at} on")
 
