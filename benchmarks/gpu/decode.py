@@ -219,7 +219,7 @@ def replays(context: Context, loops: dict[str, Loop]) -> dict[str, list[float]]:
 
 
 def check(stock: Loop, setting: Setting, identity: CacheProcessor, expected: list[list[int]]) -> None:
-    """A Processor that changes nothing leaves stock's tokens, where stock repeats them: large batches' products may not."""
+    """A Processor that changes nothing leaves the tokens of stock, if that repeats its own: a large batch may not."""
     model = stock.model
     with attach(model, identity) as attachment:
         prepare = model.prepare_inputs_for_generation
