@@ -106,7 +106,7 @@ MUTANTS = [
         "if (key < key_end && column < plan.head_dim) {",
         "if (key < key_end) {",
     ),
-    Mutant(MASS, "splits are not weighed", "sum += part.sum * exp2f(part.largest - largest);", "sum += part.sum;"),
+    Mutant(MASS, "splits are not weighed", "sum += part.sum * exp2_fast(part.largest - largest);", "sum += part.sum;"),
     Mutant(TOP_K, "no barrier behind the clearing", "histogram[i] = 0; __syncthreads();", "histogram[i] = 0;"),
     Mutant(TOP_K, "one bin too far", "left <= before + first;", "left < before + first;"),
     Mutant(
