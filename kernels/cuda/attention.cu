@@ -1,18 +1,19 @@
 /* attention.cu - the Processor's own attention: among the rows of a step, no mask.
  *
  * Beside bf16 products it goes through matrix instructions, each f32 as the sum of two bf16 (its 16 leading bits), of
- * whose four products the three largest are taken: errors are of 2^-16, products' own are of 2^-9. Beside f32 products it
- * is f32: a thread has one query and goes through the step's keys, which come by in shared memory. */
+ * whose four products the three largest are taken: errors are of 2^-16, products' own are of 2^-9. Beside f32 products
+ * it is f32: a thread has one query and goes through the step's keys, which come by in shared memory. */
 #include "operations.cuh"
 
 #define THREADS 128
-#define KEYS 32     /* in shared memory at a time */
+#define KEYS 32        /* in shared memory at a time */
 #define KEYS_AT_ONCE 8 /* scores that share one look at the running maximum */
 
-/* ---- matrix instructions -------------------------------------------------------------------------------------------- */
+/* ---- matrix instructions --------------------------------------------------------------------------------------------
+ */
 
-#define SPLIT_KEYS 64  /* in shared memory at a time */
-#define SPLIT_WARPS 8  /* at most, of 16 queries each */
+#define SPLIT_KEYS 64 /* in shared memory at a time */
+#define SPLIT_WARPS 8 /* at most, of 16 queries each */
 
 /* Two neighbouring elements as sums of two bf16 each. */
 typedef struct split_pair {
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(SPLIT_WARPS *BTX_WARP)
     attention_split_kernel(const device_plan plan, const float *qkv, const int32_t dim, __nv_bfloat16 *out)
 {
     constexpr int KEY_STRIDE = SIZE + 8, VALUE_STRIDE = SPLIT_KEYS + 8;
-    __shared__ __align__(16) __nv_bfloat16 keys[2][SPLIT_KEYS][KEY_STRIDE];  /* high, low */
-    __shared__ __align__(16) __nv_bfloat16 values[2][SIZE][VALUE_STRIDE]; /* transposed */
+    __shared__ __align__(16) __nv_bfloat16 keys[2][SPLIT_KEYS][KEY_STRIDE]; /* high, low */
+    __shared__ __align__(16) __nv_bfloat16 values[2][SIZE][VALUE_STRIDE];   /* transposed */
     const device_step step = plan.steps[blockIdx.x];
     const int32_t num_rows = step.num_recalled + step.num_window, head = blockIdx.y;
     const int warp = threadIdx.x / BTX_WARP, lane = threadIdx.x % BTX_WARP, num_warps = blockDim.x / BTX_WARP;
@@ -178,7 +179,8 @@ __global__ void __launch_bounds__(SPLIT_WARPS *BTX_WARP)
     }
 }
 
-/* ---- plain f32 ------------------------------------------------------------------------------------------------------- */
+/* ---- plain f32
+ * ------------------------------------------------------------------------------------------------------- */
 
 /* Block: a step, a head, a layer. qkv [layers, rows, 3 * dim]; SIZE of a head. */
 template <int SIZE, typename Operand>
@@ -257,8 +259,7 @@ __global__ void __launch_bounds__(THREADS)
  * Block: warps of rows of a step, a head, a layer. */
 template <typename Operand>
 __global__ void __launch_bounds__(THREADS) attention_general_kernel(const device_plan plan, const float *qkv,
-                                                                    const int32_t dim, const int32_t size,
-                                                                    Operand *out)
+                                                                    const int32_t dim, const int32_t size, Operand *out)
 {
     const device_step step = plan.steps[blockIdx.x];
     const int32_t num_rows = step.num_recalled + step.num_window, head = blockIdx.y;

@@ -22,7 +22,8 @@
 static_assert(BTX_LSE_MIN_KEYS % SPLIT_KEYS == 0, "splits consist of whole tiles");
 static_assert(BTX_MASS_MIN_KEYS % MASS_KEYS == 0, "ranges consist of whole tiles");
 
-/* ---- 16-bit caches ------------------------------------------------------------------------------------------------ */
+/* ---- 16-bit caches ------------------------------------------------------------------------------------------------
+ */
 
 /* Scores of the warp's rows with SPLIT_KEYS keys from first_key on, added to the rows' sums. MASKED: a row's query may
  * see no key behind its last_key. */
@@ -145,9 +146,8 @@ __global__ void __launch_bounds__(THREADS)
 /* Keys on the left, 32 a warp, the KV head's queries on the right. Block: a range of keys, a KV head, a layer. mass
  * [layers, num_kv_heads, total_prior]. capacity: rows of queries that shared memory holds, a multiple of 16. */
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS)
-    mass_kernel(const device_plan plan, const int32_t layer_begin, const int32_t capacity, const partial_sum *partials,
-                float *mass)
+__global__ void __launch_bounds__(THREADS) mass_kernel(const device_plan plan, const int32_t layer_begin,
+                                                       const int32_t capacity, const partial_sum *partials, float *mass)
 {
     constexpr int STRIDE = padded<D>::stride;
     BTX_DYNAMIC_SHARED(shared);
@@ -231,7 +231,8 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* ---- everything else ---------------------------------------------------------------------------------------------- */
+/* ---- everything else ----------------------------------------------------------------------------------------------
+ */
 
 /* Scores of 32 keys (one a lane) with 32 rows (eight a warp), before scaling; zero behind either end. */
 template <typename T>
@@ -267,8 +268,8 @@ __device__ static void general_scores(const device_plan &plan, const device_step
         __syncthreads();
         for (int column = 0; column < GENERAL_TILE; column++) {
             const float k = keys[lane][column];
-        #pragma unroll
-    for (int i = 0; i < 8; i++)
+#pragma unroll
+            for (int i = 0; i < 8; i++)
                 score[i] = fmaf(queries[warp * 8 + i][column], k, score[i]);
         }
     }
@@ -342,8 +343,8 @@ __global__ void __launch_bounds__(THREADS)
         for (int32_t key = begin; key < end; key += GENERAL_TILE) {
             float score[8], total = 0.0f;
             general_scores<T>(plan, step, layer, kv_head, key, end, row, keys, queries, score);
-        #pragma unroll
-    for (int i = 0; i < 8; i++)
+#pragma unroll
+            for (int i = 0; i < 8; i++)
                 total += exp2f(fmaf(score[i], plan.scale_log2, -lse[warp * 8 + i]));
             part[warp][lane] = total;
             __syncthreads();
@@ -355,7 +356,8 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* ---- launches ----------------------------------------------------------------------------------------------------- */
+/* ---- launches -----------------------------------------------------------------------------------------------------
+ */
 
 static int32_t divide_up(int64_t a, int64_t b)
 {
@@ -446,8 +448,7 @@ size_t cuda_selection_scratch_bytes(const btx_plan *plan, int32_t max_layers, in
     }
     int64_t splits = divide_up(keys, BTX_LSE_MIN_KEYS);
     splits = splits < BTX_LSE_MAX_SPLITS ? splits : BTX_LSE_MAX_SPLITS;
-    return (size_t)max_layers * (size_t)max_rows * (size_t)splits * (size_t)plan->num_query_heads *
-           sizeof(partial_sum);
+    return (size_t)max_layers * (size_t)max_rows * (size_t)splits * (size_t)plan->num_query_heads * sizeof(partial_sum);
 }
 
 btx_status cuda_attention_mass(const btx_pass *pass, int32_t head_begin, int32_t head_end, float *mass,

@@ -11,7 +11,7 @@
 #define SPLIT_THREADS 256 /* two warpgroups of 64 queries */
 #define SPLIT_KEYS 128    /* of a tile: two products */
 #define SPLIT_STAGES 3
-#define MASS_ROWS 256     /* queries that stay in shared memory, at most */
+#define MASS_ROWS 256 /* queries that stay in shared memory, at most */
 
 /* Blocks of the second kernel: their warpgroups have 64 keys at a time, and so many are on a multiprocessor that some
  * take exponentials while others wait for their products. */
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(SPLIT_THREADS, 2)
         load_left<T, D>(query[k], tiles, warp * 16, k * 16);
     __syncthreads();
 
-    const int32_t r = first_row + warp * 16 + lane / 4; /* and r + 8 */
+    const int32_t r = first_row + warp * 16 + lane / 4;        /* and r + 8 */
     const int32_t num_keys = step.num_prior + step.num_window; /* rows behind the window's are to see no more either */
     const int32_t last_key[2] = {min(step.num_prior + r / plan.group, num_keys - 1),
                                  min(step.num_prior + (r + 8) / plan.group, num_keys - 1)};
@@ -314,7 +314,8 @@ __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_pro
 #endif
 }
 
-/* ---- launches ----------------------------------------------------------------------------------------------------- */
+/* ---- launches -----------------------------------------------------------------------------------------------------
+ */
 
 template <typename T, int D>
 static btx_status launch(const cuda_executor *executor, int32_t layer_begin, int32_t num_layers, partial_sum *partials,
@@ -335,8 +336,8 @@ static btx_status launch(const cuda_executor *executor, int32_t layer_begin, int
     const int mass_bytes = capacity * (D * 2 + 4) + mass_block<D>::keys * padded<D>::stride * 2;
     BTX_CUDA_TRY(cudaFuncSetAttribute(mass_sm90_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, mass_bytes),
                  "preparing mass_sm90_kernel");
-    BTX_LAUNCH((mass_sm90_kernel<T, D>), dim3(plan.num_ranges, plan.num_kv_heads, num_layers),
-               mass_block<D>::threads, mass_bytes, executor->stream, plan, layer_begin, capacity, partials, mass);
+    BTX_LAUNCH((mass_sm90_kernel<T, D>), dim3(plan.num_ranges, plan.num_kv_heads, num_layers), mass_block<D>::threads,
+               mass_bytes, executor->stream, plan, layer_begin, capacity, partials, mass);
     BTX_CUDA_CHECK("launching mass_sm90_kernel");
     return BTX_OK;
 }

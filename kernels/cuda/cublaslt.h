@@ -40,26 +40,26 @@ enum {
 };
 
 /* The functions, named as in the library without their prefix. Each returns a status but version. */
-#define BTX_CUBLASLT_FUNCTIONS(F)                                                                                    \
-    F(size_t, GetVersion, (void))                                                                                    \
-    F(int, Create, (lt_handle * *handle))                                                                            \
-    F(int, Destroy, (lt_handle * handle))                                                                            \
-    F(int, MatmulDescCreate, (lt_product * *product, int compute, int scale))                                        \
-    F(int, MatmulDescDestroy, (lt_product * product))                                                                \
-    F(int, MatmulDescSetAttribute, (lt_product * product, int name, const void *value, size_t size))                 \
-    F(int, MatrixLayoutCreate, (lt_layout * *layout, int type, uint64_t rows, uint64_t columns, int64_t stride))     \
-    F(int, MatrixLayoutDestroy, (lt_layout * layout))                                                                \
-    F(int, MatrixLayoutSetAttribute, (lt_layout * layout, int name, const void *value, size_t size))                 \
-    F(int, MatmulPreferenceCreate, (lt_preference * *preference))                                                    \
-    F(int, MatmulPreferenceDestroy, (lt_preference * preference))                                                    \
-    F(int, MatmulPreferenceSetAttribute, (lt_preference * preference, int name, const void *value, size_t size))     \
-    F(int, MatmulAlgoGetHeuristic,                                                                                   \
-      (lt_handle * handle, lt_product * product, lt_layout * a, lt_layout * b, lt_layout * c, lt_layout * d,         \
-       lt_preference * preference, int wanted, lt_heuristic * results, int *found))                                  \
-    F(int, Matmul,                                                                                                   \
-      (lt_handle * handle, lt_product * product, const void *alpha, const void *a, lt_layout * a_layout,             \
-       const void *b, lt_layout *b_layout, const void *beta, const void *c, lt_layout *c_layout, void *d,            \
-       lt_layout *d_layout, const lt_algorithm *algorithm, void *workspace, size_t workspace_bytes, void *stream))
+#define BTX_CUBLASLT_FUNCTIONS(F)                                                                                      \
+    F(size_t, GetVersion, (void))                                                                                      \
+    F(int, Create, (lt_handle * *handle))                                                                              \
+    F(int, Destroy, (lt_handle * handle))                                                                              \
+    F(int, MatmulDescCreate, (lt_product * *product, int compute, int scale))                                          \
+    F(int, MatmulDescDestroy, (lt_product * product))                                                                  \
+    F(int, MatmulDescSetAttribute, (lt_product * product, int name, const void *value, size_t size))                   \
+    F(int, MatrixLayoutCreate, (lt_layout * *layout, int type, uint64_t rows, uint64_t columns, int64_t stride))       \
+    F(int, MatrixLayoutDestroy, (lt_layout * layout))                                                                  \
+    F(int, MatrixLayoutSetAttribute, (lt_layout * layout, int name, const void *value, size_t size))                   \
+    F(int, MatmulPreferenceCreate, (lt_preference * *preference))                                                      \
+    F(int, MatmulPreferenceDestroy, (lt_preference * preference))                                                      \
+    F(int, MatmulPreferenceSetAttribute, (lt_preference * preference, int name, const void *value, size_t size))       \
+    F(int, MatmulAlgoGetHeuristic,                                                                                     \
+      (lt_handle * handle, lt_product * product, lt_layout * a, lt_layout * b, lt_layout * c, lt_layout * d,           \
+       lt_preference * preference, int wanted, lt_heuristic *results, int *found))                                     \
+    F(int, Matmul,                                                                                                     \
+      (lt_handle * handle, lt_product * product, const void *alpha, const void *a, lt_layout *a_layout, const void *b, \
+       lt_layout *b_layout, const void *beta, const void *c, lt_layout *c_layout, void *d, lt_layout *d_layout,        \
+       const lt_algorithm *algorithm, void *workspace, size_t workspace_bytes, void *stream))
 
 typedef struct cublaslt {
 #define BTX_CUBLASLT_FIELD(type, name, arguments) type(*name) arguments;

@@ -2,8 +2,8 @@
  * exponential; launches. Everything else they use is CUDA's own __shfl_*_sync, __ballot_sync, __syncthreads,
  * __syncwarp and atomics.
  *
- * The tests compile the same kernels for the host (BTX_EMULATE): tests/emulation/emulation.h then stands in for CUDA and
- * for this file's instructions. */
+ * The tests compile the same kernels for the host (BTX_EMULATE): tests/emulation/emulation.h then stands in for CUDA
+ * and for this file's instructions. */
 #ifndef BTX_DEVICE_CUH
 #define BTX_DEVICE_CUH
 
@@ -21,7 +21,7 @@
 #define BTX_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 /* kernel may be (kernel<...>) in parentheses. */
-#define BTX_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
+#define BTX_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...)                                                   \
     kernel<<<grid, threads, shared_bytes, stream>>>(__VA_ARGS__)
 
 /* ---- copies of 16 bytes from global to shared memory; both ends are 16-byte aligned ------------------------------ */
@@ -51,7 +51,8 @@ template <int pending> __device__ static inline void copy_async_wait(void)
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-/* ---- matrix fragments --------------------------------------------------------------------------------------------- */
+/* ---- matrix fragments ---------------------------------------------------------------------------------------------
+ */
 
 /* Four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8, 16 bytes, and gets of
  * each matrix the elements [l / 4][2 * (l % 4)] and its neighbour. */
@@ -94,7 +95,8 @@ __device__ static inline float exp2_fast(float x)
 }
 #endif /* BTX_EMULATE */
 
-/* ---- elements ----------------------------------------------------------------------------------------------------- */
+/* ---- elements -----------------------------------------------------------------------------------------------------
+ */
 
 __device__ static inline float to_f32(float x)
 {
@@ -124,7 +126,8 @@ template <> __device__ inline __nv_bfloat16 from_f32<__nv_bfloat16>(float x)
     return __float2bfloat16_rn(x);
 }
 
-/* ---- sums in a fixed order ---------------------------------------------------------------------------------------- */
+/* ---- sums in a fixed order ----------------------------------------------------------------------------------------
+ */
 
 __device__ static inline float warp_sum(float x)
 {

@@ -112,7 +112,8 @@ btx_status cuda_upload(int32_t device, void *memory, const void *from, size_t by
     return BTX_OK;
 }
 
-/* ---- slots -------------------------------------------------------------------------------------------------------- */
+/* ---- slots --------------------------------------------------------------------------------------------------------
+ */
 
 static void release_slot(plan_slot *slot)
 {
@@ -190,7 +191,8 @@ static btx_status tell_refusal(plan_slot *slot, btx_error *error)
                     sequence, layer);
 }
 
-/* ---- executor ----------------------------------------------------------------------------------------------------- */
+/* ---- executor -----------------------------------------------------------------------------------------------------
+ */
 
 void cuda_executor_destroy(void *memory)
 {
@@ -249,8 +251,8 @@ static btx_status fill_sm90a(cuda_executor *executor, btx_error *error)
     cudaError_t failure = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &executor->encode_tensor_map,
                                                            12000, cudaEnableDefault, &result);
 #else
-    cudaError_t failure = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &executor->encode_tensor_map,
-                                                  cudaEnableDefault, &result);
+    cudaError_t failure =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &executor->encode_tensor_map, cudaEnableDefault, &result);
 #endif
     if (failure != cudaSuccess || result != cudaDriverEntryPointSuccess) {
         cudaGetLastError();
@@ -268,9 +270,8 @@ static btx_status fill_executor(cuda_executor *executor, btx_error *error)
     BTX_CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, executor->device),
                  "asking for the device's architecture");
     executor->compute_capability = 10 * major + minor;
-    BTX_CUDA_TRY(
-        cudaDeviceGetAttribute(&executor->num_processors, cudaDevAttrMultiProcessorCount, executor->device),
-        "asking for the device's size");
+    BTX_CUDA_TRY(cudaDeviceGetAttribute(&executor->num_processors, cudaDevAttrMultiProcessorCount, executor->device),
+                 "asking for the device's size");
     BTX_CUDA_TRY(
         cudaDeviceGetAttribute(&executor->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, executor->device),
         "asking for the device's shared memory");
@@ -331,7 +332,8 @@ btx_status cuda_executor_run(void *memory, int64_t num_units, btx_unit_function 
     return status == BTX_OK ? recorded : status;
 }
 
-/* ---- the plan ----------------------------------------------------------------------------------------------------- */
+/* ---- the plan -----------------------------------------------------------------------------------------------------
+ */
 
 static int is_vector(const btx_tensor *view, int32_t head_dim)
 {
@@ -643,7 +645,8 @@ btx_status cuda_synchronize(void *memory, double *stage_seconds, btx_error *erro
     return status;
 }
 
-/* ---- description -------------------------------------------------------------------------------------------------- */
+/* ---- description --------------------------------------------------------------------------------------------------
+ */
 
 void btx_cuda_describe(btx_cuda_info *info)
 {

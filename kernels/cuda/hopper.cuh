@@ -52,13 +52,13 @@ __device__ static inline uint64_t make_descriptor(const void *first)
 /* What the warpgroup's threads did to their sums and operands in registers before comes before the products after. */
 __device__ static inline void wgmma_fence(void)
 {
-    BTX_HOPPER_ASM("wgmma.fence.sync.aligned;" ::: "memory");
+    BTX_HOPPER_ASM("wgmma.fence.sync.aligned;" :: : "memory");
 }
 
 /* Ends a group of products. */
 __device__ static inline void wgmma_commit(void)
 {
-    BTX_HOPPER_ASM("wgmma.commit_group.sync.aligned;" ::: "memory");
+    BTX_HOPPER_ASM("wgmma.commit_group.sync.aligned;" :: : "memory");
 }
 
 /* Waits until at most pending of the latest groups are under way. */
@@ -79,7 +79,7 @@ template <int N> __device__ static inline void wgmma_hold(float (&sum)[N])
  * copy engine do after the next barrier. */
 __device__ static inline void fence_async_proxy(void)
 {
-    BTX_HOPPER_ASM("fence.proxy.async.shared::cta;" ::: "memory");
+    BTX_HOPPER_ASM("fence.proxy.async.shared::cta;" :: : "memory");
 }
 
 /* sum [64, N] = accumulate ? sum : 0, + a [64, 16] b [N, 16]^T, bf16 or f16 by type, f32 sums. Started, not done: sums
@@ -153,7 +153,7 @@ __device__ static inline void barrier_init(uint64_t *barrier, unsigned count)
 /* After the last barrier_init, before a barrier of all threads. */
 __device__ static inline void barrier_init_fence(void)
 {
-    BTX_HOPPER_ASM("fence.mbarrier_init.release.cluster;" ::: "memory");
+    BTX_HOPPER_ASM("fence.mbarrier_init.release.cluster;" :: : "memory");
     fence_async_proxy();
 }
 
@@ -207,13 +207,13 @@ __device__ static inline void store_box(const CUtensorMap *map, const void *shar
 
 __device__ static inline void store_commit(void)
 {
-    BTX_HOPPER_ASM("cp.async.bulk.commit_group;" ::: "memory");
+    BTX_HOPPER_ASM("cp.async.bulk.commit_group;" :: : "memory");
 }
 
 /* Waits until the shared memory of this thread's stores can be overwritten. */
 __device__ static inline void store_wait_read(void)
 {
-    BTX_HOPPER_ASM("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    BTX_HOPPER_ASM("cp.async.bulk.wait_group.read 0;" :: : "memory");
 }
 
 /* Four 8 x 8 matrices of 16-bit elements to shared memory, as load_matrix_x4 reads them. */

@@ -12,7 +12,8 @@
 #include "half.h"
 #include "operations.cuh"
 
-/* ---- weights and operands: row-major, rows padded to 16 bytes with zeros ------------------------------------------ */
+/* ---- weights and operands: row-major, rows padded to 16 bytes with zeros ------------------------------------------
+ */
 
 static size_t element_size(btx_dtype dtype)
 {
@@ -76,7 +77,8 @@ btx_status cuda_linear(const btx_pass *pass, const btx_linear *weights, const vo
 
 #else
 
-/* ---- the library -------------------------------------------------------------------------------------------------- */
+/* ---- the library --------------------------------------------------------------------------------------------------
+ */
 
 static const char *const library_names[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
 /* Where wheels put it, from the folder that bottleneck_ext is in. */
@@ -127,9 +129,9 @@ static int load_library(cublaslt *lt)
     void *library = open_library();
     if (library == NULL)
         return 0;
-#define BTX_CUBLASLT_LOAD(type, name, arguments)                   \
-    *(void **)(void *)&lt->name = dlsym(library, "cublasLt" #name); \
-    if (lt->name == NULL)                                          \
+#define BTX_CUBLASLT_LOAD(type, name, arguments)                                                                       \
+    *(void **)(void *)&lt->name = dlsym(library, "cublasLt" #name);                                                    \
+    if (lt->name == NULL)                                                                                              \
         return 0;
     BTX_CUBLASLT_FUNCTIONS(BTX_CUBLASLT_LOAD)
 #undef BTX_CUBLASLT_LOAD
@@ -142,7 +144,8 @@ size_t cuda_linear_version(void)
     return load_library(&lt) ? lt.GetVersion() : 0;
 }
 
-/* ---- products ----------------------------------------------------------------------------------------------------- */
+/* ---- products -----------------------------------------------------------------------------------------------------
+ */
 
 #define WORKSPACE_BYTES ((size_t)8 << 20)
 #define ROW_BUCKET 16
@@ -216,13 +219,13 @@ static int make_call(const cublaslt *lt, const choice_key *key, int64_t rows, in
                                                 sizeof key->out_dim);
     }
     if (status == LT_SUCCESS)
-        status = make_layout(lt, &made->weight, type, key->in_dim, key->out_dim, key->in_dim, key->layers,
-                             weight_stride);
+        status =
+            make_layout(lt, &made->weight, type, key->in_dim, key->out_dim, key->in_dim, key->layers, weight_stride);
     if (status == LT_SUCCESS)
         status = make_layout(lt, &made->x, type, key->in_dim, rows, key->in_dim, key->layers, rows * key->in_dim);
     if (status == LT_SUCCESS)
-        status = make_layout(lt, &made->out, LT_R_32F, key->out_dim, rows, key->out_dim, key->layers,
-                             rows * key->out_dim);
+        status =
+            make_layout(lt, &made->out, LT_R_32F, key->out_dim, rows, key->out_dim, key->layers, rows * key->out_dim);
     return status;
 }
 

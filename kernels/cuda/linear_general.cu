@@ -12,7 +12,8 @@
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     product_kernel(const T *x, const unsigned char *weights, const int64_t layer_stride, const float *bias,
-                   const int64_t stride, const int64_t rows, const int64_t out_dim, const int32_t accumulate, float *out)
+                   const int64_t stride, const int64_t rows, const int64_t out_dim, const int32_t accumulate,
+                   float *out)
 {
     __shared__ float left[DEPTH][ROWS + 1], right[DEPTH][COLUMNS + 1];
     const int64_t column = (int64_t)blockIdx.x * COLUMNS, row = (int64_t)blockIdx.y * ROWS;
@@ -29,8 +30,7 @@ __global__ void __launch_bounds__(THREADS)
         }
         for (int i = threadIdx.x; i < COLUMNS * DEPTH; i += THREADS) {
             const int c = i / DEPTH, d = i % DEPTH;
-            right[d][c] =
-                column + c < out_dim && k + d < stride ? to_f32(weight[(column + c) * stride + k + d]) : 0.0f;
+            right[d][c] = column + c < out_dim && k + d < stride ? to_f32(weight[(column + c) * stride + k + d]) : 0.0f;
         }
         __syncthreads();
         for (int d = 0; d < DEPTH; d++) {

@@ -195,9 +195,9 @@ static btx_status launch(const btx_pass *pass, const btx_linear *weights, const 
     const cuda_executor *executor = executor_of(pass);
     const int64_t rows = btx_pass_rows(pass), dim = weights->out_dim / 2, out_stride = operand_stride(dim);
     const int bytes = STAGES * (32 * TILES + 64 * WARPS) * STRIDE * 2;
-    BTX_CUDA_TRY(cudaFuncSetAttribute(swiglu_kernel<TILES, WARPS, STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      bytes),
-                 "preparing swiglu_kernel");
+    BTX_CUDA_TRY(
+        cudaFuncSetAttribute(swiglu_kernel<TILES, WARPS, STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "preparing swiglu_kernel");
     BTX_LAUNCH((swiglu_kernel<TILES, WARPS, STAGES>),
                dim3(divide_up(out_stride, 32 * WARPS), divide_up(rows, 32 * TILES), (unsigned)num_layers_of(pass)),
                64 * WARPS, bytes, executor->stream, (const __nv_bfloat16 *)x, (const unsigned char *)weights->packed,

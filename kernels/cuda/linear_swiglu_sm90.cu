@@ -206,8 +206,8 @@ static btx_status launch(const btx_pass *pass, const btx_linear *weights, const 
     return BTX_OK;
 }
 
-/* Small tiles for few rows, of which large ones would compute many in vain and leave processors without one; measured on
- * an H200. */
+/* Small tiles for few rows, of which large ones would compute many in vain and leave processors without one; measured
+ * on an H200. */
 btx_status cuda_linear_swiglu_sm90(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
                                    btx_error *error)
 {

@@ -10,8 +10,8 @@
 
 /* Keys of one unit of work. Both depend on a step's own length alone, so that its mass does not depend on the batch. */
 #define BTX_LSE_MAX_SPLITS 16
-#define BTX_LSE_MIN_KEYS 512   /* of a split of attention_mass.cu's first kernel */
-#define BTX_MASS_MIN_KEYS 512  /* of a range of its second, a multiple of MASS_KEYS */
+#define BTX_LSE_MIN_KEYS 512  /* of a split of attention_mass.cu's first kernel */
+#define BTX_MASS_MIN_KEYS 512 /* of a range of its second, a multiple of MASS_KEYS */
 #define BTX_MASS_MAX_KEYS 2048
 
 #define BTX_NOT_REFUSED 0xffffffffu
@@ -38,13 +38,13 @@ typedef struct device_step {
     int32_t row_offset;
     int32_t sequence_begin;
     int32_t num_prior, num_window, num_recalled;
-    int32_t first_block;   /* of the sequence's, in its table */
-    int32_t block_offset;  /* of that block, in blocks */
-    int32_t page_offset;   /* of the sequence's pages, in pages */
+    int32_t first_block;  /* of the sequence's, in its table */
+    int32_t block_offset; /* of that block, in blocks */
+    int32_t page_offset;  /* of the sequence's pages, in pages */
     int32_t keys_per_split;
     int32_t num_splits;
     int32_t keys_per_range;
-    int32_t split_offset;  /* window rows times splits of the steps before: of partial log-sum-exps */
+    int32_t split_offset; /* window rows times splits of the steps before: of partial log-sum-exps */
 } device_step;
 
 typedef struct device_tile {
@@ -56,22 +56,22 @@ typedef struct device_plan {
     const device_layer *layers;
     const device_step *steps;
     const int32_t *blocks, *pages;
-    const int32_t *row_step;         /* [total_rows]: whose step a row is */
-    const device_tile *splits;       /* [num_splits] of all steps */
-    const device_tile *ranges;       /* [num_ranges] */
-    refusal *refused;                /* on the device */
-    refusal *refused_host;           /* page-locked, for the host to read */
+    const int32_t *row_step;   /* [total_rows]: whose step a row is */
+    const device_tile *splits; /* [num_splits] of all steps */
+    const device_tile *ranges; /* [num_ranges] */
+    refusal *refused;          /* on the device */
+    refusal *refused_host;     /* page-locked, for the host to read */
     const float *rope_inv_freq;
     int64_t total_prior;
     int32_t total_rows, num_steps;
     int32_t num_splits, num_ranges;
-    int32_t split_rows;              /* sum over steps of window rows times splits */
+    int32_t split_rows; /* sum over steps of window rows times splits */
     int32_t max_window, max_prior;
     int32_t num_kv_heads, group, head_dim; /* group: query heads of a KV head */
     int32_t block_size, page_size, pages_per_sequence;
     int32_t block_shift; /* log2 of block_size, or -1 */
-    float scale_log2; /* softmax_scale * log2(e) */
-    float mass_scale; /* 1 / num_query_heads, the window apart */
+    float scale_log2;    /* softmax_scale * log2(e) */
+    float mass_scale;    /* 1 / num_query_heads, the window apart */
 } device_plan;
 
 /* One call's worth of page-locked memory. */
@@ -92,11 +92,11 @@ typedef struct plan_slot {
 typedef struct cuda_executor {
     int32_t device;
     int32_t num_processors;
-    int32_t shared_limit; /* bytes of shared memory a block may ask for */
+    int32_t shared_limit;       /* bytes of shared memory a block may ask for */
     int32_t compute_capability; /* 90 for 9.0 */
     int32_t sm90a;              /* the device runs what was compiled for sm_90a */
     void *encode_tensor_map;    /* the driver's cuTensorMapEncodeTiled, NULL without sm90a or where it has none */
-    cudaStream_t stream;  /* of the call under way, or the latest */
+    cudaStream_t stream;        /* of the call under way, or the latest */
     int capturing, captured;
     plan_slot slots[BTX_PLAN_SLOTS];
     plan_slot capture_slot; /* its plan must live as long as the graph */
@@ -113,11 +113,11 @@ typedef struct cuda_executor {
 /* Turns a failed call into a status and a sentence; what says what was being done. */
 btx_status cuda_fail(cudaError_t failure, const char *what, btx_error *error);
 
-#define BTX_CUDA_TRY(call, what)                           \
-    do {                                                   \
-        cudaError_t failure_ = (call);                     \
-        if (failure_ != cudaSuccess)                       \
-            return cuda_fail(failure_, what, error);       \
+#define BTX_CUDA_TRY(call, what)                                                                                       \
+    do {                                                                                                               \
+        cudaError_t failure_ = (call);                                                                                 \
+        if (failure_ != cudaSuccess)                                                                                   \
+            return cuda_fail(failure_, what, error);                                                                   \
     } while (0)
 
 /* After a launch. */
@@ -129,7 +129,8 @@ void cuda_linear_destroy(struct linear_state *state);
 /* Version of the cuBLASLt that is or can be loaded, major * 10000 + minor * 100 + patch; 0 where there is none. */
 size_t cuda_linear_version(void);
 
-/* ---- where things lie --------------------------------------------------------------------------------------------- */
+/* ---- where things lie ---------------------------------------------------------------------------------------------
+ */
 
 /* Elements of a row of an operand: what products read in 16-byte pieces. */
 __host__ __device__ static inline int64_t operand_stride(int64_t dim)
@@ -143,16 +144,14 @@ __device__ static inline int64_t kv_offset(const device_plan &plan, const device
 {
     const unsigned position = (unsigned)(step.sequence_begin + index), size = (unsigned)plan.block_size;
     /* Most caches have one block a sequence, or blocks of a power of two: a division is 20 instructions. */
-    const unsigned block = position < size             ? 0
-                           : plan.block_shift >= 0 ? position >> plan.block_shift
-                                                   : position / size;
+    const unsigned block = position < size ? 0 : plan.block_shift >= 0 ? position >> plan.block_shift : position / size;
     return plan.blocks[step.block_offset + (int32_t)block - step.first_block] * view.stride[0] +
            (int64_t)(position - block * size) * view.stride[1];
 }
 
 /* Element (head 0, 0) of the query of the window's j-th position. */
-__device__ static inline int64_t query_offset(const device_plan &plan, const device_step &step,
-                                              const device_view &view, int32_t j)
+__device__ static inline int64_t query_offset(const device_plan &plan, const device_step &step, const device_view &view,
+                                              int32_t j)
 {
     const unsigned position = (unsigned)(step.sequence_begin + step.num_prior + j), size = (unsigned)plan.page_size;
     const unsigned page = position / size;

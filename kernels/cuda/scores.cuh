@@ -89,8 +89,7 @@ __device__ static inline void load_queries(const device_plan &plan, const device
             continue;
         }
         const int32_t head = kv_head * plan.group + r % plan.group;
-        const T *from =
-            (const T *)view.data + query_offset(plan, step, view, r / plan.group) + head * view.stride[2];
+        const T *from = (const T *)view.data + query_offset(plan, step, view, r / plan.group) + head * view.stride[2];
         load_row<T, D>(to, from, view.stride[3], view.vector, part);
     }
 }
@@ -108,8 +107,7 @@ template <typename T, int D>
 __device__ static inline void load_right(unsigned (&fragment)[4], const T *tile, int row, int column)
 {
     const int lane = threadIdx.x % BTX_WARP;
-    load_matrix_x4(fragment,
-                   tile + (row + lane % 8 + lane / 16 * 8) * padded<D>::stride + column + lane / 8 % 2 * 8);
+    load_matrix_x4(fragment, tile + (row + lane % 8 + lane / 16 * 8) * padded<D>::stride + column + lane / 8 % 2 * 8);
 }
 
 /* Running largest score and sum of one row over the columns that this lane sees. */

@@ -22,8 +22,8 @@ template <> __device__ inline float largest_of<__nv_bfloat16>()
 }
 
 /* The gated edit of a piece, keys turned forth when plan.rope_inv_freq says so. */
-__device__ static inline void load_edit(const device_plan &plan, const row_piece &piece, const float *delta,
-                                        float gate, const float *cosines, const float *sines, float (&edit)[8])
+__device__ static inline void load_edit(const device_plan &plan, const row_piece &piece, const float *delta, float gate,
+                                        const float *cosines, const float *sines, float (&edit)[8])
 {
     load_piece(delta + piece.column, 1, plan.head_dim % 8 == 0, piece.count, edit);
     for (int i = 0; i < 8; i++)

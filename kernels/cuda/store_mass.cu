@@ -27,11 +27,11 @@ btx_status cuda_store_mass(const btx_pass *pass, int32_t num_parts, const float 
     const int64_t length = out->shape[2];
     if (length == 0)
         return BTX_OK;
-    BTX_LAUNCH(store_mass_kernel,
-               dim3((unsigned)((length + THREADS - 1) / THREADS), (unsigned)plan.num_steps,
-                    (unsigned)num_layers_of(pass)),
-               THREADS, 0, executor->stream, plan, pass->layer_begin, num_parts, mass, (float *)out->data,
-               out->stride[0], out->stride[1], out->stride[2], length);
+    BTX_LAUNCH(
+        store_mass_kernel,
+        dim3((unsigned)((length + THREADS - 1) / THREADS), (unsigned)plan.num_steps, (unsigned)num_layers_of(pass)),
+        THREADS, 0, executor->stream, plan, pass->layer_begin, num_parts, mass, (float *)out->data, out->stride[0],
+        out->stride[1], out->stride[2], length);
     BTX_CUDA_CHECK("launching store_mass_kernel");
     return BTX_OK;
 }

@@ -10,8 +10,8 @@
 #define WARPS (THREADS / BTX_WARP)
 #define DIGIT_BITS 11
 #define BINS (1 << DIGIT_BITS) /* two a thread */
-#define RESIDENT 49152 /* values that are kept in shared memory, at most */
-#define PARTS_AT_ONCE 8 /* loads on their way */
+#define RESIDENT 49152         /* values that are kept in shared memory, at most */
+#define PARTS_AT_ONCE 8        /* loads on their way */
 
 /* An integer that orders as the value does. NaN counts as zero, and so does -0. */
 __device__ static inline unsigned order_of(float value)
