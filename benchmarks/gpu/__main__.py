@@ -82,7 +82,7 @@ def run(context: Context, cases: Sequence[str], end: float) -> Iterator[dict[str
                 if "refused" not in figure:
                     say(f"  {report.sentence(figure)}")
                 yield figure
-        except (Exception, SystemExit) as error:  # a device is lent for minutes: the other cases still run
+        except (Exception, SystemExit) as error:  # time on a device is dear: the other cases still run
             if not isinstance(error, SystemExit):
                 say(traceback.format_exc())
             say(f"  {name} stopped: {error}")

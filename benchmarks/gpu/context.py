@@ -84,7 +84,7 @@ class Context:
 
 
 def attempt(case: str, setting: Setting, measure: Callable[[], Figure]) -> Figure:
-    """The figure, or a line that says why there is none: a device is lent for minutes, and the rest still runs."""
+    """The figure, or a line that says why there is none: time on a device is dear, and the rest still runs."""
     try:
         return measure()
     except (Exception, SystemExit) as error:

@@ -91,7 +91,6 @@ __device__ static inline void fence_async_proxy(void)
         "+f"(sum[i + 6]), "+f"(sum[i + 7])
 #define BTX_SUMS_32(sum, i) BTX_SUMS_8(sum, i), BTX_SUMS_8(sum, i + 8), BTX_SUMS_8(sum, i + 16), BTX_SUMS_8(sum, i + 24)
 #define BTX_SUMS_64(sum, i) BTX_SUMS_32(sum, i), BTX_SUMS_32(sum, i + 32)
-#define BTX_SUMS_128(sum, i) BTX_SUMS_64(sum, i), BTX_SUMS_64(sum, i + 64)
 #define BTX_PLACES_32                                                                                                  \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                           \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -99,12 +98,6 @@ __device__ static inline void fence_async_proxy(void)
     BTX_PLACES_32 ", "                                                                                                 \
                   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
                   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define BTX_PLACES_128                                                                                                 \
-    BTX_PLACES_64 ", "                                                                                                 \
-                  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                   \
-                  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                   \
-                  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "       \
-                  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 /* places: of the sums' registers; a, b, p: numbers of the operands that follow, for a in registers its first. */
 #define BTX_DEFINE_WGMMA(N, T, type, places, sums, a, b, p)                                                            \
@@ -127,19 +120,9 @@ __device__ static inline void fence_async_proxy(void)
                        "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(accumulate) : "memory");                \
     }
 
-BTX_DEFINE_WGMMA(64, __nv_bfloat16, "bf16", BTX_PLACES_32, BTX_SUMS_32(sum, 0), 32, 33, 34)
 BTX_DEFINE_WGMMA(128, __nv_bfloat16, "bf16", BTX_PLACES_64, BTX_SUMS_64(sum, 0), 64, 65, 66)
-BTX_DEFINE_WGMMA(256, __nv_bfloat16, "bf16", BTX_PLACES_128, BTX_SUMS_128(sum, 0), 128, 129, 130)
 BTX_DEFINE_WGMMA_REGISTERS(64, __nv_bfloat16, "bf16", BTX_PLACES_32, BTX_SUMS_32(sum, 0), 32, 33, 34, 35, 36, 37)
-BTX_DEFINE_WGMMA_REGISTERS(128, __nv_bfloat16, "bf16", BTX_PLACES_64, BTX_SUMS_64(sum, 0), 64, 65, 66, 67, 68, 69)
-BTX_DEFINE_WGMMA_REGISTERS(256, __nv_bfloat16, "bf16", BTX_PLACES_128, BTX_SUMS_128(sum, 0), 128, 129, 130, 131, 132,
-                           133)
-BTX_DEFINE_WGMMA(64, __half, "f16", BTX_PLACES_32, BTX_SUMS_32(sum, 0), 32, 33, 34)
-BTX_DEFINE_WGMMA(128, __half, "f16", BTX_PLACES_64, BTX_SUMS_64(sum, 0), 64, 65, 66)
-BTX_DEFINE_WGMMA(256, __half, "f16", BTX_PLACES_128, BTX_SUMS_128(sum, 0), 128, 129, 130)
 BTX_DEFINE_WGMMA_REGISTERS(64, __half, "f16", BTX_PLACES_32, BTX_SUMS_32(sum, 0), 32, 33, 34, 35, 36, 37)
-BTX_DEFINE_WGMMA_REGISTERS(128, __half, "f16", BTX_PLACES_64, BTX_SUMS_64(sum, 0), 64, 65, 66, 67, 68, 69)
-BTX_DEFINE_WGMMA_REGISTERS(256, __half, "f16", BTX_PLACES_128, BTX_SUMS_128(sum, 0), 128, 129, 130, 131, 132, 133)
 
 /* ---- barriers in shared memory ----------------------------------------------------------------------------------- */
 
