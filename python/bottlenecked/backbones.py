@@ -99,22 +99,21 @@ def load(name_or_path: str | Path, *, dtype: DType = "float32") -> tuple[PreTrai
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported: use {', '.join(_DTYPES)}")
-    path = locate(name_or_path)
-    if path.is_file() and path.suffix != ".gguf":
-        raise FileNotFoundError(f"{path} is not a model: give its directory, a .gguf file, or smollm2")
+    directory, options = _files(name_or_path)
     transformers = _import("transformers", "transformers")
     torch = _import("torch", "torch")
-    options: dict[str, Any] = {"local_files_only": True}
-    directory = path
-    if path.suffix == ".gguf":
-        _import("gguf", "gguf")
-        directory, options["gguf_file"] = path.parent, path.name
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
-    if path.suffix == ".gguf":
+    if "gguf_file" in options:
         # Without this the weights stay in blocks and every matrix product unpacks them again.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), **options)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load` returns, without its model. Raises as `load` does."""
+    directory, options = _files(name_or_path)
+    return _import("transformers", "transformers").AutoTokenizer.from_pretrained(directory, **options)
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -209,6 +208,17 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if factor is not None:
         result.setdefault("partial_rotary_factor", factor)
     return result
+
+
+def _files(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """What transformers' `from_pretrained` is called with: a directory and options."""
+    path = locate(name_or_path)
+    if path.suffix == ".gguf":
+        _import("gguf", "gguf")
+        return path.parent, {"local_files_only": True, "gguf_file": path.name}
+    if path.is_file():
+        raise FileNotFoundError(f"{path} is not a model: give its directory, a .gguf file, or smollm2")
+    return path, {"local_files_only": True}
 
 
 def _describe_config(
@@ -385,6 +395,7 @@ def _import(module: str, package: str) -> Any:
 __all__ = [
     "describe",
     "load",
+    "load_tokenizer",
     "locate",
     "model_weights_hash",
     "rope_parameters",

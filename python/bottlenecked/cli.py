@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .training.cli import commands as training_commands
+
 if TYPE_CHECKING:
     from .config import CacheProcessorConfig
     from .processor import RewriteReport
@@ -35,6 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(training_commands)
 
 _PACKAGES = ("numpy", "safetensors", "torch", "transformers", "gguf", "vllm")
 _CHAT_HINT = "the tokenizer has no chat template"
@@ -472,22 +475,27 @@ def _load(model: str, dtype: DType) -> tuple[Any, Any]:
     from . import backbones
 
     backbones.locate(model)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
-    warnings.simplefilter("ignore")
-    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
-        raise ImportError("generate needs torch and transformers: pip install 'bottlenecked[transformers]'")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     try:
         return backbones.load(model, dtype=dtype.value)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # whatever the libraries that read the files raise
         raise ValueError(f"--model {model} cannot be loaded: {_sentence(error)}") from None
+
+
+def quiet_libraries() -> None:
+    """Before torch and transformers are imported: offline, and nothing printed but by us."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    warnings.simplefilter("ignore")
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
+        raise ImportError("this needs torch and transformers: pip install 'bottlenecked[transformers]'")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _encode(tokenizer: Any, text: str, *, raw: bool, system: str | None) -> dict[str, Any]:
