@@ -1,6 +1,7 @@
 """The compiled module. Tensors are anything with ``__dlpack__`` (NumPy, torch, CuPy, JAX); none is copied.
 
-Positions count cache positions of a sequence from 0. A step is ``(sequence, sequence_begin, step_begin, step_end)``.
+Positions count cache positions of a sequence from 0. A step is ``(sequence, sequence_begin, step_begin, step_end)``, or
+those and how many positions it is to recall where these are fewer than the Processor's top_k.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,6 +90,17 @@ class QueryCache:
     def head_dim(self) -> int: ...
     @property
     def dtype(self) -> str: ...
+    def capture(
+        self,
+        layer: int,
+        query: SupportsDLPack,
+        slots: SupportsDLPack,
+        block_to_page: SupportsDLPack,
+        *,
+        workspace: Workspace,
+        stream: int | None = None,
+    ) -> None:
+        """Copies queries [num_tokens, num_query_heads, head_dim] of tokens just computed to their blocks' pages."""
 
 @final
 class Workspace:
@@ -126,7 +138,7 @@ class Processor:
         self,
         kv_cache: KVCache,
         query_cache: QueryCache,
-        steps: Sequence[tuple[int, int, int, int]],
+        steps: Sequence[tuple[int, ...]],
         block_table: SupportsDLPack | None = None,
         *,
         workspace: Workspace,
@@ -160,7 +172,7 @@ class Linear:
 def attention_mass(
     kv_cache: KVCache,
     query_cache: QueryCache,
-    steps: Sequence[tuple[int, int, int, int]],
+    steps: Sequence[tuple[int, ...]],
     block_table: SupportsDLPack | None = None,
     *,
     out: SupportsDLPack,

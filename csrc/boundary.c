@@ -124,8 +124,8 @@ static btx_status check_step(const btx_step *step, int64_t index, const btx_plan
     return BTX_OK;
 }
 
-static btx_status lay_out(const btx_boundary *boundary, int32_t top_k, int32_t recent_window, btx_boundary_plan *out,
-                          const table_copy *blocks, const table_copy *pages, btx_error *error)
+static btx_status lay_out(const btx_boundary *boundary, int32_t top_k, int32_t recent_window, int for_writing,
+                          btx_boundary_plan *out, const table_copy *blocks, const table_copy *pages, btx_error *error)
 {
     btx_plan *plan = &out->plan;
     int64_t num_sequences = boundary->block_table.shape[0];
@@ -144,6 +144,11 @@ static btx_status lay_out(const btx_boundary *boundary, int32_t top_k, int32_t r
                                 "sequence %" PRId64 " is listed twice; one call rewrites one step of a sequence",
                                 step->sequence);
         }
+        if (step->top_k < -1 || (for_writing && step->top_k > top_k))
+            return btx_fail(error, BTX_INVALID_ARGUMENT,
+                            "step %" PRId64 " is to recall %" PRId64 " positions; its top_k must be 0 to %d, the "
+                            "Processor's",
+                            i, step->top_k, (int)top_k);
         btx_plan_step *planned = &out->steps[i];
         int64_t length = step->step_end - step->step_begin;
         planned->sequence = step->sequence;
@@ -152,7 +157,8 @@ static btx_status lay_out(const btx_boundary *boundary, int32_t top_k, int32_t r
         planned->window_begin = step->step_end - planned->num_window;
         planned->step_end = step->step_end;
         planned->num_prior = planned->window_begin - step->sequence_begin;
-        planned->num_recalled = planned->num_prior < top_k ? planned->num_prior : top_k;
+        int64_t recall = step->top_k == 0 || !for_writing ? top_k : step->top_k < 0 ? 0 : step->top_k;
+        planned->num_recalled = planned->num_prior < recall ? planned->num_prior : recall;
         planned->prior_offset = plan->total_prior;
         planned->row_offset = plan->total_rows;
         plan->total_prior += planned->num_prior;
@@ -262,7 +268,7 @@ btx_status btx_boundary_plan_create(const btx_boundary *boundary, btx_device dev
         block_table, (int32_t *)(out->tables + block_table_at), "block_table", "block", num_blocks, owners};
     const table_copy pages = {query_table, (int32_t *)(out->tables + query_table_at), "query_table", "page",
                               num_pages,   for_writing ? owners + num_blocks : NULL};
-    status = lay_out(boundary, top_k, recent_window, out, &blocks, &pages, error);
+    status = lay_out(boundary, top_k, recent_window, for_writing, out, &blocks, &pages, error);
 
 cleanup:
     free(owners);

@@ -29,7 +29,7 @@ extern "C" {
 #endif
 
 #define BTX_VERSION "0.1.0"
-#define BTX_ABI_VERSION 3u
+#define BTX_ABI_VERSION 4u
 #define BTX_MAX_DIMS 4
 #define BTX_MAX_RECENT_WINDOW 256
 #define BTX_MAX_TOP_K 65536
@@ -222,6 +222,7 @@ typedef struct btx_step {
     int64_t sequence_begin; /* first position that holds a token: left padding before it is never read */
     int64_t step_begin;
     int64_t step_end; /* one past the last position whose KV and query are cached */
+    int64_t top_k;    /* recall so many, at most the Processor's top_k; 0: as many as that; -1: none */
 } btx_step;
 
 /* The steps that ended with this engine step: one call rewrites them all. */
@@ -269,6 +270,18 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
 btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspace, const btx_boundary *boundary,
                               int32_t recent_window, btx_tensor *out, btx_error *error);
 
+/* Query capture: copies the queries of tokens that attention has just computed to their pages, for steps to come.
+ * query [num_tokens, num_query_heads, head_dim], after RoPE; slots i64 [n], of the first n tokens, n <= num_tokens:
+ * where the stack's cache keeps a token, block * page_size + row, or negative: skipped. block_to_page i32 [num_blocks]:
+ * the page that stands for a block, or negative: skipped. pages [num_pages, page_size, num_query_heads, head_dim],
+ * query's dtype: row slot % page_size of the page is written. All four are of the backend's device, where the copy is
+ * enqueued on stream; it allocates nothing and waits for nothing, so that a CUDA graph may hold it. No two tokens may
+ * share a row. A block or page that does not exist is refused on the CPU, before anything is written, and skipped on
+ * other devices. */
+btx_status btx_capture_queries(const btx_backend *backend, int32_t device_index, const btx_tensor *query,
+                               const btx_tensor *slots, const btx_tensor *block_to_page, const btx_tensor *pages,
+                               void *stream, btx_error *error);
+
 /* The top_k largest of mass f32 [rows, n], of which the first lengths[row] (i64 [rows]) count: i64 out
  * [rows, top_k], ascending, then -1. Ties go to the smaller position. */
 btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, const btx_tensor *lengths,
@@ -305,7 +318,7 @@ typedef struct btx_plan_step {
     int64_t step_end;
     int64_t num_prior;    /* window_begin - sequence_begin */
     int64_t num_window;   /* step_end - window_begin */
-    int64_t num_recalled; /* min(top_k, num_prior) */
+    int64_t num_recalled; /* min(top_k, num_prior), top_k of the step or else of the Processor */
     int64_t prior_offset; /* of this step in a layer's [total_prior] */
     int64_t row_offset;   /* in a layer's [total_rows]: recalled rows, then window rows */
 } btx_plan_step;
@@ -454,6 +467,12 @@ struct btx_backend {
                            float *delta, void *staged, float *delta_norm, float *row_norm, btx_error *error);
     /* cache = staged at positions. On a device nothing where the boundary has been refused. */
     btx_status (*write_kv)(const btx_pass *pass, const int32_t *positions, const void *staged, btx_error *error);
+
+    /* Apart from boundaries: btx_capture_queries. Its arguments are checked, but for the values of slots and
+     * block_to_page. */
+    btx_status (*capture_queries)(int32_t device_index, const btx_tensor *query, const btx_tensor *slots,
+                                  const btx_tensor *block_to_page, const btx_tensor *pages, void *stream,
+                                  btx_error *error);
 };
 
 /* Rows and prior positions of a pass, over its steps. */

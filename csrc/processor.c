@@ -653,10 +653,12 @@ static void cut_chunks(boundary_run *run)
 {
     const btx_plan *plan = run->plan;
     const int64_t limit = run->backend->layers_per_pass > 0 ? run->backend->rows_per_pass : 0;
+    const int64_t top_k = run->processor != NULL ? run->processor->config.top_k : 0;
     int64_t rows = 0;
     run->num_chunks = 0;
     for (int64_t s = 0; s < plan->num_steps; s++) {
-        int64_t more = plan->steps[s].num_recalled + plan->steps[s].num_window;
+        /* As many rows as without a top_k of its own: a chunk's prior positions are bounded by its rows. */
+        int64_t more = smaller(top_k, plan->steps[s].num_prior) + plan->steps[s].num_window;
         if (s == 0 || (limit > 0 && rows + more > limit)) {
             if (run->chunk_begin != NULL)
                 run->chunk_begin[run->num_chunks] = s;
@@ -1141,4 +1143,35 @@ cleanup:
     free(positions);
     free(scratch);
     return status;
+}
+
+btx_status btx_capture_queries(const btx_backend *backend, int32_t device_index, const btx_tensor *query,
+                               const btx_tensor *slots, const btx_tensor *block_to_page, const btx_tensor *pages,
+                               void *stream, btx_error *error)
+{
+    const int64_t any[4] = {-1, -1, -1, -1};
+    btx_status status = btx_backend_check(backend, error);
+    if (status != BTX_OK)
+        return status;
+    const btx_device device = {backend->device_type, device_index};
+    if (query->dtype != BTX_F32 && query->dtype != BTX_F16 && query->dtype != BTX_BF16)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "query is %s; it must be float32, float16 or bfloat16",
+                        btx_dtype_name(query->dtype));
+    status = btx_tensor_check_on(query, "query", query->dtype, 3, any, 0, device, error);
+    if (status == BTX_OK)
+        status = btx_tensor_check_on(slots, "slots", BTX_I64, 1, any, 0, device, error);
+    if (status == BTX_OK)
+        status = btx_tensor_check_on(block_to_page, "block_to_page", BTX_I32, 1, any, 0, device, error);
+    if (status != BTX_OK)
+        return status;
+    const int64_t shape[4] = {-1, -1, query->shape[1], query->shape[2]};
+    status = btx_tensor_check_on(pages, "pages", query->dtype, 4, shape, 1, device, error);
+    if (status != BTX_OK)
+        return status;
+    if (pages->shape[1] < 1)
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "pages have 0 rows; make them as long as a block");
+    if (slots->shape[0] > query->shape[0])
+        return btx_fail(error, BTX_INVALID_ARGUMENT, "there are %" PRId64 " slots for %" PRId64 " tokens in query",
+                        slots->shape[0], query->shape[0]);
+    return backend->capture_queries(device_index, query, slots, block_to_page, pages, stream, error);
 }

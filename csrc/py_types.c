@@ -50,6 +50,24 @@ static PyObject *view_dtype(const btx_tensor *view)
     return PyUnicode_FromString(btx_dtype_name(view->dtype));
 }
 
+/* stream: None, which leaves both as they are, or a cudaStream_t as a number. *dlpack: new, what DLPack calls it. */
+static int parse_stream(PyObject *stream, void **native, PyObject **dlpack)
+{
+    if (stream == Py_None)
+        return 0;
+    if (!PyLong_Check(stream)) {
+        PyErr_Format(PyExc_TypeError, "stream is %R; it must be None or a cudaStream_t as a number", stream);
+        return -1;
+    }
+    unsigned long long number = PyLong_AsUnsignedLongLong(stream);
+    if (PyErr_Occurred())
+        return -1;
+    *native = (void *)(uintptr_t)number;
+    /* DLPack calls the default stream 1. */
+    *dlpack = number == 0 ? PyLong_FromLong(1) : Py_NewRef(stream);
+    return *dlpack == NULL ? -1 : 0;
+}
+
 /* Frees an instance of a heap type. */
 static void free_instance(PyObject *self)
 {
@@ -273,14 +291,28 @@ static PyType_Slot kv_cache_slots[] = {
     {0, NULL},
 };
 
+PyDoc_STRVAR(capture_doc,
+             "capture($self, layer, query, slots, block_to_page, *, workspace, stream=None)\n--\n\n"
+             "Copies the queries of tokens that attention has just computed to their pages of one layer: query\n"
+             "[num_tokens, num_query_heads, head_dim], after RoPE, in the pages' dtype; slots int64 [n], of the first\n"
+             "n tokens: where the stack's cache keeps a token, block * page_size + row, negative: skipped;\n"
+             "block_to_page int32 [num_blocks]: the page that stands for a block, negative: skipped. All are of the\n"
+             "workspace's device, where the copy is enqueued on stream (a cudaStream_t as a number; None: that on\n"
+             "which query's library works now); a CUDA graph may hold it.\n\n"
+             "InvalidArgumentError: nothing was written.");
+
+static PyObject *query_cache_capture(PyObject *object, PyObject *args, PyObject *keywords);
+
+static PyMethodDef query_cache_methods[] = {
+    {"capture", (PyCFunction)(void (*)(void))query_cache_capture, METH_VARARGS | METH_KEYWORDS, capture_doc},
+    {0},
+};
+
 static PyType_Slot query_cache_slots[] = {
-    {Py_tp_doc, (void *)query_cache_doc},
-    {Py_tp_new, query_cache_new},
-    {Py_tp_dealloc, cache_dealloc},
-    {Py_tp_traverse, cache_traverse},
-    {Py_tp_clear, cache_clear},
-    {Py_tp_getset, query_cache_getset},
-    {0, NULL},
+    {Py_tp_doc, (void *)query_cache_doc}, {Py_tp_new, query_cache_new},
+    {Py_tp_dealloc, cache_dealloc},       {Py_tp_traverse, cache_traverse},
+    {Py_tp_clear, cache_clear},           {Py_tp_getset, query_cache_getset},
+    {Py_tp_methods, query_cache_methods}, {0, NULL},
 };
 
 PyType_Spec kv_cache_spec = {
@@ -444,6 +476,54 @@ PyType_Spec workspace_spec = {
     .slots = workspace_slots,
 };
 
+/* ---- query capture ---------------------------------------------------------------------------------- */
+
+static PyObject *query_cache_capture(PyObject *object, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"layer", "query", "slots", "block_to_page", "workspace", "stream", NULL};
+    static const char *const tensor_names[4] = {"query", "slots", "block_to_page", "queries"};
+    cache_object *self = (cache_object *)object;
+    module_state *state = module_state_of_self(Py_TYPE(object));
+    PyObject *tensors[4] = {NULL}, *workspace = NULL, *stream = Py_None, *number = NULL, *result = NULL;
+    Py_ssize_t layer;
+    borrowed_list borrowed = {0};
+    void *native_stream = NULL;
+    btx_error error = {{0}};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "nOOO|$O!O:capture", names, &layer, &tensors[0], &tensors[1],
+                                     &tensors[2], state->workspace_type, &workspace, &stream))
+        return NULL;
+    if (workspace == NULL) {
+        PyErr_SetString(PyExc_TypeError, "capture() needs the keyword argument workspace");
+        return NULL;
+    }
+    if (layer < 0 || layer >= self->num_layers)
+        return PyErr_Format(state->invalid_argument_error, "layer is %zd; there are %zd layers", layer,
+                            self->num_layers);
+    const workspace_object *of = (workspace_object *)workspace;
+    tensors[3] = PyTuple_GetItem(self->tensors, layer);
+    if (parse_stream(stream, &native_stream, &number) < 0 || borrowed_list_init(&borrowed, 4, number) < 0)
+        goto cleanup;
+    for (Py_ssize_t i = 0; i < 4; i++) {
+        if (borrow_tensor(state, &borrowed, i, tensors[i], tensor_names[i], i == 3 ? layer : -1) < 0)
+            goto cleanup;
+    }
+    if (!same_view(&borrowed.views[3], &self->views[layer])) {
+        PyErr_Format(state->invalid_argument_error,
+                     "queries of layer %zd moved or changed shape since the cache was bound; bind it again", layer);
+        goto cleanup;
+    }
+    if (stream == Py_None)
+        native_stream = current_stream(state, &borrowed, tensors[0]);
+    btx_status status = btx_capture_queries(of->backend, of->device_index, &borrowed.views[0], &borrowed.views[1],
+                                            &borrowed.views[2], &borrowed.views[3], native_stream, &error);
+    result = status == BTX_OK ? Py_NewRef(Py_None) : raise_status(state, status, &error);
+
+cleanup:
+    Py_XDECREF(number);
+    borrowed_list_clear(&borrowed);
+    return result;
+}
+
 /* ---- one boundary's arguments ------------------------------------------------------------------------ */
 
 typedef struct boundary_arguments {
@@ -467,7 +547,7 @@ static void boundary_arguments_clear(boundary_arguments *arguments)
     PyMem_Free(arguments->steps);
 }
 
-/* steps: a sequence of (sequence, sequence_begin, step_begin, step_end). */
+/* steps: a sequence of (sequence, sequence_begin, step_begin, step_end) or those and top_k. */
 static int parse_steps(PyObject *steps, boundary_arguments *arguments)
 {
     PyObject *fast = PySequence_Tuple(steps);
@@ -481,16 +561,20 @@ static int parse_steps(PyObject *steps, boundary_arguments *arguments)
         return -1;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
-        long long sequence, sequence_begin, step_begin, step_end;
+        long long sequence, sequence_begin, step_begin, step_end, top_k = -1;
         PyObject *tuple = PySequence_Tuple(PyTuple_GetItem(fast, i));
-        int parsed =
-            tuple != NULL && PyArg_ParseTuple(tuple, "LLLL:step", &sequence, &sequence_begin, &step_begin, &step_end);
+        int parsed = tuple != NULL &&
+                     PyArg_ParseTuple(tuple, "LLLL|L:step", &sequence, &sequence_begin, &step_begin, &step_end, &top_k);
         Py_XDECREF(tuple);
         if (!parsed) {
             Py_DECREF(fast);
             return -1;
         }
-        arguments->steps[i] = (btx_step){sequence, sequence_begin, step_begin, step_end};
+        arguments->steps[i] = (btx_step){sequence, sequence_begin, step_begin, step_end,
+                                         /* here 0 is none, and -1 the Processor's */
+                                         top_k == 0    ? -1
+                                         : top_k == -1 ? 0
+                                                       : top_k};
     }
     Py_DECREF(fast);
     arguments->boundary.steps = arguments->steps;
@@ -512,29 +596,11 @@ static int parse_table(module_state *state, boundary_arguments *arguments, Py_ss
     return 0;
 }
 
-/* stream: None, or a cudaStream_t as a number. */
-static int parse_stream(boundary_arguments *arguments, PyObject *stream)
-{
-    if (stream == Py_None)
-        return 0;
-    if (!PyLong_Check(stream)) {
-        PyErr_Format(PyExc_TypeError, "stream is %R; it must be None or a cudaStream_t as a number", stream);
-        return -1;
-    }
-    unsigned long long number = PyLong_AsUnsignedLongLong(stream);
-    if (PyErr_Occurred())
-        return -1;
-    arguments->boundary.stream = (void *)(uintptr_t)number;
-    /* DLPack calls the default stream 1. */
-    arguments->stream = number == 0 ? PyLong_FromLong(1) : Py_NewRef(stream);
-    return arguments->stream == NULL ? -1 : 0;
-}
-
 static int boundary_arguments_parse(module_state *state, boundary_arguments *arguments, cache_object *kv_cache,
                                     cache_object *query_cache, PyObject *steps, PyObject *block_table,
                                     double softmax_scale, PyObject *stream)
 {
-    if (parse_stream(arguments, stream) < 0 ||
+    if (parse_stream(stream, &arguments->boundary.stream, &arguments->stream) < 0 ||
         cache_borrow(state, kv_cache, arguments->stream, &arguments->kv, kv_names) < 0 ||
         cache_borrow(state, query_cache, arguments->stream, &arguments->queries, query_names) < 0 ||
         borrowed_list_init(&arguments->tables, 2, NULL) < 0 || parse_steps(steps, arguments) < 0)
@@ -805,7 +871,8 @@ PyDoc_STRVAR(rewrite_doc,
              "rewrite($self, kv_cache, query_cache, steps, block_table=None, *, workspace, softmax_scale=0.0,\n"
              "        recalled=None, delta_norm=None, row_norm=None, stream=None, wait=True)\n--\n\n"
              "Rewrites the steps that just ended, in place (arXiv 2505.16950, section 3.2): one call for all\n"
-             "sequences and layers. steps: (sequence, sequence_begin, step_begin, step_end) in cache positions.\n"
+             "sequences and layers. steps: (sequence, sequence_begin, step_begin, step_end) in cache positions,\n"
+             "and, where a step is to recall fewer than the Processor's top_k, how many.\n"
              "block_table: int32 [num_sequences, max_blocks]; None: block s is sequence s's only one.\n"
              "softmax_scale 0 means 1 / sqrt(head_dim). Outputs, where given: recalled int64\n"
              "[num_layers, num_steps, top_k] (positions ascending, then -1), delta_norm and row_norm float32\n"

@@ -67,6 +67,28 @@ def test_exceptions_are_the_documented_ones() -> None:
     assert not issubclass(BottleneckError, ValueError)
 
 
+@pytest.mark.parametrize("lengths", [((0, 60, 9), (3, 22, 5)), ((0, 300, 5),) * 40])
+def test_a_step_may_recall_fewer(lengths: tuple) -> None:
+    """top_k of an event: as a Processor of that top_k, bit for bit, also where the steps make many chunks."""
+    shape = replace(SHAPE, lengths=lengths, top_k=32)
+    for fewer in (0, 1, 3):
+        ours, theirs = make_case(shape), make_case(shape)
+        ours.events = [replace(event, top_k=fewer) for event in ours.events]
+        theirs.config = replace(theirs.config, top_k=fewer)
+        report = ours.rewrite(ours.processor())
+        assert [r.shape for r in report.recalled] == [(2, fewer)] * len(lengths)
+        expected = theirs.rewrite(theirs.processor())
+        assert all((a == b).all() for a, b in zip(report.recalled, expected.recalled, strict=True))
+        for a, b in zip(ours.pools, theirs.pools, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_a_step_may_not_recall_more(case: Case) -> None:
+    refused(case, "step 1 is to recall 5 positions; its top_k must be 0 to 4",
+            events=[case.events[0], replace(case.events[1], top_k=5)])  # fmt: skip
+    refused(case, "step 0 is to recall -2 positions", events=[replace(case.events[0], top_k=-2)])
+
+
 def test_rewrite_changes_exactly_the_selected_rows(case: Case) -> None:
     before = case.snapshot()
     report = case.rewrite(case.processor())
@@ -1232,7 +1254,7 @@ def test_backends_and_build_info() -> None:
     assert (on_cpu[-1]["variant"], on_cpu[-1]["available"]) == ("scalar", True)
     assert {b["device"] for b in on_cpu} == {"cpu"}
     info = bottleneck_ext.build_info()
-    assert (info["version"], info["abi_version"]) == (bottleneck_ext.__version__, 3)
+    assert (info["version"], info["abi_version"]) == (bottleneck_ext.__version__, 4)
     cuda = info["cuda"]
     assert set(cuda) == {"compiled", "architectures", "available", "device", "driver", "cublaslt"}
     assert [b["name"] for b in found[len(on_cpu) :]] == ["cuda"] * cuda["compiled"]  # the last

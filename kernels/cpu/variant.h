@@ -21,6 +21,7 @@
 #include "attention.c"
 #include "stage_kv.c"
 #include "write_kv.c"
+#include "capture_queries.c"
 
 /* One operation runs at a time on a lane, so they share one scratch. */
 static size_t btx_cpu_scratch_bytes(const btx_plan *plan, int32_t max_layers, int64_t max_rows, int64_t max_dim)
@@ -66,6 +67,7 @@ const btx_backend BTX_JOIN(btx_cpu_backend_, BTX_VARIANT) = {
     .attention = btx_cpu_attention,
     .stage_kv = btx_cpu_stage_kv,
     .write_kv = btx_cpu_write_kv,
+    .capture_queries = btx_cpu_capture_queries,
 };
 
 #endif /* BTX_VARIANT_H */

@@ -53,4 +53,5 @@ extern "C" const btx_backend btx_cuda_backend = {
     cuda_attention,
     cuda_stage_kv,
     cuda_write_kv,
+    cuda_capture_queries,
 };

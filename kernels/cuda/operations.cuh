@@ -38,6 +38,9 @@ btx_status cuda_attention(const btx_pass *pass, const float *qkv, int64_t dim, i
 btx_status cuda_stage_kv(const btx_pass *pass, const int32_t *positions, const float *gate, const float *rows,
                          float *delta, void *staged, float *delta_norm, float *row_norm, btx_error *error);
 btx_status cuda_write_kv(const btx_pass *pass, const int32_t *positions, const void *staged, btx_error *error);
+btx_status cuda_capture_queries(int32_t device_index, const btx_tensor *query, const btx_tensor *slots,
+                                const btx_tensor *block_to_page, const btx_tensor *pages, void *stream,
+                                btx_error *error);
 
 /* linear.cu, linear_general.cu, linear_swiglu.cu, linear_swiglu_sm90.cu */
 size_t cuda_packed_bytes(int64_t out_dim, int64_t in_dim, btx_dtype dtype, int32_t gated);

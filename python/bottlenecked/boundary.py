@@ -20,6 +20,7 @@ class BoundaryEvent:
     """The step [step_begin, step_end) of one sequence has ended and all its KV is written: rewrite now.
 
     sequence: the row of the batch (or of the block table). Positions before sequence_begin hold padding.
+    top_k: recall so many positions, at most the Processor's top_k; None: as many as that.
     A plain record; whoever rewrites checks it against the cache.
     """
 
@@ -27,6 +28,7 @@ class BoundaryEvent:
     step_begin: int
     step_end: int
     sequence_begin: int = 0
+    top_k: int | None = None
 
     def window_begin(self, recent_window: int) -> int:
         """First position of the window [window_begin, step_end), the last `recent_window` tokens of the step.

@@ -50,7 +50,8 @@ class RewriteReport:
     """What one rewrite did. Positions are cache positions.
 
     ``window_begin[i]``: first position of event i's rewritten window ``[window_begin, step_end)``.
-    ``recalled[i]``: int64 ``[num_layers, k_eff]``, ascending, ``k_eff = min(top_k, prior positions)``.
+    ``recalled[i]``: int64 ``[num_layers, k_eff]``, ascending, ``k_eff = min(top_k, prior positions)``, top_k the
+    event's own or else the Processor's.
     ``delta_norm``, ``row_norm``: float32 ``[num_layers, num_events]``, Euclidean norms of the gated edit and of the
     selected rows before it.
     ``stage_seconds``: seconds of mass, top_k, gather, processor and write, summed over threads; of the device, where
@@ -248,7 +249,9 @@ class BoundCache:
         InvalidArgumentError, UnsupportedError, DeviceError and MemoryError leave the caches untouched;
         RebuildNeededError means the write began and failed: discard these sequences.
         """
-        steps = [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in events]
+        steps = [
+            (e.sequence, e.sequence_begin, e.step_begin, e.step_end, -1 if e.top_k is None else e.top_k) for e in events
+        ]
         rewrite = functools.partial(
             self.processor.native.rewrite,
             self.kv_cache,
@@ -273,7 +276,7 @@ class BoundCache:
             events=tuple(events),
             window_begin=window_begin,
             recalled=tuple(
-                recalled[:, i, : min(config.top_k, begin - e.sequence_begin)]
+                recalled[:, i, : min(config.top_k if e.top_k is None else e.top_k, begin - e.sequence_begin)]
                 for i, (e, begin) in enumerate(zip(events, window_begin, strict=True))
             ),
             delta_norm=delta_norm,

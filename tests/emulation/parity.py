@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import bottleneck_ext
 from bottleneck_ext import _core
+from tests import test_capture as capture
 from tests import test_parity as cases
 from tests.cases import LAYOUTS, Case, Shape, make_case
 
@@ -161,6 +162,12 @@ def test_attention_mass_alone() -> None:
             mass = cases.reference_mass(case, layer, i)
             np.testing.assert_allclose(out[layer, i, : len(mass)], mass, rtol=cases.MASS_TOLERANCE, atol=1e-12)
             assert (out[layer, i, len(mass) :] == 0).all()
+
+
+@settings(max_examples=EXAMPLES, deadline=None, print_blob=True)
+@given(**capture.captures)
+def test_capture(**arguments: Any) -> None:
+    capture.check_capture(BACKEND, **arguments)
 
 
 # --- a device that is slow -------------------------------------------------------------------------------------
