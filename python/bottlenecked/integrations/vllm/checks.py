@@ -1,0 +1,169 @@
+"""What is refused at start, in one sentence that names the setting and the remedy.
+
+`check_server` looks at vLLM's configuration, in scheduler and workers; `check_layers` at the live attention layers, in
+workers. Both raise UnsupportedError for what cannot be served and InvalidArgumentError where model and Processor do not
+fit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bottleneck_ext import InvalidArgumentError, UnsupportedError
+
+from ...backbones import describe
+from ...config import CacheProcessorConfig
+from .capture import check_forward
+
+# Versions whose interfaces the tests have seen; docs/vllm.md has the table.
+OLDEST, NEWEST = (0, 32), (0, 32)
+
+_FIT = {
+    "num_layers": "layers",
+    "num_kv_heads": "KV heads",
+    "head_dim": "elements per head (head_dim)",
+    "num_query_heads": "query heads",
+}
+
+
+def check_version() -> None:
+    """vLLM's own version, and that its connector interface is the one we implement."""
+    import vllm
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    version = tuple(vllm.__version_tuple__[:2])
+    if not OLDEST <= version <= NEWEST:
+        tested = ".".join(map(str, OLDEST)) + (f" to {'.'.join(map(str, NEWEST))}" if NEWEST != OLDEST else "")
+        raise UnsupportedError(
+            f"vLLM {vllm.__version__} was not tested with this version of bottlenecked: install vLLM {tested}"
+        )
+    fields = getattr(SchedulerOutput, "__dataclass_fields__", {})
+    needed = {
+        "num_scheduled_tokens", "finished_req_ids", "preempted_req_ids", "has_sync_kv_loads", "kv_connector_block_state",
+    }  # fmt: skip
+    hooks = {
+        "build_connector_meta": 2, "get_num_new_matched_tokens": 3, "on_new_request": 2, "handle_preemptions": 2,
+        "start_load_kv": 3, "register_kv_caches": 2, "get_block_ids_with_load_errors": 1, "get_kv_connector_stats": 1,
+    }  # fmt: skip
+    missing = sorted(needed - set(fields))
+    for hook, count in hooks.items():
+        function = getattr(base.KVConnectorBase_V1, hook, None)
+        if function is None or len(inspect.signature(function).parameters) != count:
+            missing.append(hook)
+    if missing:
+        raise UnsupportedError(
+            f"vLLM {vllm.__version__} has another KV connector interface ({', '.join(missing)}): install vLLM "
+            f"{'.'.join(map(str, NEWEST))}"
+        )
+
+
+def check_server(vllm_config: Any, kv_cache_config: Any, processor: CacheProcessorConfig, directory: str) -> None:
+    """vllm_config, kv_cache_config: vLLM's. processor: the configuration of the checkpoint in `directory`."""
+    parallel, cache, model = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.model_config
+    transfer = vllm_config.kv_transfer_config
+    refusals = [
+        (
+            cache.enable_prefix_caching,
+            "prefix caching is on, which would give rewritten blocks to other requests: add --no-enable-prefix-caching",
+        ),
+        (
+            transfer.kv_connector == "MultiConnector",
+            "MultiConnector combines KV connectors: name BottleneckedConnector alone in --kv-transfer-config",
+        ),
+        (transfer.kv_role != "kv_both", f"kv_role is {transfer.kv_role!r}: set it to 'kv_both' in --kv-transfer-config"),
+        (vllm_config.speculative_config is not None, "speculative decoding is on: leave --speculative-config out"),
+        (model.is_encoder_decoder, "the model is an encoder-decoder: only decoder-only models are supported"),
+        (model.runner_type != "generate", f"--runner is {model.runner_type}: only generation is supported"),
+        (model.use_mla, "the model has multi-head latent attention: its cache holds no keys and values of heads"),
+        (model.get_sliding_window() is not None, "the model has sliding-window attention: choose one with full attention"),
+        (
+            parallel.decode_context_parallel_size > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "context parallelism spreads a sequence's cache over ranks: leave --decode-context-parallel-size out",
+        ),
+        (parallel.enable_dbo, "dual batch overlap runs two batches at once: leave --enable-dbo out"),
+        (getattr(model, "enable_sleep_mode", False), "sleep mode drops the KV cache: leave --enable-sleep-mode out"),
+        (cache.kv_sharing_fast_prefill, "layers that share a cache are not supported: leave --kv-sharing-fast-prefill out"),
+        (
+            getattr(cache, "kv_offloading_size", None) is not None,
+            "KV offloading moves blocks behind our back: leave --kv-offloading-size out",
+        ),
+        (
+            processor.boundary.timing == "pre",
+            f"the Processor in {directory} has boundary.timing 'pre', which needs the coming token: vLLM serves 'post'",
+        ),
+        (
+            processor.num_kv_heads % parallel.tensor_parallel_size != 0,
+            f"--tensor-parallel-size is {parallel.tensor_parallel_size}, which does not divide the "
+            f"{processor.num_kv_heads} KV heads",
+        ),
+        (
+            parallel.tensor_parallel_size > 1 and processor.key_space == "unrotated",
+            "the Processor's key_space 'unrotated' is not supported with --tensor-parallel-size above 1",
+        ),
+    ]  # fmt: skip
+    for applies, sentence in refusals:
+        if applies:
+            raise UnsupportedError(sentence)
+    groups = kv_cache_config.kv_cache_groups if kv_cache_config is not None else []
+    specs = [type(group.kv_cache_spec).__name__ for group in groups]
+    if specs and specs != ["FullAttentionSpec"]:
+        raise UnsupportedError(
+            f"the model's KV cache has the groups {', '.join(specs)}: only models with full attention in every layer "
+            "are supported"
+        )
+
+
+def check_fit(model_config: Any, processor: CacheProcessorConfig, *, check_weights: bool) -> None:
+    """InvalidArgumentError, naming what differs, unless the Processor was made for this model."""
+    text = model_config.hf_text_config
+    architectures = getattr(model_config.hf_config, "architectures", None) or getattr(text, "architectures", None)
+    try:
+        actual = describe({**text.to_dict(), "architectures": architectures})
+    except ValueError as error:
+        raise UnsupportedError(f"{model_config.model}: {error}") from None
+    remedy = "use the Processor of this model, or make one with `bottlenecked init`"
+    for key, words in _FIT.items():
+        if getattr(processor, key) != actual[key]:
+            raise InvalidArgumentError(
+                f"the Processor is for a backbone with {getattr(processor, key)} {words}, but {model_config.model} has "
+                f"{actual[key]}: {remedy}"
+            )
+    backbone = actual["backbone"]
+    if check_weights and processor.backbone.get("weights_hash") and (Path(model_config.model) / "config.json").is_file():
+        backbone["weights_hash"] = describe(model_config.model)["backbone"].get("weights_hash")
+    for key in ("architecture", "config_hash", "weights_hash"):
+        wanted, found = processor.backbone.get(key), backbone.get(key)
+        if wanted is not None and found is not None and wanted != found:
+            hint = ", or set check_weights to false" if key == "weights_hash" else ""
+            raise InvalidArgumentError(
+                f"the Processor's backbone has {key} {wanted}, but {model_config.model} has {found}: {remedy}{hint}"
+            )
+
+
+def check_layers(layers: Mapping[str, Any], cache_dtypes: Mapping[str, Any]) -> None:
+    """layers: attention layers by name; cache_dtypes: of their caches."""
+    import torch
+
+    for name, layer in layers.items():
+        impl = getattr(layer, "impl", None)
+        check_forward(name, impl)
+        for attribute, words in {
+            "sinks": "attention sinks",
+            "alibi_slopes": "ALiBi",
+            "kv_sharing_target_layer_name": "a cache shared with another layer",
+        }.items():
+            if getattr(impl, attribute, None) is not None:
+                raise UnsupportedError(f"the attention of {name} has {words}: not supported")
+        if getattr(impl, "logits_soft_cap", None):
+            raise UnsupportedError(f"the attention of {name} caps its logits: not supported")
+        if cache_dtypes[name] not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UnsupportedError(
+                f"the KV cache of {name} is {cache_dtypes[name]}: use --kv-cache-dtype auto with a model in float32, "
+                "float16 or bfloat16"
+            )
+    if len({float(layer.impl.scale) for layer in layers.values()}) > 1:
+        raise UnsupportedError("the model does not scale all its attention layers alike: not supported")

@@ -1,0 +1,274 @@
+"""The half beside vLLM's scheduler: detects the ends of steps and says what the workers have to do before a forward.
+
+`build` runs when vLLM has scheduled a step and before its counters advance: the KV of every position below a request's
+`num_computed_tokens` is written by the forwards before, and their tokens are known, also under asynchronous
+scheduling. Each running request that is rewritten owns a *row*: `pages_per_row` pages of every layer's query cache,
+into which blocks of the last `recent_window` positions are mapped as they come and go (block j of a sequence has page
+j % pages_per_row of its row).
+
+A preempted request loses its blocks. Computing it again would lose its rewrites, so workers save its keys, values and
+queries, and put them back into the blocks it is given later; meanwhile it owns no row.
+
+Nothing here may raise: it would stop the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...boundary import BoundaryDetector
+from ...config import CacheProcessorConfig
+from .options import RequestOptions, ServerOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """The step [step_begin, step_end) of one request has ended: see BoundaryEvent. blocks: its block table."""
+
+    row: int
+    step_begin: int
+    step_end: int
+    top_k: int | None
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Save or restore positions [0, length) of a request: keys and values in blocks, queries in the pages of row."""
+
+    request_id: str
+    row: int
+    length: int
+    blocks: tuple[int, ...]
+
+
+@dataclass
+class Plan:
+    """What workers do before one forward, in this order.
+
+    drop: saved requests to forget. save: before their blocks are written by others. unmap: blocks that have no query
+    page any more; map: (block, page). restore: into the new blocks. rewrite: at most one step a request.
+    """
+
+    drop: list[str] = field(default_factory=list)
+    save: list[Transfer] = field(default_factory=list)
+    unmap: list[int] = field(default_factory=list)
+    map: list[tuple[int, int]] = field(default_factory=list)
+    restore: list[Transfer] = field(default_factory=list)
+    rewrite: list[Rewrite] = field(default_factory=list)
+
+    @property
+    def precedes_forward(self) -> bool:
+        """Whether the coming forward reads what this writes into the KV cache."""
+        return bool(self.restore or self.rewrite)
+
+
+@dataclass
+class _Tracked:
+    """A request that is rewritten. prompt_length: of step 0. announced: positions the detector knows of."""
+
+    request: Any
+    sequence: int
+    top_k: int | None
+    prompt_length: int
+    announced: int = 0
+    row: int = -1  # none: not running
+    written: int = 0  # positions whose KV is written once the scheduled forwards are done
+    blocks: tuple[int, ...] = ()
+    pages: dict[int, int] = field(default_factory=dict)  # of mapped blocks
+    saved: bool = False
+
+
+class SchedulerHalf:
+    """State of all unfinished requests that are rewritten.
+
+    config: of the Processor. line_ending_ids: tokens that end a step. block_size: positions in a block. num_rows: how
+    many requests run at once. max_saved_tokens: see ServerOptions.
+    """
+
+    def __init__(
+        self,
+        config: CacheProcessorConfig,
+        options: ServerOptions,
+        *,
+        line_ending_ids: Iterable[int],
+        block_size: int,
+        num_rows: int,
+        max_saved_tokens: int,
+    ) -> None:
+        self.config = config
+        self.options = options
+        self.block_size = block_size
+        self.pages_per_row = pages_per_row(config.recent_window, block_size)
+        self.max_saved_tokens = max_saved_tokens
+        self.skipped: Counter[str] = Counter()
+        self._detector = BoundaryDetector(
+            config.boundary, rewrite_prompt=config.rewrite_prompt, token_ids=line_ending_ids
+        )
+        self._tracked: dict[str, _Tracked] = {}
+        self._free_rows = list(range(num_rows))[::-1]
+        self._saved_tokens = 0
+        self._next_sequence = 0
+        self._next_plan = Plan()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is held for any request."""
+        return not self._tracked and not self._saved_tokens
+
+    def add(self, request: Any) -> None:
+        """A request has arrived: vLLM's Request."""
+        parameters = request.sampling_params
+        if parameters is None:
+            return  # pooling
+        options, wrong = RequestOptions.of(parameters.extra_args, self.options, self.config.top_k)
+        if wrong:
+            logger.warning("request %s: %s; the server's setting is used", request.request_id, wrong)
+            self.skipped["unusable request option"] += 1
+        if not options.rewrite:
+            self.skipped["off by request" if self.options.rewrite else "off by default"] += 1
+            return
+        if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
+            self.skipped["prompt embeddings or streaming input"] += 1
+            return
+        self._tracked[request.request_id] = _Tracked(
+            request, self._next_sequence, options.top_k, request.num_prompt_tokens
+        )
+        self._next_sequence += 1
+
+    def restorable(self, request: Any) -> int | None:
+        """Positions of a waiting request that workers can restore: 0 of one that was never saved.
+
+        None: wait. A token whose KV is written may still be on its way to the scheduler; until it is there, the request
+        has no token left to compute.
+        """
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or not tracked.saved:
+            return 0
+        return tracked.written if tracked.written < request.num_tokens else None
+
+    def finish(self, request_id: str) -> None:
+        """A request has ended, however: nothing is kept of it here, and after the next step nothing in workers."""
+        self._remove(request_id, self._next_plan)
+
+    def build(self, scheduled: Any) -> Plan:
+        """What has to precede the forward of vLLM's SchedulerOutput. Blocks are those the forward will use."""
+        plan, self._next_plan = self._next_plan, Plan()
+        for request_id in scheduled.preempted_req_ids or ():
+            if (tracked := self._tracked.get(request_id)) is not None:
+                self._preempt(tracked, plan)
+        for request_id, count in scheduled.num_scheduled_tokens.items():
+            if (tracked := self._tracked.get(request_id)) is not None:
+                blocks = scheduled.kv_connector_block_state.get_block_ids(request_id)[0]
+                self._advance(tracked, count, tuple(blocks), plan)
+        return plan
+
+    def _advance(self, tracked: _Tracked, count: int, blocks: tuple[int, ...], plan: Plan) -> None:
+        """The coming forward writes `count` positions of this request."""
+        request_id, length = tracked.request.request_id, tracked.request.num_computed_tokens
+        if length < tracked.announced:
+            # Its KV is computed again, without rewrites: all of it is one step then, as if it had come as a prompt.
+            self._forget_saved(tracked, plan)
+            self._detector.drop(tracked.sequence)
+            tracked.announced, tracked.prompt_length = 0, tracked.request.num_tokens
+            self.skipped["computed again"] += 1
+        if tracked.row < 0:
+            if not self._free_rows:
+                logger.error("no query row is free for request %s: it is served without rewrites", request_id)
+                self._remove(request_id, plan)
+                self.skipped["no query row"] += 1
+                return
+            tracked.row = self._free_rows.pop()
+        if tracked.saved:
+            plan.restore.append(Transfer(request_id, tracked.row, tracked.written, blocks))
+            self._saved_tokens -= tracked.written
+            tracked.saved = False
+        event = self._announce(tracked, length)
+        if event is not None:
+            used = blocks[: -(-length // self.block_size)]
+            plan.rewrite.append(Rewrite(tracked.row, event.step_begin, event.step_end, tracked.top_k, used))
+        tracked.written = length + count
+        tracked.blocks = blocks
+        self._map(tracked, plan)
+
+    def _announce(self, tracked: _Tracked, length: int) -> Any:
+        """Tells the detector of all positions below length; returns the step that ends there."""
+        if tracked.announced == 0:
+            self._detector.start(tracked.sequence)
+        in_prompt = min(length, tracked.prompt_length) - tracked.announced
+        if in_prompt > 0:
+            self._detector.prompt(tracked.sequence, in_prompt)
+            tracked.announced += in_prompt
+        if tracked.announced < tracked.prompt_length:
+            return None
+        for position in range(tracked.announced, length):
+            if self._detector.decode(tracked.sequence, tracked.request.all_token_ids[position]) is not None:
+                self.skipped["several tokens at once"] += 1  # the step ended before the last of them
+        tracked.announced = length
+        return self._detector.due(tracked.sequence)
+
+    def _map(self, tracked: _Tracked, plan: Plan) -> None:
+        """Query pages for the blocks of the last recent_window positions."""
+        first = max(0, tracked.written - self.config.recent_window) // self.block_size
+        last = (tracked.written - 1) // self.block_size
+        begin = tracked.row * self.pages_per_row
+        wanted = {tracked.blocks[j]: begin + j % self.pages_per_row for j in range(first, last + 1)}
+        plan.unmap += [block for block, page in tracked.pages.items() if wanted.get(block) != page]
+        plan.map += [(block, page) for block, page in wanted.items() if tracked.pages.get(block) != page]
+        tracked.pages = wanted
+
+    def _remove(self, request_id: str, plan: Plan) -> None:
+        """Nothing of this request is kept."""
+        tracked = self._tracked.pop(request_id, None)
+        if tracked is None:
+            return
+        self._leave(tracked, plan)
+        self._forget_saved(tracked, plan)
+        if tracked.announced:
+            self._detector.drop(tracked.sequence)
+
+    def _preempt(self, tracked: _Tracked, plan: Plan) -> None:
+        if tracked.row < 0:
+            return
+        if self._saved_tokens + tracked.written <= self.max_saved_tokens:
+            plan.save.append(Transfer(tracked.request.request_id, tracked.row, tracked.written, tracked.blocks))
+            self._saved_tokens += tracked.written
+            tracked.saved = True
+        else:
+            logger.warning(
+                "request %s is preempted and not saved: %d tokens are saved, and max_saved_tokens is %d",
+                tracked.request.request_id,
+                self._saved_tokens,
+                self.max_saved_tokens,
+            )
+        self._leave(tracked, plan)
+
+    def _leave(self, tracked: _Tracked, plan: Plan) -> None:
+        """Gives row and pages back."""
+        plan.unmap += tracked.pages
+        tracked.pages = {}
+        if tracked.row >= 0:
+            self._free_rows.append(tracked.row)
+            tracked.row = -1
+
+    def _forget_saved(self, tracked: _Tracked, plan: Plan) -> None:
+        if not tracked.saved:
+            return
+        self._saved_tokens -= tracked.written
+        tracked.saved = False
+        # What this very step would have saved and dropped is not saved at all.
+        kept = [save for save in plan.save if save.request_id != tracked.request.request_id]
+        if len(kept) == len(plan.save):
+            plan.drop.append(tracked.request.request_id)
+        plan.save = kept
+
+
+def pages_per_row(recent_window: int, block_size: int) -> int:
+    """Query pages of a row: blocks that recent_window positions may touch."""
+    return -(-recent_window // block_size) + 1
