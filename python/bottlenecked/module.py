@@ -54,7 +54,7 @@ class CacheProcessorModule(torch.nn.Module):
         """Trainable parameters over all layers."""
         return sum(p.numel() for p in self.parameters())
 
-    def forward(self, x: Tensor, row_lengths: Sequence[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, row_lengths: Sequence[int] | None = None, positions: Tensor | None = None) -> Tensor:
         """The gated edits sigmoid(gate) * delta of all layers (section 3).
 
         x: [num_layers, rows, C], the selected KV rows of one or more sequences, one after the other, each
@@ -62,10 +62,13 @@ class CacheProcessorModule(torch.nn.Module):
             dtype (float32 unless the module was converted).
         row_lengths: rows of each sequence, 1 or more, summing to `rows`; default: one sequence. A sequence's
             rows see only each other.
+        positions: an ablation that checkpoints cannot express: integers [num_layers, rows]; the block's queries and
+            keys are rotated by them (RoPE, base 10000).
 
+        Under `torch.autocast` products are of its dtype, and everything between them stays in the parameters'.
         Returns the edits, [num_layers, rows, C], in the parameters' dtype. ValueError where a shape is wrong.
         """
-        return self._edits(x, row_lengths, slice(None))
+        return self._edits(x, row_lengths, slice(None), positions)
 
     def forward_layer(self, layer: int, x: Tensor, row_lengths: Sequence[int] | None = None) -> Tensor:
         """`forward` for one layer: x [rows, C] -> its gated edits [rows, C]."""
@@ -73,7 +76,9 @@ class CacheProcessorModule(torch.nn.Module):
             raise ValueError(f"layer is {layer}, but it must be from 0 to {self.config.num_layers - 1}")
         return self._edits(x[None], row_lengths, slice(layer, layer + 1))[0]
 
-    def _edits(self, x: Tensor, row_lengths: Sequence[int] | None, layers: slice) -> Tensor:
+    def _edits(
+        self, x: Tensor, row_lengths: Sequence[int] | None, layers: slice, positions: Tensor | None = None
+    ) -> Tensor:
         config, shapes = self.config, self.config.layer_shapes()
 
         def parameter(name: str) -> Tensor:
@@ -87,8 +92,10 @@ class CacheProcessorModule(torch.nn.Module):
         def project(name: str, y: Tensor) -> Tensor:
             weight = parameter(f"{name}.weight").transpose(1, 2)
             if f"{name}.bias" in shapes:
-                return torch.baddbmm(parameter(f"{name}.bias")[:, None], y, weight)
-            return torch.bmm(y, weight)
+                product = torch.baddbmm(parameter(f"{name}.bias")[:, None], y, weight)
+            else:
+                product = torch.bmm(y, weight)
+            return product.to(y.dtype)
 
         gate = parameter("gate")
         if x.dim() != 3 or x.shape[0] != len(gate) or x.shape[1] < 1 or x.shape[2] != config.kv_width:
@@ -102,10 +109,23 @@ class CacheProcessorModule(torch.nn.Module):
         u = project("in_proj", norm("input_norm", x.to(gate.dtype)))
         y = norm("attn_norm", u)
         q, k, v = project("q_proj", y), project("k_proj", y), project("v_proj", y)
+        if positions is not None:
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
         u = u + project("o_proj", self._attend(q, k, v, row_lengths))
         z = norm("mlp_norm", u)
         u = u + project("down_proj", F.silu(project("gate_proj", z)) * project("up_proj", z))
         return torch.sigmoid(gate)[:, None, None] * project("out_proj", u)
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """RoPE of each head in x [layers, rows, d_p]; i pairs with i + half. ValueError for heads of odd size."""
+        half, odd = divmod(self.config.processor_dim // self.config.processor_heads, 2)
+        if odd:
+            raise ValueError(f"positions need Processor heads of even size, not {2 * half + 1}")
+        steps = torch.arange(half, dtype=torch.float32, device=x.device) / half
+        angles = (positions[..., None] * 10000.0**-steps).to(x.dtype)[:, :, None]
+        first, second = x.view(*x.shape[:2], self.config.processor_heads, -1).chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, row_lengths: Sequence[int]) -> Tensor:
         """Attention without a causal mask within each sequence; everything [layers, rows, d_p]."""
