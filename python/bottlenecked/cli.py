@@ -1,4 +1,4 @@
-"""The `bottlenecked` command: info, init, generate, bench.
+"""The `bottlenecked` command: info, init, generate, serve, bench.
 
 Standard output carries the answer only (text or one JSON object); everything else goes to standard error. An
 error of the user's making is one sentence there and a non-zero exit status: 2 for the command line itself, 1
@@ -344,6 +344,18 @@ def generate(
         f"{count} tokens in {seconds:.1f} s ({count / seconds:.1f} tokens/s), {len(reports)} boundaries",
         file=sys.stderr,
     )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="What vLLM is to serve: a directory, a name it knows, or smollm2.")],
+    processor: Annotated[Path, typer.Option(help="A Processor's directory.")],
+) -> None:
+    """Run vLLM's OpenAI server with a Processor; further options are vLLM's own."""
+    from .integrations.vllm.serve import serve as run
+
+    run(model, processor, context.args)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

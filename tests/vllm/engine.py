@@ -68,7 +68,9 @@ def make_prompts(count: int, *, seed: int = 0, shortest: int = 3, longest: int =
 
 
 @contextlib.contextmanager
-def engine(backbone: Path, processor: Path | None, extra: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+def engine(
+    backbone: Path, processor: Path | None, extra: dict[str, Any] | None = None, **options: Any
+) -> Iterator[Any]:
     """A vLLM engine; processor None: stock vLLM."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory

@@ -43,7 +43,8 @@ def check_version() -> None:
         )
     fields = getattr(SchedulerOutput, "__dataclass_fields__", {})
     needed = {
-        "num_scheduled_tokens", "finished_req_ids", "preempted_req_ids", "has_sync_kv_loads", "kv_connector_block_state",
+        "num_scheduled_tokens", "finished_req_ids", "preempted_req_ids", "has_sync_kv_loads",
+        "kv_connector_block_state",
     }  # fmt: skip
     hooks = {
         "build_connector_meta": 2, "get_num_new_matched_tokens": 3, "on_new_request": 2, "handle_preemptions": 2,
@@ -74,19 +75,28 @@ def check_server(vllm_config: Any, kv_cache_config: Any, processor: CacheProcess
             transfer.kv_connector == "MultiConnector",
             "MultiConnector combines KV connectors: name BottleneckedConnector alone in --kv-transfer-config",
         ),
-        (transfer.kv_role != "kv_both", f"kv_role is {transfer.kv_role!r}: set it to 'kv_both' in --kv-transfer-config"),
+        (
+            transfer.kv_role != "kv_both",
+            f"kv_role is {transfer.kv_role!r}: set it to 'kv_both' in --kv-transfer-config",
+        ),
         (vllm_config.speculative_config is not None, "speculative decoding is on: leave --speculative-config out"),
         (model.is_encoder_decoder, "the model is an encoder-decoder: only decoder-only models are supported"),
         (model.runner_type != "generate", f"--runner is {model.runner_type}: only generation is supported"),
         (model.use_mla, "the model has multi-head latent attention: its cache holds no keys and values of heads"),
-        (model.get_sliding_window() is not None, "the model has sliding-window attention: choose one with full attention"),
+        (
+            model.get_sliding_window() is not None,
+            "the model has sliding-window attention: choose one with full attention",
+        ),
         (
             parallel.decode_context_parallel_size > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
             "context parallelism spreads a sequence's cache over ranks: leave --decode-context-parallel-size out",
         ),
         (parallel.enable_dbo, "dual batch overlap runs two batches at once: leave --enable-dbo out"),
         (getattr(model, "enable_sleep_mode", False), "sleep mode drops the KV cache: leave --enable-sleep-mode out"),
-        (cache.kv_sharing_fast_prefill, "layers that share a cache are not supported: leave --kv-sharing-fast-prefill out"),
+        (
+            cache.kv_sharing_fast_prefill,
+            "layers that share a cache are not supported: leave --kv-sharing-fast-prefill out",
+        ),
         (
             getattr(cache, "kv_offloading_size", None) is not None,
             "KV offloading moves blocks behind our back: leave --kv-offloading-size out",
@@ -133,7 +143,11 @@ def check_fit(model_config: Any, processor: CacheProcessorConfig, *, check_weigh
                 f"{actual[key]}: {remedy}"
             )
     backbone = actual["backbone"]
-    if check_weights and processor.backbone.get("weights_hash") and (Path(model_config.model) / "config.json").is_file():
+    if (
+        check_weights
+        and processor.backbone.get("weights_hash")
+        and (Path(model_config.model) / "config.json").is_file()
+    ):
         backbone["weights_hash"] = describe(model_config.model)["backbone"].get("weights_hash")
     for key in ("architecture", "config_hash", "weights_hash"):
         wanted, found = processor.backbone.get(key), backbone.get(key)

@@ -35,13 +35,13 @@ __all__ = ["BottleneckedConnector"]
 
 
 @dataclass
-class RewriteMetadata(KVConnectorMetadata):  # type: ignore[misc]
+class RewriteMetadata(KVConnectorMetadata):
     """Scheduler to workers, each step."""
 
     plan: Plan
 
 
-class BottleneckedConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class BottleneckedConnector(KVConnectorBase_V1, SupportsHMA):
     """See the interface in vLLM. Raises at start what `checks` refuses."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:

