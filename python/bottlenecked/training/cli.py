@@ -1,4 +1,4 @@
-"""The commands around training data: prepare. `bottlenecked.cli` adds them to its own."""
+"""The commands around training data: prepare, augment. `bottlenecked.cli` adds them to its own."""
 
 from __future__ import annotations
 
@@ -57,6 +57,33 @@ def prepare(
     print(f"\n{first.name}, by steps:")
     for begin, end in first.segments:
         print(f"  {tokenizer.decode(first.tokens[begin:end])!r}")
+
+
+@commands.command()
+def augment(
+    file: Annotated[Path, typer.Argument(help="JSONL: question and answer with calculator marks, <<48/2=24>>.")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write; it must not exist.")],
+    copies: Annotated[int, typer.Option(help="At most so many of each problem, all different.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the numbers that are drawn.")] = 0,
+) -> None:
+    """Write copies of problems with other numbers, every calculation verified; print why others have none."""
+    from .augment import augment_file, write_lines
+
+    refuse_existing(output)
+    made = augment_file(file, copies=copies, seed=seed)
+    if not made.lines:
+        raise ValueError(f"{file}: not one of {made.problems} problems can be varied: {made.rejected}; nothing written")
+    write_lines(made.lines, output)
+    share = made.varied / made.problems
+    print(f"wrote {output}: {len(made.lines):,} problems made from {made.varied:,} of {made.problems:,} ({share:.1%})")
+    for reason, count in made.rejected.items():
+        print(f"{count:8,}  {reason}")
+
+
+def refuse_existing(output: Path) -> None:
+    """Data that a run was trained on is not to change under its name."""
+    if output.exists():
+        raise FileExistsError(f"--output {output} exists: give another name, or remove it")
 
 
 def statistics(dataset: Dataset) -> dict[str, Any]:
