@@ -101,6 +101,7 @@ def rollout(
     *,
     denominator: float | None = None,
     variant: Variant = METHOD,
+    autocast: torch.dtype | None = None,
     logits: list[tuple[int, int, Tensor]] | None = None,
 ) -> Losses:
     """Teacher-forced cross-entropy of a batch while `processor` rewrites the cache after every step.
@@ -109,6 +110,7 @@ def rollout(
         and timing are those of the examples' segments.
     denominator: add the gradients of sum / denominator to those of the Processor's parameters, call by call; None:
         none, and no activations are kept.
+    autocast: the Processor's products are computed in this dtype; default: in its parameters'.
     logits: gets (example, index of the predicted token, logits [vocabulary]) of every token that counts.
 
     Activations of one step of all sequences are alive at a time. The random selection of `variant` draws from torch's
@@ -131,7 +133,9 @@ def rollout(
             if prior is not None:
                 if called:
                     ended = [s.fed[n - 1] for s in active]
-                    _rewrite(processor, prior, ended, None if mass is None else mass[:, : len(active)], variant)
+                    mass = None if mass is None else mass[:, : len(active)]
+                    with torch.autocast(prior.device.type, dtype=autocast, enabled=autocast is not None):
+                        _rewrite(processor, prior, ended, mass, variant)
                 prior = prior.view(backbone.num_layers, len(active), -1, backbone.kv_width)
             goes_on = any(len(s.fed) > n + 1 for s in active)
             output = backbone.forward(

@@ -1,0 +1,106 @@
+"""A whole run: both stages, from a backbone and JSONL files to a directory that everything else can use.
+
+OUTPUT/train.yaml       the configuration, defaults included
+OUTPUT/backbone/        stage 1: the fine-tuned backbone, as `save_pretrained` writes it, with a model card
+OUTPUT/processor/       stage 2: the Processor's checkpoint, with a model card
+OUTPUT/*.csv, *.evaluations.jsonl, tensorboard/      logs
+OUTPUT/*.checkpoint     what --resume goes on from
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import backbones
+from .config import TrainingConfig
+from .data import Dataset, load_examples
+from .evaluate import Evaluation
+from .trainer import BackboneTrainer, ProcessorTrainer, Trainer, make_accelerator
+
+
+def train(
+    backbone: str | Path,
+    files: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    config: TrainingConfig | None = None,
+    *,
+    resume: bool = False,
+) -> Evaluation:
+    """Train both stages and export them; see the module's text. Returns the Processor's final evaluation.
+
+    backbone: a model's directory, a .gguf file, or "smollm2". files: JSONL, never test sets.
+    resume: go on with the run in `output`; it must have been made with the same config, data and backbone.
+
+    Raises ValueError, OSError, ImportError and NotImplementedError, each in one sentence; all that can be checked is
+    checked before the first step. NotImplementedError at the end where the Processor's ablation cannot be exported.
+    """
+    config = TrainingConfig() if config is None else config
+    directory = Path(output)
+    if not resume and directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"--output {directory} is not empty: give another directory, or --resume its run")
+    if resume and not (directory / "train.yaml").exists():
+        raise ValueError(f"{directory} holds no run to resume: leave out --resume")
+    accelerator = make_accelerator()
+    tokenizer = backbones.load_tokenizer(backbone)
+    boundary = config.processor.boundary()
+
+    def load(paths: Sequence[str | os.PathLike[str]]) -> Dataset:
+        return load_examples(
+            paths,
+            tokenizer,
+            template=config.data.template,
+            max_length=config.data.max_length,
+            keep_marks=config.data.keep_marks,
+            boundary=boundary,
+        )
+
+    data, held_back = load(files).split(config.data.held_back, seed=config.seed)
+    early = config.processor.curriculum
+    curriculum = load(early.files) if early.files else None
+    names = [Path(file).name for file in files]
+
+    def started(trainer: Trainer) -> Trainer:
+        if resume and trainer.checkpoint.exists():
+            trainer.resume()
+        return trainer
+
+    def finish(trainer: Trainer, target: Path) -> Evaluation:
+        trainer.run()
+        found = trainer.evaluate()
+        if accelerator.is_main_process:
+            trainer.export(target, files=names, evaluation=found)
+        accelerator.wait_for_everyone()
+        return found
+
+    if accelerator.is_main_process and not resume:
+        directory.mkdir(parents=True, exist_ok=True)
+        config.save(directory / "train.yaml")
+    source: str | Path = backbone
+    if config.sft.method != "none":
+        source = directory / "backbone"
+        model, _ = backbones.load(backbone)
+        stage = BackboneTrainer(model, tokenizer, data, held_back, config, output=directory, accelerator=accelerator)
+        started(stage)
+        if not (stage.iteration == stage.total and source.exists()):
+            finish(stage, source)
+        del stage, model
+    model, tokenizer = backbones.load(source, dtype=config.dtype)  # type: ignore[arg-type]
+    name = source.name if isinstance(source, Path) else str(source)
+    processor = ProcessorTrainer(
+        model,
+        tokenizer,
+        data,
+        held_back,
+        config,
+        output=directory,
+        accelerator=accelerator,
+        curriculum=curriculum,
+        backbone_name=name if name != "backbone" else f"{Path(str(backbone)).name}, fine-tuned",
+    )
+    started(processor)
+    return finish(processor, directory / "processor")
+
+
+__all__ = ["train"]
