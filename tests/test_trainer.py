@@ -136,7 +136,9 @@ def test_a_curriculum_comes_first() -> None:
         again.iteration = done
         again.step()
         assert seen[-2:] == whole[2 * done : 2 * done + 2]
-    with pytest.raises(ValueError, match=r"curriculum\.iterations is 3, but it must be less than processor.iterations"):
+    with pytest.raises(
+        ValueError, match=r"curriculum\.iterations is 3, but it must be less than iterations, which is 3"
+    ):
         ProcessorTrainer(
             tiny.model(),
             tiny.tokenizer(),

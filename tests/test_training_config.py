@@ -68,9 +68,9 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
         ({"processor": {"only_prompt": True, "rewrite_prompt": False}}, "processor.only_prompt"),
         ({"processor": {"write": "recalled", "top_k": 0}}, "processor.write"),
         ({"processor": {"dim": 48, "heads": 16, "positions": True}}, "processor.dim is 48"),
-        ({"processor": {"curriculum": {"files": ["a"]}}}, "processor.curriculum.iterations is 0"),
-        ({"processor": {"curriculum": {"iterations": 3}}}, "processor.curriculum.iterations is 3"),
-        ({"processor": {"curriculum": {"files": "a", "iterations": 3}}}, "processor.curriculum.files"),
+        ({"processor": {"curriculum": {"files": ["a"]}}}, "curriculum.iterations is 0"),
+        ({"processor": {"curriculum": {"iterations": 3}}}, "curriculum.iterations is 3"),
+        ({"processor": {"curriculum": {"files": "a", "iterations": 3}}}, "curriculum.files"),
     ],
     ids=str,
 )

@@ -20,4 +20,5 @@ CASES = {  # name: module
     "import": "importing",
     "threads": "threads",
     "scaling": "scaling",
+    "training": "training",
 }

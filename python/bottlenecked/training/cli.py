@@ -1,4 +1,4 @@
-"""The commands around training data: prepare, augment. `bottlenecked.cli` adds them to its own."""
+"""The commands around training: prepare, augment, train. `bottlenecked.cli` adds them to its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .data import Dataset
 
 commands = typer.Typer()
+tasks = typer.Typer(help="Write problems of a synthetic multi-step task, or a tiny untrained model for them.")
+commands.add_typer(tasks, name="synthesize")
 
 _BACKBONE = "A model's directory, a .gguf file, or smollm2."
 _TEMPLATE = "chat (the tokenizer's), a text with {question} in it, or auto: chat if there is one, else the question."
@@ -67,7 +69,8 @@ def augment(
     seed: Annotated[int, typer.Option(help="Of the numbers that are drawn.")] = 0,
 ) -> None:
     """Write copies of problems with other numbers, every calculation verified; print why others have none."""
-    from .augment import augment_file, write_lines
+    from .augment import augment_file
+    from .data import write_lines
 
     refuse_existing(output)
     made = augment_file(file, copies=copies, seed=seed)
@@ -78,6 +81,138 @@ def augment(
     print(f"wrote {output}: {len(made.lines):,} problems made from {made.varied:,} of {made.problems:,} ({share:.1%})")
     for reason, count in made.rejected.items():
         print(f"{count:8,}  {reason}")
+
+
+@commands.command()
+def train(
+    backbone: Annotated[str, typer.Option(help=_BACKBONE)],
+    data: Annotated[list[Path], typer.Option(help="JSONL to train on, never a test set; may be given repeatedly.")],
+    output: Annotated[Path, typer.Option(help="Directory of the run: logs, checkpoints, results.")],
+    config: Annotated[Path | None, typer.Option(help="YAML: docs/training.md lists its fields.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+) -> None:
+    """Fine-tune a backbone, then train a Processor for it; writes OUTPUT/backbone and OUTPUT/processor."""
+    from .. import cli
+
+    cli.quiet_libraries()
+    from .config import TrainingConfig
+    from .run import train as run
+
+    settings = TrainingConfig() if config is None else TrainingConfig.load(config)
+    print(run(backbone, data, output, settings, resume=resume).sentence())
+
+
+_COUNT = "How many problems."
+_OUTPUT = "JSONL file to write; it must not exist."
+_STEPS = "Lines of an answer, least:most."
+_WARM_UP = "Problems whose first step the first rewrite must prepare: a curriculum."
+
+
+@tasks.command()
+def chain(
+    output: Annotated[Path, typer.Option(help=_OUTPUT)],
+    count: Annotated[int, typer.Option(help=_COUNT)] = 10000,
+    seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
+    steps: Annotated[str, typer.Option(help=_STEPS)] = "1:5",
+    modulus: Annotated[int, typer.Option(help="Numbers are below it.")] = 7,
+    names: Annotated[int, typer.Option(help="Letters to choose from.")] = 20,
+    leaves: Annotated[int, typer.Option(help="Operands that have a name.")] = 3,
+    indirect: Annotated[float, typer.Option(help="Share of the steps whose operand is such a name.")] = 0.3,
+    distractors: Annotated[int, typer.Option(help="Most definitions that nothing asks for.")] = 2,
+    warm_up: Annotated[bool, typer.Option("--warm-up", help=_WARM_UP)] = False,
+) -> None:
+    """Follow a chain of definitions: mfa;gc5;a4;...;?m1."""
+    from .tasks import ChainTask
+
+    task = ChainTask(
+        steps=_range(steps), modulus=modulus, names=names, leaves=leaves, indirect=indirect, distractors=distractors
+    )
+    _synthesize(task.warm_up() if warm_up else task, output, count, seed)
+
+
+@tasks.command()
+def registers(
+    output: Annotated[Path, typer.Option(help=_OUTPUT)],
+    count: Annotated[int, typer.Option(help=_COUNT)] = 10000,
+    seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
+    steps: Annotated[str, typer.Option(help=_STEPS)] = "3:8",
+    registers: Annotated[int, typer.Option(help="How many; 4 is harder than 2.")] = 2,
+    facts: Annotated[int, typer.Option(help="In the prompt.")] = 6,
+    names: Annotated[int, typer.Option(help="Letters to choose from.")] = 10,
+    classes: Annotated[int, typer.Option(help="Of names.")] = 2,
+    advance: Annotated[float, typer.Option(help="Share of lines that advance a register: the hard ones.")] = 0.45,
+    query: Annotated[float, typer.Option(help="Share of lines that look a fact up: the easy ones.")] = 0.2,
+    repeat: Annotated[float, typer.Option(help="Share of lines about the register of the line before.")] = 0.0,
+    look_ups: Annotated[bool, typer.Option("--look-ups", help="No advances: what a backbone learns first.")] = False,
+    warm_up: Annotated[bool, typer.Option("--warm-up", help=_WARM_UP)] = False,
+) -> None:
+    """Run a register machine whose every line looks a fact of the prompt up."""
+    from .tasks import RegisterTask
+
+    if look_ups and warm_up:
+        raise typer.BadParameter("give one of --look-ups and --warm-up", param_hint="--look-ups")
+    task = RegisterTask(
+        steps=_range(steps),
+        registers=registers,
+        facts=facts,
+        names=names,
+        classes=classes,
+        advance=advance,
+        query=query,
+        repeat=repeat,
+    )
+    _synthesize(task.look_ups() if look_ups else task.warm_up() if warm_up else task, output, count, seed)
+
+
+@tasks.command()
+def backbone(
+    output: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")],
+    layers: Annotated[int, typer.Option(help="Of the Llama.")] = 2,
+    hidden_size: Annotated[int, typer.Option(help="Its width.")] = 64,
+    mlp_size: Annotated[int, typer.Option(help="Width of its MLP.")] = 128,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 4,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 2,
+    head_dim: Annotated[int, typer.Option(help="32 or more: vLLM on CPUs needs that.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Longest text in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+) -> None:
+    """Make a tiny untrained Llama with a tokenizer for these tasks."""
+    from .. import cli
+
+    refuse_existing(output)
+    cli.quiet_libraries()
+    from .tasks import save_backbone, tiny_backbone
+
+    model = tiny_backbone(
+        layers=layers,
+        hidden_size=hidden_size,
+        mlp_size=mlp_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_length=max_length,
+        seed=seed,
+    )
+    save_backbone(model, output)
+    print(f"wrote {output}: {sum(p.numel() for p in model.parameters()):,} parameters, untrained")
+
+
+def _synthesize(task: Any, output: Path, count: int, seed: int) -> None:
+    from .data import write_lines
+    from .tasks import synthesize
+
+    refuse_existing(output)
+    records = list(synthesize(task, count, seed=seed))
+    write_lines(records, output)
+    print(f"wrote {output}: {count:,} problems, such as\n{records[0]['question']}\n{records[0]['answer']}", end="")
+
+
+def _range(text: str) -> tuple[int, int]:
+    least, _, most = text.partition(":")
+    try:
+        return int(least), int(most or least)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number or least:most", param_hint="--steps") from None
 
 
 def refuse_existing(output: Path) -> None:

@@ -51,6 +51,27 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """Other examples to begin a stage with.
+
+    In stage 2 those in which the first call has work to do: with gradients cut at every step, call n learns from step
+    n + 1 alone, and where that step is trivial it learns nothing.
+
+    files: JSONL as for training. iterations: how many, at the start, see these examples instead of the others.
+    """
+
+    files: tuple[str, ...] = ()
+    iterations: int = _number(0, 0)
+
+    def __post_init__(self) -> None:
+        _check(self, "curriculum.")
+        if not isinstance(self.files, tuple) or not all(isinstance(f, str) for f in self.files):
+            _refuse("curriculum.files", self.files, "a list of file names")
+        if bool(self.files) != bool(self.iterations):
+            _refuse("curriculum.iterations", self.iterations, "more than 0 if, and only if, files are given")
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Optimization:
     """Of either stage: AdamW.
 
@@ -62,6 +83,7 @@ class _Optimization:
     schedule: what it does then: "constant", "cosine" (to zero at the end) or "linear" (to zero over the last 30%).
     weight_decay, beta1, beta2: of AdamW. clip: largest gradient norm; larger ones are scaled down.
     evaluate_every, save_every: iterations between evaluations and between checkpoints; both also happen at the end.
+    curriculum: see `CurriculumConfig`.
     """
 
     epochs: float = _number(1.0, 0)
@@ -77,6 +99,7 @@ class _Optimization:
     clip: float = _number(1.0, 0)
     evaluate_every: int = _number(500, 1)
     save_every: int = _number(500, 1)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
 
     def rate(self, iteration: int, total: int) -> float:
         """The learning rate of iteration 0, 1, ... of `total`: a function of these numbers alone."""
@@ -106,33 +129,12 @@ class SFTConfig(_Optimization):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurriculumConfig:
-    """Examples that give the first calls a signal: those in which the first call has work to do.
-
-    With gradients cut at every step, call n learns from step n + 1 alone; where that step is trivial it learns nothing.
-
-    files: JSONL as for training. iterations: how many, at the start, see these examples instead of the others.
-    """
-
-    files: tuple[str, ...] = ()
-    iterations: int = _number(0, 0)
-
-    def __post_init__(self) -> None:
-        _check(self, "processor.curriculum.")
-        if not isinstance(self.files, tuple) or not all(isinstance(f, str) for f in self.files):
-            _refuse("processor.curriculum.files", self.files, "a list of file names")
-        if bool(self.files) != bool(self.iterations):
-            _refuse("processor.curriculum.iterations", self.iterations, "more than 0 if, and only if, files are given")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ProcessorConfig(_Optimization):
     """Stage 2: the Processor, with the backbone frozen. Sizes as in `CacheProcessorConfig`.
 
     dim, heads, mlp_dim: d_p, heads of its attention, width of its MLP. top_k, recent_window, key_space, rewrite_prompt,
         norm_eps: as there. gate: initial logit of every layer's gate.
     timing, min_step_length: as in `BoundaryConfig`.
-    curriculum: see `CurriculumConfig`.
 
     Ablations that any checkpoint can express, so that its Processor runs everywhere:
 
@@ -159,7 +161,6 @@ class ProcessorConfig(_Optimization):
     gate: float = _number(-2.0, -math.inf)
     timing: str = _choice("post", "pre")
     min_step_length: int = _number(1, 1, MAX_DIMENSION)
-    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     edit: str = _choice("both", "keys", "values")
     layers: tuple[int, ...] | None = None
     only_prompt: bool = False

@@ -14,10 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import backbones
+from ..boundary import newline_token_ids
 from .config import TrainingConfig
 from .data import Dataset, load_examples
 from .evaluate import Evaluation
-from .trainer import BackboneTrainer, ProcessorTrainer, Trainer, make_accelerator
+from .trainer import (
+    BackboneTrainer,
+    ProcessorTrainer,
+    Trainer,
+    make_accelerator,
+    planned_iterations,
+    processor_config,
+)
 
 
 def train(
@@ -57,9 +65,11 @@ def train(
         )
 
     data, held_back = load(files).split(config.data.held_back, seed=config.seed)
-    early = config.processor.curriculum
-    curriculum = load(early.files) if early.files else None
+    curricula = [load(c.files) if c.files else None for c in (config.sft.curriculum, config.processor.curriculum)]
     names = [Path(file).name for file in files]
+    # Mistakes about the second stage are told before the first, which takes hours.
+    planned_iterations(config.processor, data, curricula[1], accelerator.num_processes)
+    processor_config(config, backbones.describe(backbone), newline_token_ids(tokenizer))
 
     def started(trainer: Trainer) -> Trainer:
         if resume and trainer.checkpoint.exists():
@@ -81,13 +91,22 @@ def train(
     if config.sft.method != "none":
         source = directory / "backbone"
         model, _ = backbones.load(backbone)
-        stage = BackboneTrainer(model, tokenizer, data, held_back, config, output=directory, accelerator=accelerator)
+        stage = BackboneTrainer(
+            model,
+            tokenizer,
+            data,
+            held_back,
+            config,
+            output=directory,
+            accelerator=accelerator,
+            curriculum=curricula[0],
+        )
         started(stage)
         if not (stage.iteration == stage.total and source.exists()):
             finish(stage, source)
         del stage, model
     model, tokenizer = backbones.load(source, dtype=config.dtype)  # type: ignore[arg-type]
-    name = source.name if isinstance(source, Path) else str(source)
+    name = Path(backbone).name
     processor = ProcessorTrainer(
         model,
         tokenizer,
@@ -96,8 +115,8 @@ def train(
         config,
         output=directory,
         accelerator=accelerator,
-        curriculum=curriculum,
-        backbone_name=name if name != "backbone" else f"{Path(str(backbone)).name}, fine-tuned",
+        curriculum=curricula[1],
+        backbone_name=name if config.sft.method == "none" else f"{name}, fine-tuned",
     )
     started(processor)
     return finish(processor, directory / "processor")

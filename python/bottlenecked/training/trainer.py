@@ -108,7 +108,7 @@ class Trainer(abc.ABC):
             fused=True,
         )
         self.iteration = 0
-        self.total = self._total()
+        self.total = planned_iterations(settings, data, curriculum, accelerator.num_processes)
         self._stream: Iterator[list[Example]] | None = None
         self._signal: int | None = None
         torch.manual_seed(config.seed + accelerator.process_index)
@@ -168,36 +168,16 @@ class Trainer(abc.ABC):
             "these examples, or go on from the last checkpoint with a lower learning_rate"
         )
 
-    def _total(self) -> int:
-        settings = self.settings
-        early = self._curriculum_iterations()
-        count = self._num_batches(self.data)
-        if early and self.curriculum is not None:
-            self._num_batches(self.curriculum)
-        if settings.iterations is None:
-            return early + max(1, int(settings.epochs * count / settings.accumulation))
-        if early >= settings.iterations:
-            raise ValueError(
-                f"processor.curriculum.iterations is {early}, but it must be less than processor.iterations, which is "
-                f"{settings.iterations}"
-            )
-        return settings.iterations
-
-    def _curriculum_iterations(self) -> int:
-        return 0
-
-    def _num_batches(self, data: Dataset) -> int:
-        return num_batches(data, batch_size=self.settings.batch_size, world_size=self.accelerator.num_processes)
-
     def _batches(self, skip: int) -> Iterator[list[Example]]:
         """This device's batches of the whole run, without the first `skip`."""
-        early = self._curriculum_iterations() * self.settings.accumulation
+        early = _curriculum_iterations(self.settings, self.curriculum) * self.settings.accumulation
         if self.curriculum is not None and skip < early:
             yield from itertools.islice(self._epochs(self.curriculum, skip), early - skip)
         yield from self._epochs(self.data, max(0, skip - early))
 
     def _epochs(self, data: Dataset, skip: int) -> Iterator[list[Example]]:
-        epoch, start = divmod(skip, self._num_batches(data))
+        world = self.accelerator.num_processes
+        epoch, start = divmod(skip, num_batches(data, batch_size=self.settings.batch_size, world_size=world))
         for number in itertools.count(epoch):
             yield from batches(
                 data,
@@ -205,7 +185,7 @@ class Trainer(abc.ABC):
                 seed=self.config.seed,
                 epoch=number,
                 rank=self.accelerator.process_index,
-                world_size=self.accelerator.num_processes,
+                world_size=world,
                 start=start if number == epoch else 0,
                 bucket=self.config.data.bucket,
             )
@@ -387,6 +367,7 @@ class BackboneTrainer(Trainer):
         *,
         output: str | os.PathLike[str] | None = None,
         accelerator: Accelerator | None = None,
+        curriculum: Dataset | None = None,
     ) -> None:
         accelerator = make_accelerator() if accelerator is None else accelerator
         self.model, self.tokenizer = model.to(accelerator.device), tokenizer
@@ -397,7 +378,8 @@ class BackboneTrainer(Trainer):
         else:
             model.requires_grad_(True)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        super().__init__(PackedBackbone(model), parameters, data, held_back, config, config.sft, output, accelerator)
+        backbone = PackedBackbone(model)
+        super().__init__(backbone, parameters, data, held_back, config, config.sft, output, accelerator, curriculum)
         self._before: Losses | None = None
 
     def losses(self, batch: Sequence[Example], denominator: float | None = None) -> Losses:
@@ -473,11 +455,6 @@ class ProcessorTrainer(Trainer):
         backbone = PackedBackbone(model)
         self._backbone = backbone_of(model, backbone_name)
         described = {**backbone.description, "head_dim": backbone.head_dim, "backbone": dict(self._backbone)}
-        if settings.layers is not None and max(settings.layers) >= backbone.num_layers:
-            raise ValueError(
-                f"processor.layers names layer {max(settings.layers)}, but the backbone's are 0 to "
-                f"{backbone.num_layers - 1}"
-            )
         made = processor_config(config, described, newline_token_ids(tokenizer))
         if processor is None:
             processor = CacheProcessorModule(made, initial_weights(made, seed=config.seed))
@@ -538,9 +515,6 @@ class ProcessorTrainer(Trainer):
         self.processor.save_pretrained(directory)
         Path(directory, "README.md").write_text(processor_card(self, **about), encoding="utf-8")
 
-    def _curriculum_iterations(self) -> int:
-        return self.config.processor.curriculum.iterations if self.curriculum is not None else 0
-
 
 def make_accelerator() -> Accelerator:
     """accelerate's view of the devices; ImportError, saying what to install, without it."""
@@ -551,11 +525,37 @@ def make_accelerator() -> Accelerator:
     return Accelerator()
 
 
+def planned_iterations(
+    settings: SFTConfig | ProcessorConfig, data: Dataset, curriculum: Dataset | None = None, num_devices: int = 1
+) -> int:
+    """How many optimiser steps a stage has. ValueError where the data is too little or the curriculum too long."""
+    count = num_batches(data, batch_size=settings.batch_size, world_size=num_devices)
+    early = _curriculum_iterations(settings, curriculum)
+    if curriculum is not None:
+        num_batches(curriculum, batch_size=settings.batch_size, world_size=num_devices)
+    if settings.iterations is None:
+        return early + max(1, int(settings.epochs * count / settings.accumulation))
+    if early >= settings.iterations:
+        raise ValueError(
+            f"curriculum.iterations is {early}, but it must be less than iterations, which is {settings.iterations}"
+        )
+    return settings.iterations
+
+
+def _curriculum_iterations(settings: SFTConfig | ProcessorConfig, curriculum: Dataset | None) -> int:
+    return 0 if curriculum is None else settings.curriculum.iterations
+
+
 def processor_config(
     config: TrainingConfig, described: Mapping[str, Any], token_ids: tuple[int, ...]
 ) -> CacheProcessorConfig:
-    """The checkpoint's configuration. described: as of `backbones.describe`. token_ids: the line-ending ones."""
-    settings = config.processor
+    """The checkpoint's configuration. described: as of `backbones.describe`. token_ids: the line-ending ones.
+
+    ValueError where processor.layers names a layer that there is not.
+    """
+    settings, last = config.processor, described["num_layers"] - 1
+    if settings.layers is not None and max(settings.layers) > last:
+        raise ValueError(f"processor.layers names layer {max(settings.layers)}, but the backbone's are 0 to {last}")
     return CacheProcessorConfig(
         **described,
         processor_dim=settings.dim,
@@ -709,5 +709,6 @@ __all__ = [
     "Trainer",
     "backbone_of",
     "make_accelerator",
+    "planned_iterations",
     "processor_config",
 ]
