@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -14,9 +15,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bottlenecked.training import augment
-from bottlenecked.training.augment import Rejected, augment_file, redraw, verify, write_lines
+from bottlenecked.training.augment import Rejected, augment_file, redraw, verify
+from bottlenecked.training.data import load_examples, write_lines
 
 from .test_cli import fails, run
+from .test_training_data import characters
 
 Oracle = Callable[..., Any]
 
@@ -262,9 +265,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "more.jsonl"}
     fails(capsys, 1, "more.jsonl exists: give another name", "augment", path, "--output", out)
     # What is made from a problem stays on its side of a split.
-    from bottlenecked.training.data import load_examples
-
-    from .test_training_data import characters
 
     dataset = load_examples([path, out], characters(), template="{question}", max_length=200)
     assert dataset.sources[0] == dataset.sources[3] == dataset.sources[4] == "train.jsonl:1"
@@ -278,7 +278,7 @@ def test_refused_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     path = write(tmp_path / "train.jsonl", GOOD, "{")
     fails(capsys, 1, "train.jsonl:2 is not JSON", "augment", path, "--output", out)
     write(path, GOOD, {"question": "x"})
-    fails(capsys, 1, 'train.jsonl:2 must be a JSON object with the texts "question"', "augment", path, "--output", out)
+    fails(capsys, 1, 'train.jsonl:2 must have the texts "question"', "augment", path, "--output", out)
     write(path, GOOD | {"answer": "480"})
     fails(capsys, 1, "not one of 1 problems can be varied.*no calculator marks", "augment", path, "--output", out)
     write(path, GOOD)
@@ -291,7 +291,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(augment.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_lines([GOOD], tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == []

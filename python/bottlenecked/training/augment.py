@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import json
 import os
 import random
 import re
@@ -24,7 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+
+from .data import read_lines
 
 _MARK = re.compile(r"<<([^<>\n]*)>>")
 _FINAL = re.compile(r"(^|\n)#### *\$?([\d,]*\.?\d+)\s*$")
@@ -197,15 +197,18 @@ def augment_file(file: str | os.PathLike[str], *, copies: int = 1, seed: int = 0
     lines: list[dict[str, str]] = []
     rejected: Counter[str] = Counter()
     problems = varied = 0
-    for name, question, answer in _problems(path):
+    for line, values in read_lines(path, path.read_bytes()):
         problems += 1
+        question, answer = values.get("question"), values.get("answer")
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise ValueError(f'{path}:{line} must have the texts "question" and "answer"')
         try:
             made = list(redraw(question, answer, copies=copies, seed=seed))
         except Rejected as reason:
             rejected[str(reason)] += 1
             continue
         varied += 1
-        lines += [{"question": q, "answer": a, "source": name} for q, a in made]
+        lines += [{"question": q, "answer": a, "source": f"{path.name}:{line}"} for q, a in made]
     return Augmented(lines, problems, varied, dict(rejected.most_common()))
 
 
@@ -265,36 +268,7 @@ def verify(answer: str) -> None:
         raise Rejected(NOT_COMPUTED)
 
 
-def write_lines(lines: Sequence[Mapping[str, Any]], output: str | os.PathLike[str]) -> None:
-    """Write JSON objects as a JSONL file, all or nothing; OSError where the disk refuses."""
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".new")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 # --- reading ----------------------------------------------------------------------------------------------------
-
-
-def _problems(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Name, question and answer of each line."""
-    for line, raw in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            values = json.loads(raw.decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}:{line} is not JSON: {error}") from None
-        if not isinstance(values, dict) or not all(isinstance(values.get(k), str) for k in ("question", "answer")):
-            raise ValueError(f'{path}:{line} must be a JSON object with the texts "question" and "answer"')
-        yield f"{path.name}:{line}", values["question"], values["answer"]
 
 
 def _value(text: str) -> Fraction:
@@ -631,4 +605,4 @@ def _takes_an(number: str) -> bool:
     return whole.startswith("8") or (first in ("11", "18")) or (len(whole) == 5 and whole[:2] in ("11", "18"))
 
 
-__all__ = ["Augmented", "Rejected", "augment_file", "redraw", "verify", "write_lines"]
+__all__ = ["Augmented", "Rejected", "augment_file", "redraw", "verify"]

@@ -21,7 +21,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, overload
@@ -283,6 +283,43 @@ def _bands(chunk: Ints, steps: Ints, size: int, bucket: int) -> list[Ints]:
     return bands
 
 
+def read_lines(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, from 1, and JSON object of each line of a JSONL file that is not blank.
+
+    Raises ValueError, naming the file and the line, for a line that is not a JSON object in UTF-8.
+    """
+    for line, raw in enumerate(content.split(b"\n"), 1):
+        if not raw.strip():
+            continue
+        name = f"{path}:{line}"
+        try:
+            values = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            _refuse(name, f"is not UTF-8 text: {error.reason} at byte {error.start} of the line")
+        except json.JSONDecodeError as error:
+            _refuse(name, f"is not JSON: {error.msg} at character {error.colno}")
+        except RecursionError:
+            _refuse(name, "is not JSON that can be read: it is nested too deeply")
+        if not isinstance(values, dict):
+            _refuse(name, f"must be a JSON object, not {type(values).__name__}")
+        yield line, values
+
+
+def write_lines(lines: Sequence[Mapping[str, Any]], output: str | os.PathLike[str]) -> None:
+    """Write JSON objects as a JSONL file, all or nothing; OSError where the disk refuses."""
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".new")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 # --- files ------------------------------------------------------------------------------------------------------
 
 
@@ -303,18 +340,8 @@ class _Record:
 
 
 def _records(path: Path, content: bytes, keep_marks: bool) -> Iterator[_Record]:
-    for line, raw in enumerate(content.split(b"\n"), 1):
-        if not raw.strip():
-            continue
+    for line, values in read_lines(path, content):
         name = f"{path}:{line}"
-        try:
-            values = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            _refuse(name, f"is not UTF-8 text: {error.reason} at byte {error.start} of the line")
-        except json.JSONDecodeError as error:
-            _refuse(name, f"is not JSON: {error.msg} at character {error.colno}")
-        except RecursionError:
-            _refuse(name, "is not JSON that can be read: it is nested too deeply")
         messages, answer = _conversation(name, values)
         forced = _forced(name, values.get("forced", []), answer)
         if not keep_marks and _MARK.search(answer):
@@ -329,10 +356,8 @@ def _records(path: Path, content: bytes, keep_marks: bool) -> Iterator[_Record]:
         yield _Record(path, line, messages, answer, forced, source)
 
 
-def _conversation(name: str, values: Any) -> tuple[list[dict[str, str]], str]:
+def _conversation(name: str, values: dict[str, Any]) -> tuple[list[dict[str, str]], str]:
     """The prompt's messages and the answer."""
-    if not isinstance(values, dict):
-        _refuse(name, f"must be a JSON object, not {type(values).__name__}")
     if "messages" in values:
         messages = values["messages"]
         if not isinstance(messages, list) or not all(
@@ -592,4 +617,13 @@ def _refuse(name: str, message: str) -> NoReturn:
     raise ValueError(f"{name} {message}")
 
 
-__all__ = ["PLAIN_TEMPLATE", "Dataset", "Example", "batches", "load_examples", "num_batches"]
+__all__ = [
+    "PLAIN_TEMPLATE",
+    "Dataset",
+    "Example",
+    "batches",
+    "load_examples",
+    "num_batches",
+    "read_lines",
+    "write_lines",
+]
