@@ -24,7 +24,12 @@ def free_port() -> int:
 def running(command: list[str], log: Path, *, timeout: float = 300, **environment: str) -> Iterator[str]:
     """A server from `command`, to which host and port are added; its address. What it prints goes to `log`."""
     port = free_port()
-    settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_PLUGINS": "bottlenecked"}
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": "bottlenecked",
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],

@@ -252,3 +252,28 @@ def test_a_late_rewrite_is_an_error(
         monkeypatch.setattr(connector, "build_connector_meta", forget)
         with pytest.raises(RuntimeError, match="before the rewrite that has to precede it"):
             generate(llm, prompts, 20)
+
+
+@pytest.mark.parametrize("name", ["chunks of 64", "chunks of 16, three at once", "asynchronous"])
+def test_prompts_that_begin_alike(name: str, backbone: Path, processor: Path) -> None:
+    """Blocks of known beginnings are copied, not computed, and no token changes; other beginnings are not mixed up."""
+    beginnings, endings = make_prompts(2, seed=11, shortest=100, longest=150), make_prompts(6, seed=12, shortest=40)
+    prompts = [beginnings[i % 2] + ending for i, ending in enumerate(endings)]
+    prompts += [prompts[0], prompts[0][:70] + prompts[1][70:]]
+    expected = reference(backbone, processor, prompts, 50)
+    assert expected.margin > MARGIN / 4
+    extra = {"prompt_cache_tokens": 640}
+    with engine(backbone, processor, extra, **{"max_num_seqs": 4, **ENGINES[name]}) as llm:
+        assert generate(llm, prompts, 50) == expected.tokens
+        first = metric(llm, "prompt_tokens_copied")
+        assert first > 100
+        assert generate(llm, prompts, 50) == expected.tokens
+        assert metric(llm, "prompt_tokens_copied") > 2 * first
+        scheduler, worker = connector_halves(llm)
+        assert len(worker.prompts) == len(scheduler.prompts) <= 20
+        unshared = [{"prompt_token_ids": prompts[0], "cache_salt": f"{i}"} for i in range(2)]
+        copied = metric(llm, "prompt_tokens_copied")
+        outputs = llm.generate(unshared, sampling(50), use_tqdm=False)
+        assert [list(o.outputs[0].token_ids) for o in outputs] == [expected.tokens[0]] * 2
+        assert metric(llm, "prompt_tokens_copied") == copied
+        assert_nothing_is_held(llm)

@@ -1,6 +1,6 @@
 """Heavy traffic on a small cache: requests of mixed lengths that arrive in bursts, are cancelled, preempted, finish.
 
-BOTTLENECKED_LOAD says how many requests (120). Every finished one must be what it is alone; where float32 sums in
+BOTTLENECKED_LOAD says how many requests (60). Every finished one must be what it is alone; where float32 sums in
 another order decided between two nearly equal logits, that is said and counted, and must be rare.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 from .engine import connector_halves, engine, make_prompts, sampling
 from .test_engine import assert_nothing_is_held, metric
 
-REQUESTS = int(os.environ.get("BOTTLENECKED_LOAD", "120"))
+REQUESTS = int(os.environ.get("BOTTLENECKED_LOAD", "60"))
 NEAR = 2e-3  # of log-probabilities
 
 
 def answers(llm: Any, requests: dict[str, tuple[list[int], int]], rng: random.Random | None) -> dict[str, list]:
-    """Tokens, and log-probabilities of the two best, of every request that finished. rng: bursts and cancellations; None: one
-    request at a time."""
+    """Tokens, and log-probabilities of the two best, of every request that finished. rng: they come in bursts and some
+    are cancelled; None: one at a time."""
     waiting, done, cancelled = list(requests), {}, set()
     llm_engine, running = llm.llm_engine, set()
     while waiting or llm_engine.has_unfinished_requests():

@@ -5,6 +5,7 @@
     worker.py        the half in each worker: saves, restores, rewrites
     capture.py     the hook on the attention implementation, and the same as a named attention backend
     layout.py      vLLM's cache tensors as keys and values
+    prompts.py     prompts that begin alike
     options.py     what the server and a request may set
     checks.py      what is refused at start
     metrics.py     what is counted, for the log and Prometheus

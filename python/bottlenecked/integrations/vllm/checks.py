@@ -69,7 +69,8 @@ def check_server(vllm_config: Any, kv_cache_config: Any, processor: CacheProcess
     refusals = [
         (
             cache.enable_prefix_caching,
-            "prefix caching is on, which would give rewritten blocks to other requests: add --no-enable-prefix-caching",
+            "prefix caching is on, which would give rewritten blocks to other requests: add "
+            "--no-enable-prefix-caching, and perhaps prompt_cache_tokens in kv_connector_extra_config",
         ),
         (
             transfer.kv_connector == "MultiConnector",

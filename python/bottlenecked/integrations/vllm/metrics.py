@@ -19,7 +19,8 @@ _EDITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 class RewriteStats(KVConnectorStats):
     """data: boundaries and tokens (rewritten positions of a layer) as counts, seconds (one per rewrite call, wall
     clock) and edits (one per boundary, the norm of its edit relative to that of its rows over all layers) as lists,
-    skipped (by reason), saved_tokens and restored_tokens of preempted requests as counts.
+    skipped (by reason), saved_tokens and restored_tokens of preempted requests, and prompt_tokens that were copied
+    rather than computed, as counts.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class RewriteStats(KVConnectorStats):
             "skipped": {},
             "saved_tokens": 0,
             "restored_tokens": 0,
+            "prompt_tokens": 0,
         }
 
     @classmethod
@@ -62,7 +64,7 @@ class RewriteStats(KVConnectorStats):
             "rewrite ms (mean)": round(1e3 * _mean(data["seconds"]), 2),
             "relative edit (mean)": round(_mean(data["edits"]), 4),
         }
-        for name in ("saved_tokens", "restored_tokens"):
+        for name in ("saved_tokens", "restored_tokens", "prompt_tokens"):
             if data[name]:
                 result[name.replace("_", " ")] = data[name]
         return result | {f"skipped, {reason}": count for reason, count in sorted(data["skipped"].items())}
@@ -92,6 +94,7 @@ class RewriteMetrics(KVConnectorPromMetrics):
             "tokens": counter("tokens_rewritten", "Positions rewritten in every layer, window and recalled."),
             "saved_tokens": counter("saved_tokens", "Tokens of preempted requests whose KV was saved."),
             "restored_tokens": counter("restored_tokens", "Tokens of resumed requests whose KV was restored."),
+            "prompt_tokens": counter("prompt_tokens_copied", "Prompt tokens whose KV was known and copied."),
         }
         self._histograms = {
             "seconds": histogram(

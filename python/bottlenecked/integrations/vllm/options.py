@@ -22,6 +22,8 @@ class ServerOptions:
     weight_dtype: of the Processor's products: "auto", "float32" or "bfloat16".
     max_saved_tokens: preempted requests keep keys, values and queries of up to so many tokens, all together, in host
         memory; None: as many as the KV cache holds. What does not fit is computed again without its rewrites.
+    prompt_cache_tokens: keys and values of so many prompt tokens are kept in host memory, so that prompts which begin
+        alike are not computed again (see prompts.py; vLLM's own prefix caching must be off). 0: none.
     check_weights: False accepts a Processor made for the same architecture with other weights.
     """
 
@@ -30,6 +32,7 @@ class ServerOptions:
     top_k: int | None = None
     weight_dtype: str = "auto"
     max_saved_tokens: int | None = None
+    prompt_cache_tokens: int = 0
     check_weights: bool = True
 
     @classmethod
@@ -54,6 +57,8 @@ class ServerOptions:
             value = getattr(options, name)
             if value is not None and not _is_count(value):
                 _refuse(name, value, "null or an integer of 0 or more")
+        if not _is_count(options.prompt_cache_tokens):
+            _refuse("prompt_cache_tokens", options.prompt_cache_tokens, "an integer of 0 or more")
         if options.weight_dtype not in _WEIGHT_DTYPES:
             _refuse("weight_dtype", options.weight_dtype, " or ".join(map(repr, _WEIGHT_DTYPES)))
         return options

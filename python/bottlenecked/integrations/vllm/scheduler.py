@@ -23,6 +23,7 @@ from typing import Any
 from ...boundary import BoundaryDetector
 from ...config import CacheProcessorConfig
 from .options import RequestOptions, ServerOptions
+from .prompts import PromptIndex, block_keys
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ class Plan:
     """What workers do before one forward, in this order.
 
     drop: saved requests to forget. save: before their blocks are written by others. unmap: blocks that have no query
-    page any more; map: (block, page). restore: into the new blocks. rewrite: at most one step a request.
+    page any more; map: (block, page). restore: into the new blocks. fill: blocks of known prompts, and keep: blocks of
+    new ones, as (key, block), see prompts.py; forget: keys. rewrite: at most one step a request.
     """
 
     drop: list[str] = field(default_factory=list)
@@ -61,22 +63,27 @@ class Plan:
     unmap: list[int] = field(default_factory=list)
     map: list[tuple[int, int]] = field(default_factory=list)
     restore: list[Transfer] = field(default_factory=list)
+    fill: list[tuple[bytes, int]] = field(default_factory=list)
+    keep: list[tuple[bytes, int]] = field(default_factory=list)
+    forget: list[bytes] = field(default_factory=list)
     rewrite: list[Rewrite] = field(default_factory=list)
 
     @property
     def precedes_forward(self) -> bool:
         """Whether the coming forward reads what this writes into the KV cache."""
-        return bool(self.restore or self.rewrite)
+        return bool(self.restore or self.fill or self.keep or self.rewrite)
 
 
 @dataclass
 class _Tracked:
-    """A request that is rewritten. prompt_length: of step 0. announced: positions the detector knows of."""
+    """A request that is rewritten. prompt_length: of step 0. announced: positions the detector knows of. keys: of the
+    prompt's blocks that may be known."""
 
     request: Any
     sequence: int
     top_k: int | None
     prompt_length: int
+    keys: list[bytes]
     announced: int = 0
     row: int = -1  # none: not running
     written: int = 0  # positions whose KV is written once the scheduled forwards are done
@@ -107,6 +114,7 @@ class SchedulerHalf:
         self.block_size = block_size
         self.pages_per_row = pages_per_row(config.recent_window, block_size)
         self.max_saved_tokens = max_saved_tokens
+        self.prompts = PromptIndex(options.prompt_cache_tokens // block_size)
         self.skipped: Counter[str] = Counter()
         self._detector = BoundaryDetector(
             config.boundary, rewrite_prompt=config.rewrite_prompt, token_ids=line_ending_ids
@@ -137,20 +145,31 @@ class SchedulerHalf:
         if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
             self.skipped["prompt embeddings or streaming input"] += 1
             return
+        keys = self._keys(request) if self.prompts.max_blocks else []
         self._tracked[request.request_id] = _Tracked(
-            request, self._next_sequence, options.top_k, request.num_prompt_tokens
+            request, self._next_sequence, options.top_k, request.num_prompt_tokens, keys
         )
         self._next_sequence += 1
 
+    def _keys(self, request: Any) -> list[bytes]:
+        """Of the whole blocks before the prompt's last window."""
+        if request.mm_features:
+            return []
+        adapter = request.lora_request.lora_name if request.lora_request is not None else None
+        tokens = request.prompt_token_ids[: max(0, request.num_prompt_tokens - self.config.recent_window)]
+        return block_keys(tokens, self.block_size, repr((request.cache_salt, adapter)))
+
     def restorable(self, request: Any) -> int | None:
-        """Positions of a waiting request that workers can restore: 0 of one that was never saved.
+        """Positions of a waiting request that workers can restore: of one that was saved, or a known prompt's.
 
         None: wait. A token whose KV is written may still be on its way to the scheduler; until it is there, the request
         has no token left to compute.
         """
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or not tracked.saved:
+        if tracked is None or (not tracked.saved and tracked.announced):
             return 0
+        if not tracked.saved:
+            return self.prompts.match(tracked.keys) * self.block_size
         return tracked.written if tracked.written < request.num_tokens else None
 
     def finish(self, request_id: str) -> None:
@@ -172,13 +191,15 @@ class SchedulerHalf:
     def _advance(self, tracked: _Tracked, count: int, blocks: tuple[int, ...], plan: Plan) -> None:
         """The coming forward writes `count` positions of this request."""
         request_id, length = tracked.request.request_id, tracked.request.num_computed_tokens
-        if length < tracked.announced:
+        if length < tracked.written:
             # Its KV is computed again, without rewrites: all of it is one step then, as if it had come as a prompt.
             self._forget_saved(tracked, plan)
-            self._detector.drop(tracked.sequence)
+            if tracked.announced:
+                self._detector.drop(tracked.sequence)
             tracked.announced, tracked.prompt_length = 0, tracked.request.num_tokens
             self.skipped["computed again"] += 1
-        if tracked.row < 0:
+        starts = tracked.row < 0
+        if starts:
             if not self._free_rows:
                 logger.error("no query row is free for request %s: it is served without rewrites", request_id)
                 self._remove(request_id, plan)
@@ -189,16 +210,28 @@ class SchedulerHalf:
             plan.restore.append(Transfer(request_id, tracked.row, tracked.written, blocks))
             self._saved_tokens -= tracked.written
             tracked.saved = False
+        elif starts and tracked.announced == 0:
+            known = tracked.keys[: length // self.block_size]
+            plan.fill += zip(known, blocks, strict=False)
+            self.prompts.use(known)
         event = self._announce(tracked, length)
         if event is not None:
             used = blocks[: -(-length // self.block_size)]
             plan.rewrite.append(Rewrite(tracked.row, event.step_begin, event.step_end, tracked.top_k, used))
+        if tracked.keys and length >= tracked.prompt_length:
+            new, gone = self.prompts.keep(tracked.keys)
+            plan.keep += [(tracked.keys[i], blocks[i]) for i in new]
+            # Workers keep before they forget: what another request of this step pushed out may be back.
+            plan.forget = [key for key in plan.forget if key not in self.prompts] + gone
+            tracked.keys = []
         tracked.written = length + count
         tracked.blocks = blocks
         self._map(tracked, plan)
 
     def _announce(self, tracked: _Tracked, length: int) -> Any:
         """Tells the detector of all positions below length; returns the step that ends there."""
+        if length == 0:
+            return None
         if tracked.announced == 0:
             self._detector.start(tracked.sequence)
         in_prompt = min(length, tracked.prompt_length) - tracked.announced
@@ -236,7 +269,11 @@ class SchedulerHalf:
     def _preempt(self, tracked: _Tracked, plan: Plan) -> None:
         if tracked.row < 0:
             return
-        if self._saved_tokens + tracked.written <= self.max_saved_tokens:
+        if getattr(tracked.request, "drop_stale_output", False):
+            # vLLM wants the cache forgotten (reset_prefix_cache) and drops what was sampled meanwhile: a save would
+            # hold a position whose token never comes.
+            pass
+        elif self._saved_tokens + tracked.written <= self.max_saved_tokens:
             plan.save.append(Transfer(tracked.request.request_id, tracked.row, tracked.written, tracked.blocks))
             self._saved_tokens += tracked.written
             tracked.saved = True

@@ -48,6 +48,7 @@ class WorkerHalf:
         self.stats = RewriteStats()
         self.failed_blocks: set[int] = set()
         self.saved: dict[str, tuple[list[Tensor], list[Tensor], Tensor]] = {}
+        self.prompts: dict[bytes, Tensor] = {}  # [2 * num_layers, block_size, num_kv_heads, head_dim], of the host
 
     def register(self, caches: Mapping[str, Tensor]) -> None:
         """Takes over vLLM's caches: `register_kv_caches`. Allocates query pages, hooks every attention layer."""
@@ -115,6 +116,12 @@ class WorkerHalf:
         """Before the forward: `start_load_kv`."""
         for transfer in plan.restore:
             self._restore(transfer)
+        if plan.fill:
+            self._fill([key for key, _ in plan.fill], [block for _, block in plan.fill])
+        if plan.keep:
+            self._keep([key for key, _ in plan.keep], [block for _, block in plan.keep])
+        for key in plan.forget:
+            self.prompts.pop(key, None)
         if not plan.rewrite:
             return
         begin = time.perf_counter()
@@ -187,6 +194,20 @@ class WorkerHalf:
                 view[blocks] = rows.to(device)
         self.queries[:, self._pages(transfer.row)] = queries.to(device)
         self.stats.data["restored_tokens"] += transfer.length
+
+    def _keep(self, keys: Sequence[bytes], blocks: Sequence[int]) -> None:
+        """Blocks of a prompt as it was computed."""
+        chosen = torch.tensor(blocks, device=self.queries.device)
+        rows = torch.stack([view[chosen] for view in (*self.keys, *self.values)]).cpu()
+        for i, key in enumerate(keys):
+            self.prompts[key] = rows[:, i].clone()
+
+    def _fill(self, keys: Sequence[bytes], blocks: Sequence[int]) -> None:
+        chosen, device = torch.tensor(blocks, device=self.queries.device), self.queries.device
+        rows = torch.stack([self.prompts[key] for key in keys], dim=1).to(device)
+        for view, of_layer in zip((*self.keys, *self.values), rows, strict=True):
+            view[chosen] = of_layer
+        self.stats.data["prompt_tokens"] += len(keys) * self.keys[0].shape[1]
 
     def _blocks(self, transfer: Transfer) -> Tensor:
         used = -(-transfer.length // self.keys[0].shape[1])
