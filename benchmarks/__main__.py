@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks import compare, machine, report
+from benchmarks import compare, machine, processes, report
 from benchmarks.cases import CASES
 from benchmarks.harness import Context, Figure, say
 from benchmarks.options import Options, parse
@@ -40,14 +38,9 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     """The machine's line, then every figure of the chosen cases."""
     context = Context(options)
     yield about(context)
-    for name in options.cases or CASES:
-        say(f"{name}:")
-        began = time.perf_counter()
-        case = importlib.import_module(f"benchmarks.cases.{CASES[name]}")
-        for figure in case.run(context):
-            say(f"  {report.sentence(figure)}")
-            yield figure
-        say(f"  {name} took {time.perf_counter() - began:.0f} s")
+    for figure in processes.run(context, options.cases or list(CASES)):
+        say(f"{figure['case']}: {report.sentence(figure)}")
+        yield figure
 
 
 def about(context: Context) -> Figure:

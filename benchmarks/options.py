@@ -14,8 +14,8 @@ from benchmarks.cases import CASES
 from benchmarks.inputs import DTYPES, SHAPES
 
 PROGRAM = "python -m benchmarks"
-USUAL = {"repeats": 20, "seconds": 1.0, "step": 32, "top_k": 32}
-QUICK = {"repeats": 5, "seconds": 0.0, "step": 6, "top_k": 4}
+USUAL = {"processes": 5, "repeats": 8, "seconds": 0.25, "step": 32, "top_k": 32}
+QUICK = {"processes": 1, "repeats": 3, "seconds": 0.0, "step": 6, "top_k": 4}
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Options:
     step: int
     top_k: int
     threads: int
+    processes: int
     repeats: int
     seconds: float
     compile: bool
@@ -64,8 +65,9 @@ def parse(arguments: Sequence[str]) -> Options:
     add("--step", type=int, metavar="N", help="tokens of the step (32)")
     add("--top-k", type=int, metavar="K", help="recalled positions (32)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of ours and of torch; default: all cores")
-    add("--repeats", type=int, help="per figure, at least 5 (20)")
-    add("--seconds", type=float, help="time per figure after which repeats stop, at 5 at the earliest (1)")
+    add("--processes", type=int, metavar="N", help="fresh processes per figure (5); 1: in this one, without ranges")
+    add("--repeats", type=int, help="per figure and process (8)")
+    add("--seconds", type=float, help="time per figure and process after which no further repeat begins (0.25)")
     add("--no-compile", action="store_true", help="leave out the baselines under torch.compile: they take minutes")
     add("--quick", action="store_true", help="a tiny grid, in a minute: shows that everything runs, measures nothing")
     add("--json", action="store_true", help="a JSON line per figure on standard output instead of tables")
@@ -83,7 +85,7 @@ def parse(arguments: Sequence[str]) -> Options:
 def _problems(options: Options) -> list[str]:
     known = ", ".join(CASES)
     problems = [f"there is no case {name!r}: choose from {known}" for name in options.cases if name not in CASES]
-    least = {"batch": 1, "prior": 1, "step": 1, "top_k": 1, "threads": 1, "repeats": 5, "seconds": 0}
+    least = {"batch": 1, "prior": 1, "step": 1, "top_k": 1, "threads": 1, "processes": 1, "repeats": 1, "seconds": 0}
     for name, minimum in least.items():
         value = getattr(options, name)
         for one in value if isinstance(value, list) else [value]:

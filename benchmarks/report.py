@@ -34,10 +34,6 @@ _EXTRA = {
     "step_s": ("stock's step µs", "{:.0f}"),
     "device_step_s": ("on the device µs", "{:.0f}"),
     "extra": ("extra", "{:+.2%}"),
-    "time_ratio": ("time / fine-tuning's", "{:.2f}"),
-    "memory_ratio": ("memory / fine-tuning's", "{:.2f}"),
-    "peak_bytes": ("peak MB", "{:.0f}"),
-    "sft_peak_bytes": ("fine-tuning's MB", "{:.0f}"),
     "changed_tokens": ("changed tokens", "{}"),
 }
 
@@ -47,9 +43,10 @@ def sentence(figure: Mapping[str, Any]) -> str:
     words = [f"{key} {figure[key]}" for key in KEYS if key != "case" and key in figure]
     text = ", ".join(words) + ": " if words else ""
     if "median_s" in figure:
-        text += f"{_time(figure['median_s'])} (spread {figure['spread']:.0%})"
-    for name, ratio in figure.get("ratios", {}).items():
-        text += f", {name} {ratio:.2f}"
+        text += f"{_time(figure['median_s'])} "
+        text += f"({_times(figure['range'])})" if "range" in figure else f"(spread {figure['spread']:.0%})"
+    for name in figure.get("ratios", {}):
+        text += f", {name} {_ratio(figure, name)}"
     if "floor_fraction" in figure:
         text += f", {figure['floor_fraction']:.0%} of the floor's speed ({figure['floor']['bound_by']})"
     extra = [f"{heading} {_extra(figure, key)}" for key, (heading, _) in _EXTRA.items() if key in figure]
@@ -111,13 +108,20 @@ def _table(figures: Figures) -> str:
     timed = any("median_s" in f for f in figures)
     floored = any("floor_s" in f for f in figures)
 
-    heads = [*varying, *["ours (min-max)"] * timed, *[f"{name} / ours" for name in baselines]]
+    processes = sorted({f["processes"] for f in figures if "processes" in f})
+    if processes:
+        same += f"{'. ' if same else ''}In brackets the smallest and the largest of {processes[-1]} processes' medians"
+    heads = [
+        *varying,
+        *["ours (range)" if processes else "ours (min-max)"] * timed,
+        *[f"{name} / ours" for name in baselines],
+    ]
     heads += ["floor", "floor / ours", "bound by"] * floored + [_EXTRA[key][0] for key in extra]
     rows = []
     for f in figures:
         cells = [str(f.get(key, "-")) for key in varying]
         if timed:
-            cells.append(f"{_time(f['median_s'])} ({_time(f['min_s'])}-{_time(f['max_s'])})")
+            cells.append(f"{_time(f['median_s'])} ({_times(f.get('range', (f['min_s'], f['max_s'])))})")
         cells += [_ratio(f, name) for name in baselines]
         if floored:
             has = "floor_s" in f
@@ -132,6 +136,9 @@ def _table(figures: Figures) -> str:
 def _ratio(figure: Mapping[str, Any], name: str) -> str:
     if name not in figure.get("ratios", {}):
         return "-"
+    if "ratio_range" in figure:
+        low, high = figure["ratio_range"][name]
+        return f"{figure['ratios'][name]:.2f} ({low:.2f}-{high:.2f})"
     return f"{figure['ratios'][name]:.2f} ±{figure['ratio_spread'][name] / 2:.0%}"
 
 
@@ -141,8 +148,18 @@ def _extra(figure: Mapping[str, Any], key: str) -> str:
     value = figure[key]
     if isinstance(value, dict):
         return ", ".join(f"{name} {share:.0%}" for name, share in value.items())
-    value = value / 1e6 if key.endswith("_bytes") else value * 1e6 if key.endswith("_s") else value
+    value = (
+        value / 1e6
+        if key.endswith("_bytes")
+        else value * 1e6
+        if key.endswith("_s") and not key.endswith("_per_s")
+        else value
+    )
     return _EXTRA[key][1].format(value)
+
+
+def _times(low_high: Sequence[float]) -> str:
+    return "-".join(map(_time, low_high))
 
 
 def _time(seconds: float) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 import torch
 
 import bottleneck_ext
-from benchmarks import compare, floors, harness, options, report
+from benchmarks import compare, floors, harness, options, processes, report
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, boundary, decode, mass
 from benchmarks.inputs import SHAPES, Inputs
@@ -65,7 +67,7 @@ def test_figures_are_well_formed(capsys: pytest.CaptureFixture[str], case: str) 
             continue
         assert 0 < figure["min_s"] <= figure["median_s"] <= figure["max_s"]
         assert figure["spread"] >= 0
-        assert figure["repeats"] == harness.MIN_REPEATS
+        assert figure["repeats"] == 1  # --quick leaves no seconds for more
         if case != "scaling":
             assert figure["baselines"].keys() == figure["ratios"].keys() == figure["ratio_spread"].keys()
             assert all(value > 0 for value in [*figure["baselines"].values(), *figure["ratios"].values()])
@@ -221,7 +223,8 @@ def test_other_text_is_not_measured(monkeypatch: pytest.MonkeyPatch, what: str) 
         (["--step", "257"], "--step is 257; a window holds at most 256"),
         (["--top-k", "0"], "--top-k is 0; it must be at least 1"),
         (["--threads", "0"], "--threads is 0; it must be at least 1"),
-        (["--repeats", "4"], "--repeats is 4; it must be at least 5"),
+        (["--processes", "0"], "--processes is 0; it must be at least 1"),
+        (["--repeats", "0"], "--repeats is 0; it must be at least 1"),
         (["--seconds", "nan"], "--seconds is nan; it must be at least 0"),
         (["--name", "a/b"], "--name is 'a/b'; it must be a file's name"),
         (["--sped"], "unrecognized arguments: --sped"),
@@ -265,7 +268,7 @@ def test_output_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     assert [json.loads(line) for line in data.read_text().splitlines()] == lines
     assert "## mass\n" in text.read_text()
     assert "torch / ours" in text.read_text()
-    assert compare.main([str(data), str(data)]) == 0
+    assert [figure["case"] for figure in compare.read(data).values()] == ["mass", "scaling"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib, of the dev extra")
@@ -283,28 +286,57 @@ def test_a_missing_matplotlib_is_said(monkeypatch: pytest.MonkeyPatch, capsys: A
     assert "no plots" in capsys.readouterr().err
 
 
-def ratio_file(path: Path, ratio: float, case: str = "mass") -> str:
-    """A run of one figure, whose only ratio spreads by a tenth."""
-    figure = {"case": case, "prior": 64, "ratios": {"torch": ratio}, "ratio_spread": {"torch": 0.1}}
-    path.write_text(json.dumps({"case": "machine"}) + "\n" + json.dumps(figure) + "\n")
+def ratio_file(path: Path, *ranges: tuple[float, float], case: str = "mass") -> str:
+    """A run of a figure per range, which is that of its only ratio over five processes."""
+    lines: list[dict[str, Any]] = [{"case": "machine"}]
+    for prior, ends in enumerate(ranges):
+        middle = {"ratios": {"torch": sum(ends) / 2}, "ratio_spread": {"torch": 0.1}}
+        lines.append({"case": case, "prior": prior, **middle, "ratio_range": {"torch": list(ends)}, "processes": 5})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one, near, far = (ratio_file(tmp_path / str(ratio), ratio) for ratio in (2.0, 2.3, 2.6))
-    assert compare.main([one, near]) == 0  # 0.3 apart; 0.2 + 0.23 allowed
-    assert capsys.readouterr().out.startswith("agree")
-    assert compare.main([one, far]) == 1  # 0.6 apart; 0.2 + 0.26 allowed
-    assert capsys.readouterr().out.startswith("DIFFER")
-    assert compare.main([one, ratio_file(tmp_path / "other", 2.0, case="gemm")]) == 1  # nothing in common
+    one, far = ratio_file(tmp_path / "one", (2.0, 2.2)), ratio_file(tmp_path / "far", (2.21, 3.0))
+    for other in ((2.2, 2.5), (1.9, 2.0), (2.05, 2.1), (1.0, 3.0)):
+        assert compare.main([one, ratio_file(tmp_path / "near", other)]) == 0
+        assert capsys.readouterr().out.startswith("agree")
+    for pair in ([one, far], [far, one]):
+        assert compare.main(pair) == 1
+        out = capsys.readouterr().out
+        assert out.startswith("DIFFER   0.5%")  # 2.2 to 2.21
+        assert "0 of 1 ratios agree, 0.0%; 95% must, and chance alone would part 0.8%" in out
+    assert compare.main([one, ratio_file(tmp_path / "other", (2.0, 2.2), case="gemm")]) == 1  # nothing in common
     (tmp_path / "bad").write_text("{}\n")
     with pytest.raises(SystemExit):
         compare.main([one, str(tmp_path / "bad")])
     assert "line 1 of" in capsys.readouterr().err
 
 
+def test_runs_agree_where_enough_of_their_ratios_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same, apart = (1.0, 2.0), (3.0, 4.0)
+    one = ratio_file(tmp_path / "one", *[same] * 40)
+    assert compare.main([one, ratio_file(tmp_path / "two apart", *[apart] * 2, *[same] * 38)]) == 0
+    assert compare.main([one, ratio_file(tmp_path / "three apart", *[apart] * 3, *[same] * 37)]) == 1
+
+
+def test_ratios_without_a_range_are_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = {"case": "mass", "prior": 0, "ratios": {"torch": 2.1}, "ratio_spread": {"torch": 0.1}}
+    (tmp_path / "single").write_text(json.dumps(figure) + "\n")
+    one = ratio_file(tmp_path / "one", (2.0, 2.2))
+    assert compare.main([one, str(tmp_path / "single")]) == 1
+    assert capsys.readouterr().out == "no ratio has a range in both runs: measure with --processes 2 or more\n"
+
+
+def test_chance_is_that_of_draws_from_one_distribution() -> None:
+    for m, n in ((1, 1), (2, 3), (5, 5)):
+        orders = list(itertools.combinations(range(m + n), m))  # ranks of the one run among all
+        apart = sum(max(ranks) == m - 1 or min(ranks) == n for ranks in orders)
+        assert compare.apart_by_chance(m, n) == pytest.approx(apart / len(orders))
+
+
 def test_bench_command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    one, far = (ratio_file(tmp_path / str(ratio), ratio) for ratio in (2.0, 2.6))
+    one, far = ratio_file(tmp_path / "one", (2.0, 2.2)), ratio_file(tmp_path / "far", (2.4, 3.0))
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "python")]))
     assert cli.main(["bench", "compare", one, far]) == 1
@@ -319,15 +351,19 @@ def test_bench_command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 
 def test_measure_rotates_prepares_and_takes_the_seconds_a_call_returns() -> None:
-    context = harness.Context(options.parse(["--quick", "--threads", "1"]))
+    context = harness.Context(options.parse(["--quick", "--threads", "1", "--seconds", "60"]))
     calls: list[str] = []
     contenders = {
         "ours": harness.Contender(lambda: calls.append("ours") or 2.0, lambda: calls.append("prepare")),
         "other": harness.Contender(lambda: calls.append("other") or 6.0),
     }
     times = context.measure(contenders, threads=1, scrub=False)
-    assert times == {"ours": [2.0] * 5, "other": [6.0] * 5}
+    assert times == {"ours": [2.0] * 3, "other": [6.0] * 3}
     assert calls[:6] == ["other", "prepare", "ours", "prepare", "ours", "other"]  # the first round warms up
+    context.process = 1
+    calls.clear()
+    context.measure(contenders, threads=1, scrub=False)
+    assert calls[:6] == ["prepare", "ours", "other", "other", "prepare", "ours"]
     made = harness.figure("case", {"shape": "tiny"}, times, more=1)
     assert made["median_s"] == 2.0
     assert made["ratios"] == {"other": 3.0}
@@ -337,6 +373,88 @@ def test_measure_rotates_prepares_and_takes_the_seconds_a_call_returns() -> None
 
 def test_spread_is_the_interquartile_range_over_the_median() -> None:
     assert harness.spread([1, 2, 4, 6, 100]) == pytest.approx((6 - 2) / 4)
+    assert harness.spread([3.0]) == 0
+
+
+def test_every_process_measures_all_and_the_figure_states_their_range(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    how = ("--processes", "2", "--repeats", "2", "--seconds", "60", "--output", str(tmp_path), "--name", "run")
+    about, figure, memory_figure = quick(capsys, "mass", "memory", *how)
+    assert about["options"]["processes"] == 2
+    assert figure["processes"] == 2
+    assert figure["repeats"] == 2 * 2
+    assert figure["min_s"] <= figure["range"][0] <= figure["median_s"] <= figure["range"][1] <= figure["max_s"]
+    assert figure["range"][0] < figure["range"][1]
+    assert figure["ratio_range"].keys() == figure["ratios"].keys()
+    for name, (low, high) in figure["ratio_range"].items():
+        assert 0 < low <= figure["ratios"][name] <= high
+    assert figure["floor_fraction"] == pytest.approx(figure["floor_s"] / figure["median_s"])
+    assert memory_figure["case"] == "memory"
+    assert "processes" not in memory_figure
+    assert compare.main([str(tmp_path / "run.jsonl")] * 2) == 0
+    table = (tmp_path / "run.md").read_text()
+    low, high = figure["ratio_range"]["torch"]
+    assert "the smallest and the largest of 2 processes' medians" in table
+    assert f"{figure['ratios']['torch']:.2f} ({low:.2f}-{high:.2f})" in table
+
+
+def test_cases_take_turns_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def child(module: str, request: Any) -> subprocess.CompletedProcess[str]:
+        asked.append((request["process"], request["case"]))
+        assert options.Options(**request["options"]).repeats == 7
+        assert request["peaks"] == []
+        figure = {"case": request["case"], "ratios": {"torch": float(request["process"])}}
+        return subprocess.CompletedProcess([], 0, json.dumps(figure) + "\n")
+
+    monkeypatch.setattr(processes, "child", child)
+    context = harness.Context(options.parse(["--repeats", "7", "--processes", "3", "--output", "somewhere"]))
+    made = list(processes.run(context, ["mass", "memory", "gemm"]))
+    assert asked == [(0, "mass"), (0, "memory"), (0, "gemm"), (1, "mass"), (1, "gemm"), (2, "mass"), (2, "gemm")]
+    assert [figure["case"] for figure in made] == ["mass", "memory", "gemm"]
+    assert made[0]["ratios"] == {"torch": 1.0}
+    assert made[0]["ratio_range"] == {"torch": [0.0, 2.0]}
+
+
+def test_a_process_that_fails_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 3, "")
+    monkeypatch.setattr(processes, "child", lambda *_: failed)
+    with pytest.raises(SystemExit) as error:
+        list(processes.run(harness.Context(options.parse([])), ["mass"]))
+    assert error.value.code == 3
+
+
+def test_merging_takes_medians_of_processes() -> None:
+    def part(ours: list[float], other: list[float], best: str) -> dict[str, Any]:
+        made = harness.figure(
+            "gemm", {"rows": 4}, {"ours": ours, "torch": other}, torch_best=best, share={"mass": ours[0]}
+        )
+        return made | {"floor_s": 1.0, "floor_fraction": 1.0 / made["median_s"]}
+
+    parts = [part([2.0, 2.0], [2.0, 4.0], "bmm"), part([4.0], [4.0], "loop"), part([1.0], [7.0], "loop")]
+    made = processes.merged(parts)
+    assert made["rows"] == 4
+    assert made["torch_best"] == "loop"
+    assert made["share"] == {"mass": 2.0}
+    assert (made["median_s"], made["range"], made["min_s"], made["max_s"]) == (2.0, [1.0, 4.0], 1.0, 4.0)
+    assert (made["repeats"], made["processes"]) == (4, 3)
+    assert made["baselines"] == {"torch": 4.0}
+    assert made["ratios"] == {"torch": 1.5}
+    assert made["ratio_range"] == {"torch": [1.0, 7.0]}
+    assert made["floor_fraction"] == 0.5
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_float32_stands_in_where_pytorch_has_no_bfloat16_product(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+
+    def dtypes(*arguments: str) -> list[str]:
+        return [s.dtype for s in harness.Context(options.parse([*arguments])).settings()]
+
+    assert dtypes() == (["float32", "bfloat16"] if native else ["float32"])
+    assert dtypes("--dtype", "bfloat16", "float16") == ["bfloat16", "float16"]
 
 
 def test_a_floor_is_the_longer_of_moving_and_computing() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import checks, floors
+from benchmarks import checks, floors, processes
 from benchmarks.harness import Context, Figure
 from benchmarks.inputs import Inputs, Setting
 
@@ -31,10 +30,7 @@ def run(context: Context) -> Iterator[Figure]:
 
 
 def measure(setting: Setting) -> Figure:
-    command = [sys.executable, "-m", "benchmarks.cases.memory", json.dumps(asdict(setting))]
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    done = processes.child("benchmarks.cases.memory", asdict(setting), stderr=subprocess.PIPE)
     if done.returncode:
         checks.refuse(setting, f"the process that measures memory failed: {done.stderr.strip().splitlines()[-1:]}")
     made: Figure = {"case": "memory", **setting.describe(), **json.loads(done.stdout)}
@@ -50,11 +46,11 @@ def child(setting: Setting) -> dict[str, Any]:
     inputs = Inputs(setting)
     # Pristine copies are the benchmark's; without them two boundaries follow one another.
     inputs.pristine_keys, inputs.pristine_values = [], []
-    release_freed()
-    before = reset_peak_memory()
+    _release_freed()
+    before = _reset_peak()
     for _ in range(2):
         inputs.rewrite()
-    peak = peak_memory()
+    peak = _status("VmHWM")
 
     def nbytes(tensors: list[Any]) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
@@ -68,7 +64,7 @@ def child(setting: Setting) -> dict[str, Any]:
     }
 
 
-def release_freed() -> None:
+def _release_freed() -> None:
     """Gives freed memory back to the system, where the C library can: boundaries would settle in it unnoticed."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -76,15 +72,10 @@ def release_freed() -> None:
         trim(0)
 
 
-def reset_peak_memory() -> int:
+def _reset_peak() -> int:
     """Resident bytes now, from which on the kernel counts the peak anew."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _status("VmRSS")
-
-
-def peak_memory() -> int:
-    """The most resident bytes since then."""
-    return _status("VmHWM")
 
 
 def _status(key: str) -> int:
