@@ -61,8 +61,8 @@ def test_problems_are_right_and_tokenized_by_symbol(name: str, tmp_path: Path, t
         assert example.num_steps == len(lines) + 1  # the end of text
         assert [b - a for a, b in example.segments[1:]] == [4] * len(lines) + [1]
         assert tokenizer.decode(example.tokens) == f"<s>{record['question']}\n{record['answer']}</s>"
-        for probe in record["probes"]:
-            assert record[probe["in"]][probe["at"]]
+        for probes in record["probes"].values():
+            assert all(record[place][at] for place, at, _ in probes)
     assert len({json.dumps(r) for r in records}) > 10
     again = list(synthesize(task, 5, seed=0))
     assert again == records[:5] != list(synthesize(task, 5, seed=1))
@@ -151,13 +151,14 @@ def chain_lines(question: str) -> list[str]:
 def test_the_probes_of_registers_name_what_is_needed() -> None:
     for record in synthesize(RegisterTask(), 20):
         f = {fact[0]: fact[1] for fact in record["question"].split(";") if fact}
-        for probe in record["probes"]:
-            if probe["in"] == "question":
-                assert record["question"][probe["at"]] == f[probe["is"]]
-                continue
-            assert record["answer"][probe["at"]] == "\n"
-            value = record["answer"][probe["at"] - 2]
-            assert probe["is"] == (f[value] if "need" in probe["what"] else value)
+        facts, holds, needs = record["probes"].values()
+        assert len(facts) == 6
+        assert all(record[place][at] == f[name] for place, at, name in facts)
+        assert len(holds) == len(needs) > 0
+        for (place, at, held), (_, same, needed) in zip(holds, needs, strict=True):
+            assert (place, record[place][at], at) == ("answer", "\n", same)
+            assert held == record[place][at - 2]
+            assert needed == f[held]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +188,11 @@ def test_refused(make: Any, match: str) -> None:
         make()
 
 
+def plain(records: Any) -> list[Any]:
+    """As JSON has them."""
+    return [json.loads(json.dumps(record)) for record in records]
+
+
 # --- the tiny backbone ------------------------------------------------------------------------------------------
 
 
@@ -206,16 +212,16 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, tokeniz
     status, out, _ = run(capsys, "synthesize", "chain", "--output", chain, "--count", 3, "--steps", "2:4", "--seed", 5)
     assert status == 0
     records = [json.loads(line) for line in chain.read_text().splitlines()]
-    assert records == list(synthesize(ChainTask(steps=(2, 4)), 3, seed=5))
+    assert records == plain(synthesize(ChainTask(steps=(2, 4)), 3, seed=5))
     assert out == f"wrote {chain}: 3 problems, such as\n{records[0]['question']}\n{records[0]['answer']}"
     options = ("--count", 2, "--steps", 6, "--registers", 4)
     assert run(capsys, "synthesize", "registers", "--output", registers, *options)[0] == 0
     records = [json.loads(line) for line in registers.read_text().splitlines()]
-    assert records == list(synthesize(RegisterTask(steps=(6, 6), registers=4), 2))
+    assert records == plain(synthesize(RegisterTask(steps=(6, 6), registers=4), 2))
     for option, task in (("--warm-up", RegisterTask().warm_up()), ("--look-ups", RegisterTask().look_ups())):
         path = tmp_path / f"{option}.jsonl"
         assert run(capsys, "synthesize", "registers", "--output", path, "--count", 4, option)[0] == 0
-        assert [json.loads(line) for line in path.read_text().splitlines()] == list(synthesize(task, 4))
+        assert [json.loads(line) for line in path.read_text().splitlines()] == plain(synthesize(task, 4))
 
     new = tmp_path / "new"
     fails(capsys, 1, "chain.jsonl exists", "synthesize", "chain", "--output", chain)

@@ -2,7 +2,8 @@
 
 `ChainTask` follows a chain of definitions; the rewrite of the prompt can help. `RegisterTask` is a register machine
 whose lines need facts of the prompt again; recalling them (top-k) can help. Both make lines for `data.load_examples`:
-"question", "answer", "forced" and "probes", the last for `probe`: at which character a KV row should hold what.
+"question", "answer", "forced" and "probes", the last for `probe`: what a KV row should hold, as a mapping of texts to
+lists of ["question" or "answer", number of the character, what its row should tell].
 
 `task_tokenizer` reads both, a token per symbol, and `tiny_backbone` makes an untrained Llama for it.
 """
@@ -29,6 +30,7 @@ REGISTERS = "ABCDEFGH"
 _LINE = re.compile(r"([A-H][=>]|\?)([a-z])([a-z0-9])")
 
 Record = dict[str, Any]
+Probe = tuple[str, int, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +92,16 @@ class ChainTask:
         lines += [name + str(value) for name, value in leaves.items()] + [other[0] + str(g.integers(0, p))]
         lines = [lines[i] for i in g.permutation(len(lines))]
         question = ";".join([*lines, f"?{chain[0]}{g.integers(0, p)}"])
-        probes, begin = [], 0
+        named: list[Probe] = []
+        defined: list[Probe] = []
+        begin = 0
         for line in lines:
             if line[0] in leaves:
-                probes.append(_probe("question", begin + 1, "value of an operand: its name", line[0]))
+                named.append(("question", begin + 1, line[0]))
             elif len(line) == 3 and line[2] in leaves:
-                probes.append(_probe("question", begin + 2, "operand of a definition: the variable", line[1]))
+                defined.append(("question", begin + 2, line[1]))
             begin += len(line) + 1
+        probes = {"value of an operand: its name": named, "operand of a definition: the variable": defined}
         return {"question": question, "answer": self.solve(question), "probes": probes}
 
     def solve(self, question: str) -> str:
@@ -176,7 +181,9 @@ class RegisterTask:
         f = dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
         shuffled = [cycle[i] for i in g.permutation(self.facts)]
         question = "".join(f"{name}{f[name]};" for name in shuffled)
-        probes = [_probe("question", 3 * i + 1, "value of a fact: its name", name) for i, name in enumerate(shuffled)]
+        named: list[Probe] = [("question", 3 * i + 1, name) for i, name in enumerate(shuffled)]
+        holding: list[Probe] = []
+        needed: list[Probe] = []
         answer, forced, held = "", [], dict[str, str]()
         register = ""
         for _ in range(int(g.integers(self.steps[0], self.steps[1] + 1))):
@@ -196,9 +203,13 @@ class RegisterTask:
                 answer += f"{register}={value}{self._class(f[value])}\n"
                 forced.append([begin, begin + 3])
             held[register] = value
-            end = len(answer) - 1
-            probes.append(_probe("answer", end, "end of a line: what its register holds", value))
-            probes.append(_probe("answer", end, "end of a line: the name an advance will need", f[value]))
+            holding.append(("answer", len(answer) - 1, value))
+            needed.append(("answer", len(answer) - 1, f[value]))
+        probes = {
+            "value of a fact: its name": named,
+            "end of a line: what its register holds": holding,
+            "end of a line: the name an advance will need": needed,
+        }
         forced.append([len(answer), len(answer) + 1])
         return {"question": question, "answer": answer, "forced": forced, "probes": probes}
 
@@ -386,10 +397,6 @@ def save_backbone(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
     """A tiny backbone and its tokenizer, as `backbones.load` reads them."""
     model.save_pretrained(Path(directory))
     task_tokenizer().save_pretrained(Path(directory))
-
-
-def _probe(place: str, at: int, what: str, label: str) -> dict[str, Any]:
-    return {"in": place, "at": at, "what": what, "is": label}
 
 
 def _first_difference(right: str, answer: str) -> int | None:
