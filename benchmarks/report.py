@@ -34,6 +34,10 @@ _EXTRA = {
     "step_s": ("stock's step µs", "{:.0f}"),
     "device_step_s": ("on the device µs", "{:.0f}"),
     "extra": ("extra", "{:+.2%}"),
+    "time_ratio": ("time / fine-tuning's", "{:.2f}"),
+    "memory_ratio": ("memory / fine-tuning's", "{:.2f}"),
+    "peak_bytes": ("peak MB", "{:.0f}"),
+    "sft_peak_bytes": ("fine-tuning's MB", "{:.0f}"),
     "changed_tokens": ("changed tokens", "{}"),
 }
 

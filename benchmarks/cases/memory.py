@@ -46,11 +46,11 @@ def child(setting: Setting) -> dict[str, Any]:
     inputs = Inputs(setting)
     # Pristine copies are the benchmark's; without them two boundaries follow one another.
     inputs.pristine_keys, inputs.pristine_values = [], []
-    _release_freed()
-    before = _reset_peak()
+    release_freed()
+    before = reset_peak_memory()
     for _ in range(2):
         inputs.rewrite()
-    peak = _status("VmHWM")
+    peak = peak_memory()
 
     def nbytes(tensors: list[Any]) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
@@ -64,7 +64,7 @@ def child(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _release_freed() -> None:
+def release_freed() -> None:
     """Gives freed memory back to the system, where the C library can: boundaries would settle in it unnoticed."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -72,10 +72,15 @@ def _release_freed() -> None:
         trim(0)
 
 
-def _reset_peak() -> int:
+def reset_peak_memory() -> int:
     """Resident bytes now, from which on the kernel counts the peak anew."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _status("VmRSS")
+
+
+def peak_memory() -> int:
+    """The most resident bytes since then."""
+    return _status("VmHWM")
 
 
 def _status(key: str) -> int:
