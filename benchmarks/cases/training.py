@@ -17,20 +17,18 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks import checks
+from benchmarks import checks, processes
 from benchmarks.cases.memory import peak_memory, release_freed, reset_peak_memory
 from benchmarks.harness import OURS, Contender, Context, Figure, figure
 from benchmarks.inputs import SEED, Setting
@@ -139,10 +137,8 @@ def problems(setting: Setting) -> list[Example]:
 
 def memory_of(setting: Setting, stage: str) -> int:
     """Peak bytes of two steps, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cases.training", json.dumps(asdict(setting)), stage]
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    request = {"setting": asdict(setting), "stage": stage}
+    done = processes.child("benchmarks.cases.training", request, stderr=subprocess.PIPE)
     if done.returncode:
         checks.refuse(setting, f"the process that measures memory failed: {done.stderr.strip().splitlines()[-1:]}")
     return int(done.stdout)
@@ -174,4 +170,5 @@ class _Tokenizer:
 
 
 if __name__ == "__main__":
-    print(child(Setting(**json.loads(sys.argv[1])), sys.argv[2]))
+    asked = json.loads(sys.argv[1])
+    print(child(Setting(**asked["setting"]), asked["stage"]))
