@@ -26,7 +26,7 @@ Oracle = Callable[..., Any]
 # Question, answer, and what the answer must be, given the question's numbers in their order. {n} are computed.
 TEMPLATES: list[tuple[str, str, Oracle, list[Oracle]]] = [
     (
-        "Tom has {a} boxes of {b} eggs and sells {c} eggs for $2 each. How many eggs has he left?",
+        "Tom has {a} boxes of {b} eggs and sells {c} eggs for $1 each. How many eggs has he left?",
         "He has {a}*{b} = <<{a}*{b}={0}>>{0} eggs.\n{0} eggs - {c} eggs = <<{0}-{c}={1}>>{1} eggs are left.\n#### {1}",
         lambda a, b, c, _: a * b - c,
         [lambda a, b, c: a * b, lambda a, b, c: a * b - c],
@@ -111,18 +111,16 @@ def draws(question: str, answer: str, tries: int = 400) -> list[tuple[str, str]]
 
 
 def test_forms_are_kept() -> None:
-    question = "Al pays $2,400 for 3 beds and $1.50 for a 16-inch pin, 5 days a week. He has an 80 year old car."
+    question = "Al pays $2,400 for 3 beds and $1.50 for a pin, on the 5th of May 2019, with 16% off."
     answer = "A bed is 2,400/3 = $<<2400/3=800>>800.\nIt is 800+1.50 = $<<800+1.50=801.50>>801.50.\n#### 801.50"
     for q, a in draws(question, answer):
-        assert "16-inch" in q
-        assert "5 days" in q
-        assert "an 80 year" in q
+        assert q.endswith("for a pin, on the 5th of May 2019, with 16% off.")
         price, text = re.search(r"for a", q), re.search(r"\$(\d,\d{3}) for (\d+) beds and \$(\d+\.\d0)", q)
         assert price is not None
         assert text is not None, q
         assert f"is {text[1]}/{text[2]} = $<<{text[1].replace(',', '')}/{text[2]}=" in a
     # Days of a week, articles, and what is more stays more.
-    question = "Bo runs 6 miles for 3 days a week on an 8-mile track. How far is it, with 4 weeks of rest?"
+    question = "Bo runs 6 miles for 3 days a week on an 8-mile track. How far is it, in the 4th week?"
     pairs = draws(question, "It is 3*6 = <<3*6=18>>18, and 18+8 = <<18+8=26>>26.\n#### 26")
     for q, _ in pairs:
         six, three, eight, four = numbers(q)
@@ -213,8 +211,8 @@ def test_nothing_but_arithmetic_is_evaluated(mark: str) -> None:
         ("At 10:30 or 10 am.", "<<10+30=40>>40\n#### 40", augment.NOTHING),
         ("On May 21st or the 12th, 5-10 times.", "<<21+12+5+10=48>>48\n#### 48", augment.NOTHING),
         ("Tom has twice what Al has, 2.", "<<2*2=4>>4\n#### 4", augment.NOTHING),
-        # A threshold that no calculation knows of.
-        ("Over 30 eggs are half off. He buys 40.", "<<40/2=20>>20\n#### 20", augment.CONDITION),
+        # A threshold, or a total, that no calculation knows of.
+        ("Over 30 eggs are half off. He buys 40.", "<<40/2=20>>20\n#### 20", augment.UNUSED),
         ("More than three are half off. He buys 40.", "<<40/2=20>>20\n#### 20", augment.CONDITION),
         # 12 is a number of the question and a result; 40 is said in words; 3x is no 3.
         ("Tom has 12 and 9 and 3.", "<<9+3=12>>12\nSo 12 are there.\n<<12+12=24>>24\n#### 24", augment.AMBIGUOUS),

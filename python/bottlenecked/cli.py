@@ -289,7 +289,7 @@ def generate(
         from .processor import CacheProcessor
 
         loaded = CacheProcessor.from_pretrained(processor)
-    lm, tokenizer = _load(model, dtype)
+    lm, tokenizer = load_backbone(model, dtype, option="--model")
     import torch
 
     from .integrations.transformers import attach
@@ -482,8 +482,8 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return text
 
 
-def _load(model: str, dtype: DType) -> tuple[Any, Any]:
-    """The backbone and its tokenizer, quietly and offline."""
+def load_backbone(model: str, dtype: DType, *, option: str) -> tuple[Any, Any]:
+    """The backbone and its tokenizer, quietly and offline. option: which named it, for messages."""
     from . import backbones
 
     backbones.locate(model)
@@ -493,7 +493,7 @@ def _load(model: str, dtype: DType) -> tuple[Any, Any]:
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # whatever the libraries that read the files raise
-        raise ValueError(f"--model {model} cannot be loaded: {_sentence(error)}") from None
+        raise ValueError(f"{option} {model} cannot be loaded: {_sentence(error)}") from None
 
 
 def quiet_libraries() -> None:

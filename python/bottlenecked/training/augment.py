@@ -112,6 +112,7 @@ NOT_COMPUTED = "the final answer is not a mark's result"
 UNKNOWN = "a number's origin is unknown"
 NOTHING = "no number of the question can be drawn anew"
 CONDITION = "a condition of the question may no longer hold"
+UNUSED = "a number of the question enters no calculation, and may bound the others"
 AMBIGUOUS = "a number has two meanings"
 UNNATURAL = "no draw keeps all numbers natural"
 
@@ -378,10 +379,10 @@ def _parse(question: str, answer: str) -> _Problem:
     variable: dict[Fraction, tuple[Fraction, range]] = {}
     for number in asked:
         before, behind = question[: number.begin], question[number.begin + len(number.text) :]
-        if number.value not in used and _CONDITION.search(before):
-            raise Rejected(CONDITION)
         if _NO_AMOUNT.search(before) or _NO_AMOUNT_BEHIND.match(behind) or _is_year(number, before):
             fixed |= _fixed_meanings(number, behind)
+        elif number.value not in used and number.value != 1:
+            raise Rejected(UNUSED)
         else:
             step, times = _candidates(number, question, behind)
             old_step, old = variable.get(number.value, (step, times))

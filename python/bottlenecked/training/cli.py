@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,6 +101,54 @@ def train(
 
     settings = TrainingConfig() if config is None else TrainingConfig.load(config)
     print(run(backbone, data, output, settings, resume=resume).sentence())
+
+
+class Part(StrEnum):
+    both = "both"
+    keys = "keys"
+    values = "values"
+
+
+@commands.command()
+def probe(
+    files: Annotated[list[Path], typer.Argument(help="JSONL as for training; held-back problems are best.")],
+    backbone: Annotated[str, typer.Option(help=_BACKBONE)],
+    template: Annotated[str, typer.Option(help=_TEMPLATE)] = "auto",
+    max_length: Annotated[int, typer.Option(help="Tokens; longer examples are left out.")] = 512,
+    examples: Annotated[int, typer.Option(help="At most so many, drawn at random.")] = 400,
+    part: Annotated[Part, typer.Option(help="Of the KV rows.")] = Part.both,
+    seed: Annotated[int, typer.Option(help="Of the draw, the folds and the shuffled labels.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tell, before training, whether a backbone's KV rows hold what a Processor would have to move."""
+    from .. import cli
+
+    model, tokenizer = cli.load_backbone(backbone, cli.DType.float32, option="--backbone")
+    from .probe import conclusion
+    from .probe import probe as probe_rows
+
+    findings = probe_rows(
+        model,
+        tokenizer,
+        files,
+        template=unescape(template),
+        max_length=max_length,
+        max_examples=examples,
+        part=part.value,
+        seed=seed,
+    )
+    if as_json:
+        print(json.dumps({"findings": [f.to_dict() for f in findings], "conclusion": conclusion(findings)}))
+        return
+    width = max(len(f.what) for f in findings)
+    print(f"{'from which rows, what':{width}}  rows classes majority shuffled  best layer tells         verdict")
+    for f in findings:
+        best = f.layers[f.best]
+        print(
+            f"{f.what:{width}} {f.rows:5} {f.classes:7} {f.majority:8.3f} {f.shuffled:8.3f}  "
+            f"{f.best:3}  {best.share:.3f} [{best.low:.3f}, {best.high:.3f}]  {f.verdict}"
+        )
+    print(f"\n{conclusion(findings)}")
 
 
 _COUNT = "How many problems."
