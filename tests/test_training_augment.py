@@ -229,13 +229,23 @@ def test_rejected_problems(question: str, answer: str, reason: str) -> None:
 
 
 def test_a_value_may_have_two_origins_that_stay_equal() -> None:
-    """Computed twice, or asked twice: whichever is meant, it is the same."""
-    question = "Tom has 15 red and 15 blue eggs, and eats 11. Al does the same."
-    answer = "Tom: 15+15 = <<15+15=30>>30\nAl: 15+15 = <<15+15=30>>30\n30 each, <<30+30-11=49>>49\n#### 49"
+    """Computed twice: whichever is meant, it is the same."""
+    question = "Tom has 15 red and 17 blue eggs, and eats 11. Al does the same."
+    answer = "Tom: 15+17 = <<15+17=32>>32\nAl: 15+17 = <<15+17=32>>32\n32 each, <<32+32-11=53>>53\n#### 53"
     for q, a in draws(question, answer):
         red, blue, eaten = numbers(q)
-        assert red == blue
-        assert numbers(a)[-1] == 4 * red - eaten
+        assert numbers(a)[-1] == 2 * (red + blue) - eaten
+
+
+def test_numbers_that_may_be_others_stay() -> None:
+    """Two packs for $2, of which a mark tells one; two slices to a sandwich, of which nothing tells."""
+    question = "Two of 12: he buys 12 packs at $9 each and a pear for $12."
+    assert {numbers(q)[1] for q, _ in draws(question, "<<12*9=108>>108\n<<108+12=120>>120\n#### 120")} == {12}
+    question = "All 7 eat 3 sandwiches. How many slices is that?"
+    answer = "<<7*3=21>>21 sandwiches of 3 slices are <<21*3=63>>63\n#### 63"
+    assert {numbers(q)[1] for q, _ in draws(question, answer)} == {3}
+    question = "Ann is 60 years old, Al 7 years older."
+    assert 80 < max(numbers(q)[0] for q, _ in draws(question, "<<60+7=67>>67\n#### 67")) <= 90
 
 
 # --- files and the command -----------------------------------------------------------------------------------------

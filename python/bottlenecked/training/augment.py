@@ -376,7 +376,7 @@ def _parse(question: str, answer: str) -> _Problem:
     fixed = {Fraction(1)} | {Fraction(n) for _, _, values in words for n in values}
     if Fraction(1) not in {n.value for n in asked} and "one" not in said and any(_by_one(m.tree) for m in marks):
         raise Rejected(UNKNOWN)  # something happens to be 1
-    variable: dict[Fraction, tuple[Fraction, range]] = {}
+    variables: dict[Fraction, tuple[Fraction, range]] = {}
     for number in asked:
         before, behind = question[: number.begin], question[number.begin + len(number.text) :]
         if _NO_AMOUNT.search(before) or _NO_AMOUNT_BEHIND.match(behind) or _is_year(number, before):
@@ -384,14 +384,19 @@ def _parse(question: str, answer: str) -> _Problem:
         elif number.value not in used and number.value != 1:
             raise Rejected(UNUSED)
         else:
-            step, times = _candidates(number, question, behind)
-            old_step, old = variable.get(number.value, (step, times))
-            both = range(max(old.start, times.start), min(old.stop, times.stop) if step == old_step else 0)
-            variable[number.value] = (step, both)
+            # Twice the same number may be two numbers, of which the answer uses one.
+            repeated = number.value in variables
+            variables[number.value] = (number.value, range(0)) if repeated else _candidates(number, question, behind)
     for begin, _, values in _words(question):
         if values and not used & set(map(Fraction, values)) and _CONDITION.search(question[:begin]):
             raise Rejected(CONDITION)
-    variables = {v: d for v, d in variable.items() if len(d[1]) > 1 and v in used and v not in fixed}
+    # A small number in several marks may be another one there: two slices of bread to a sandwich.
+    often = Counter(value for mark in marks for value in {told[i].value for i in mark.leaves})
+    variables = {
+        value: drawn
+        for value, drawn in variables.items()
+        if len(drawn[1]) > 1 and value not in fixed and (value > 5 or often[value] == 1)
+    }
     fixed |= {number.value for number in asked} - variables.keys()
     problem = _Problem(
         question,
@@ -467,6 +472,8 @@ def _candidates(number: _Number, question: str, behind: str) -> tuple[Fraction, 
         steps = [Fraction(n) for n in (1000, 500, 100, 50, 10, 5, 1)]
         step = next(s for s in steps if value % s == 0 and (value >= 4 * s or s == 1))
     least, most = max(value / 2, step, Fraction(2) if value >= 2 else step), max(2 * value, value + 3 * step)
+    if re.match(r"[ -]years?[ -]old\b", behind):
+        most = min(most, Fraction(90))
     if unit := re.match(r"[ -](?:\w+ )?(day|hour|minute|month)", behind):
         larger, cap = _CAPS[unit[1]]
         if larger in question.lower() and value <= cap:
