@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks import compare, machine, processes, report
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, ON_REQUEST
 from benchmarks.harness import Context, Figure, say
 from benchmarks.options import Options, parse
 
@@ -38,7 +38,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     """The machine's line, then every figure of the chosen cases."""
     context = Context(options)
     yield about(context)
-    for figure in processes.run(context, options.cases or list(CASES)):
+    for figure in processes.run(context, options.cases or [case for case in CASES if case not in ON_REQUEST]):
         say(f"{figure['case']}: {report.sentence(figure)}")
         yield figure
 

@@ -45,7 +45,8 @@ class Contender:
 class Context:
     """What a case runs with: options, the machine's rates by number of threads, memory to scrub the caches with.
 
-    process: which of the processes this is, from 0: the order of contenders begins elsewhere in each.
+    process: which of the processes this is, from 0: the order of contenders begins elsewhere in each, and what is
+        expensive to check is checked in the first, as all have the same inputs and code.
     """
 
     options: Options
@@ -107,16 +108,15 @@ class Context:
 
     @torch.no_grad()
     def measure(
-        self, contenders: Mapping[str, Contender], *, threads: int, scrub: bool = True
+        self, contenders: Mapping[str, Contender], *, threads: int, scrub: bool = True, warm_up: bool = True
     ) -> dict[str, list[float]]:
         """Seconds of every contender, by repeat. torch runs on `threads` threads; ours were told theirs.
 
-        One round warms up. Repeats end at --repeats, or after the first that ends beyond --seconds.
+        warm_up: one round is not counted. Repeats end at --repeats, or after the first that ends beyond --seconds.
         """
         torch.set_num_threads(threads)
         times: dict[str, list[float]] = {name: [] for name in contenders}
-        began = time.perf_counter()
-        for repeat in range(-1, self.options.repeats):
+        for repeat in range(-1 if warm_up else 0, self.options.repeats):
             if repeat == 0:
                 began = time.perf_counter()
             if repeat > 0 and time.perf_counter() - began > self.options.seconds:

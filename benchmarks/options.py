@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, ON_REQUEST
 from benchmarks.inputs import DTYPES, SHAPES
 
 PROGRAM = "python -m benchmarks"
@@ -56,7 +56,12 @@ def parse(arguments: Sequence[str]) -> Options:
         f"`{PROGRAM} compare A.jsonl B.jsonl` tells whether two runs agree.",
     )
     add = parser.add_argument
-    add("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}, before the options; none: all")
+    add(
+        "cases",
+        nargs="*",
+        metavar="CASE",
+        help=f"of {', '.join(CASES)}, before the options; none: all but {', '.join(ON_REQUEST)}",
+    )
     add("--shape", nargs="+", default=[], choices=SHAPES, help="backbones; default: by case, mostly smollm2")
     add("--processor-dim", nargs="+", type=int, default=[], metavar="D", help="widths of the Processor, d_p")
     add("--dtype", nargs="+", default=[], choices=DTYPES, help="of cache and baselines; bfloat16: of our weights too")

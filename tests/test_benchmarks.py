@@ -364,6 +364,9 @@ def test_measure_rotates_prepares_and_takes_the_seconds_a_call_returns() -> None
     calls.clear()
     context.measure(contenders, threads=1, scrub=False)
     assert calls[:6] == ["prepare", "ours", "other", "other", "prepare", "ours"]
+    calls.clear()
+    times = context.measure(contenders, threads=1, scrub=False, warm_up=False)
+    assert calls.count("ours") == len(times["ours"]) == 3
     made = harness.figure("case", {"shape": "tiny"}, times, more=1)
     assert made["median_s"] == 2.0
     assert made["ratios"] == {"other": 3.0}

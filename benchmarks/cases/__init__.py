@@ -3,7 +3,8 @@
     run(context: Context) -> Iterator[Figure]
 
 which first checks that ours and the baselines compute the same on the very inputs, raising SystemExit where they do
-not, and then measures. Modules are imported when they run: not every case needs transformers.
+not, and then measures; of several processes the first checks what is expensive to check. Modules are imported when they
+run: not every case needs transformers.
 """
 
 from __future__ import annotations
@@ -22,3 +23,4 @@ CASES = {  # name: module
     "scaling": "scaling",
     "training": "training",
 }
+ON_REQUEST = ("training",)  # minutes for every process: left out where no case is named

@@ -107,7 +107,7 @@ def run(context: Context) -> Iterator[Figure]:
             loaded = setting.shape, made
         model = loaded[1]
         torch.set_num_threads(setting.threads)
-        if (setting.shape, setting.processor_dim) not in checked:
+        if context.process == 0 and (setting.shape, setting.processor_dim) not in checked:
             check(model, setting, tokens=9 if context.options.quick else 64)
             checked.add((setting.shape, setting.processor_dim))
         yield measure(context, model, setting, tokens=9 if context.options.quick else EVERY + 2)
@@ -189,8 +189,12 @@ def measure(context: Context, model: Model, setting: Setting, tokens: int) -> Fi
     }
     if setting.batch == 1:
         contenders["naive"] = lambda: generate_naive(model, naive, ids, tokens).seconds
+    # The forward of the prompt warms up.
     times = context.measure(
-        {name: Contender(call) for name, call in contenders.items()}, threads=setting.threads, scrub=False
+        {name: Contender(call) for name, call in contenders.items()},
+        threads=setting.threads,
+        scrub=False,
+        warm_up=False,
     )
     stock = statistics.median(times["stock"])
     in_boundaries = statistics.median(run.boundary_seconds for run in runs)

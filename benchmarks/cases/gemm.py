@@ -17,7 +17,7 @@ from benchmarks import checks, floors
 from benchmarks.harness import OURS, Contender, Context, Figure, figure, say, with_floor
 from benchmarks.inputs import DTYPES, SEED, Setting
 
-ROWS = (1, 4, 16, 64, 128, 512)
+ROWS = (1, 4, 16, 64, 512)
 ONLY_IN_FIRST_SHAPE = ("qkv", "o", "gate_up", "down")  # backbones differ in them by their number of layers only
 
 
@@ -64,14 +64,15 @@ def measure(context: Context, setting: Setting, product: str, weight: np.ndarray
         for layer in range(num_layers):
             torch.mm(torch_x[layer], torch_weight[layer], out=torch_out[layer])
 
-    ours()
-    first = (torch_x[0].double() @ torch_weight[0].double()).float()
-    where = f"gemm {product}, {rows} rows, {setting}"
-    tolerance = 1e-5 if setting.dtype == "float32" else 1e-2
-    checks.close(where, "our product of the first layer", torch.from_numpy(out[0]), first, tolerance)
-    for baseline in (bmm, loop):
-        baseline()
-        checks.close(where, f"our product beside {baseline.__name__}", torch.from_numpy(out), torch_out, tolerance)
+    if context.process == 0:
+        ours()
+        first = (torch_x[0].double() @ torch_weight[0].double()).float()
+        where = f"gemm {product}, {rows} rows, {setting}"
+        tolerance = 1e-5 if setting.dtype == "float32" else 1e-2
+        checks.close(where, "our product of the first layer", torch.from_numpy(out[0]), first, tolerance)
+        for baseline in (bmm, loop):
+            baseline()
+            checks.close(where, f"our product beside {baseline.__name__}", torch.from_numpy(out), torch_out, tolerance)
 
     calls = {OURS: ours, "bmm": bmm, "loop": loop}
     times = context.measure({name: Contender(call) for name, call in calls.items()}, threads=setting.threads)

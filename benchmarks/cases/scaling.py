@@ -22,7 +22,7 @@ def run(context: Context) -> Iterator[Figure]:
 
 def measure(context: Context, setting: Setting) -> Figure:
     inputs = Inputs(setting)
-    if setting.prior <= CHECKED:
+    if setting.prior <= CHECKED and context.process == 0:
         boundary.check(inputs, {OURS: inputs.rewrite})
     times = context.measure({OURS: Contender(inputs.rewrite, inputs.restore)}, threads=setting.threads)
     made = with_floor(
