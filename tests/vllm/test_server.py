@@ -37,7 +37,7 @@ def ask(address: str, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All requests at once; the answers in order."""
 
     async def all_at_once() -> list[dict[str, Any]]:
-        async with httpx.AsyncClient(timeout=300) as client:
+        async with httpx.AsyncClient(timeout=3600) as client:
             answers = await asyncio.gather(*(client.post(f"{address}/v1/completions", json=r) for r in requests))
             return [answer.json() for answer in answers]
 
@@ -94,7 +94,7 @@ def test_streams_and_clients_that_leave(address: str, backbone: Path, prompts: l
         return tokens
 
     async def all_at_once() -> list[list[int]]:
-        async with httpx.AsyncClient(timeout=300) as client:
+        async with httpx.AsyncClient(timeout=3600) as client:
             return await asyncio.gather(*(stream(client, i) for i in range(len(prompts))))
 
     for i, tokens in enumerate(asyncio.run(all_at_once())):
