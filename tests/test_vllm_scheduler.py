@@ -432,6 +432,12 @@ class Histories(RuleBasedStateMachine):
         while self.engine.running:
             self.engine.preempt(self.engine.running[-1], reset=True)
 
+    @rule()
+    def reset_connector(self) -> None:
+        """`reset_prefix_cache(reset_connector=True)`: nothing that was saved or kept is used any more."""
+        self.half.reset()
+        assert not any(self.half.restorable(request) for request in self.engine.waiting)
+
     @precondition(lambda self: self.engine.running and not self.engine.asynchronous)
     @rule(which=st.integers(0, 7), blocks=st.integers(0, 3))
     def lose(self, which: int, blocks: int) -> None:

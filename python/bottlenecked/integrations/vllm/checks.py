@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bottleneck_ext import InvalidArgumentError, UnsupportedError
 
 from ...backbones import describe
@@ -19,7 +21,7 @@ from ...config import CacheProcessorConfig
 from .capture import check_forward
 
 # Versions whose interfaces the tests have seen; docs/vllm.md has the table.
-OLDEST, NEWEST = (0, 32), (0, 32)
+OLDEST, NEWEST = (0, 31), (0, 32)
 
 _FIT = {
     "num_layers": "layers",
@@ -65,7 +67,8 @@ def check_version() -> None:
 def check_server(vllm_config: Any, kv_cache_config: Any, processor: CacheProcessorConfig, directory: str) -> None:
     """vllm_config, kv_cache_config: vLLM's. processor: the configuration of the checkpoint in `directory`."""
     parallel, cache, model = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.model_config
-    transfer = vllm_config.kv_transfer_config
+    transfer, scheduler = vllm_config.kv_transfer_config, vllm_config.scheduler_config
+    attention, dtype = vllm_config.attention_config, str(model.dtype).removeprefix("torch.")
     refusals = [
         (
             cache.enable_prefix_caching,
@@ -73,12 +76,22 @@ def check_server(vllm_config: Any, kv_cache_config: Any, processor: CacheProcess
             "--no-enable-prefix-caching, and perhaps prompt_cache_tokens in kv_connector_extra_config",
         ),
         (
-            transfer.kv_connector == "MultiConnector",
-            "MultiConnector combines KV connectors: name BottleneckedConnector alone in --kv-transfer-config",
-        ),
-        (
             transfer.kv_role != "kv_both",
             f"kv_role is {transfer.kv_role!r}: set it to 'kv_both' in --kv-transfer-config",
+        ),
+        (
+            getattr(transfer, "kv_load_failure_policy", "fail") != "fail" and scheduler.async_scheduling,
+            "with asynchronous scheduling vLLM has sampled from a failed step before it computes it again: leave "
+            "kv_load_failure_policy out, or add --no-async-scheduling",
+        ),
+        (
+            vllm_config.device_config.device_type not in ("cpu", "cuda") or torch.version.hip is not None,
+            f"the device is {'ROCm' if torch.version.hip else vllm_config.device_config.device_type}: only CPUs and "
+            "CUDA devices are supported",
+        ),
+        (
+            scheduler.scheduler_cls is not None,
+            "rewrites rely on the order in which vLLM's own scheduler does things: leave --scheduler-cls out",
         ),
         (vllm_config.speculative_config is not None, "speculative decoding is on: leave --speculative-config out"),
         (model.is_encoder_decoder, "the model is an encoder-decoder: only decoder-only models are supported"),
@@ -89,18 +102,38 @@ def check_server(vllm_config: Any, kv_cache_config: Any, processor: CacheProcess
             "the model has sliding-window attention: choose one with full attention",
         ),
         (
+            cache.cache_dtype not in ("auto", dtype),
+            f"--kv-cache-dtype is {cache.cache_dtype}: set it to auto, which is the model's {dtype}",
+        ),
+        (dtype not in ("float32", "float16", "bfloat16"), f"the model is in {dtype}: use --dtype bfloat16"),
+        (
+            getattr(vllm_config, "diffusion_config", None) is not None or getattr(attention, "use_non_causal", False),
+            "the model does not write its text token by token: only causal models are supported",
+        ),
+        (
+            getattr(attention, "hisparse_config", None) is not None,
+            "HiSparse keeps the KV cache in host memory: leave hisparse_config out of --attention-config",
+        ),
+        (
+            getattr(vllm_config, "weight_transfer_config", None) is not None,
+            "a Processor is for the weights it was trained with: leave --weight-transfer-config out",
+        ),
+        (
             parallel.decode_context_parallel_size > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
             "context parallelism spreads a sequence's cache over ranks: leave --decode-context-parallel-size out",
         ),
-        (parallel.enable_dbo, "dual batch overlap runs two batches at once: leave --enable-dbo out"),
+        (
+            getattr(parallel, "use_ubatching", parallel.enable_dbo),
+            "dual batch overlap runs two batches at once: leave --enable-dbo and --ubatch-size out",
+        ),
+        (
+            getattr(parallel, "enable_elastic_ep", False),
+            "elastic expert parallelism replaces workers: leave --enable-elastic-ep out",
+        ),
         (getattr(model, "enable_sleep_mode", False), "sleep mode drops the KV cache: leave --enable-sleep-mode out"),
         (
             cache.kv_sharing_fast_prefill,
             "layers that share a cache are not supported: leave --kv-sharing-fast-prefill out",
-        ),
-        (
-            getattr(cache, "kv_offloading_size", None) is not None,
-            "KV offloading moves blocks behind our back: leave --kv-offloading-size out",
         ),
         (
             processor.boundary.timing == "pre",
@@ -120,12 +153,23 @@ def check_server(vllm_config: Any, kv_cache_config: Any, processor: CacheProcess
         if applies:
             raise UnsupportedError(sentence)
     groups = kv_cache_config.kv_cache_groups if kv_cache_config is not None else []
-    specs = [type(group.kv_cache_spec).__name__ for group in groups]
-    if specs and specs != ["FullAttentionSpec"]:
+    specs = [group.kv_cache_spec for group in groups]
+    names = [type(spec).__name__ for spec in specs]
+    if names and names != ["FullAttentionSpec"]:
         raise UnsupportedError(
-            f"the model's KV cache has the groups {', '.join(specs)}: only models with full attention in every layer "
+            f"the model's KV cache has the groups {', '.join(names)}: only models with full attention in every layer "
             "are supported"
         )
+    for spec in specs:
+        if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+            raise UnsupportedError(
+                "the model has layers with sliding-window or chunked attention: choose one with full attention"
+            )
+        if spec.head_size_v != spec.head_size:
+            raise UnsupportedError(
+                f"the model's keys have {spec.head_size} elements per head and its values {spec.head_size_v}: only "
+                "models in which they are alike are supported"
+            )
 
 
 def check_fit(model_config: Any, processor: CacheProcessorConfig, *, check_weights: bool) -> None:
@@ -161,11 +205,13 @@ def check_fit(model_config: Any, processor: CacheProcessorConfig, *, check_weigh
 
 def check_layers(layers: Mapping[str, Any], cache_dtypes: Mapping[str, Any]) -> None:
     """layers: attention layers by name; cache_dtypes: of their caches."""
-    import torch
-
     for name, layer in layers.items():
         impl = getattr(layer, "impl", None)
         check_forward(name, impl)
+        if layer.attn_type != "decoder":
+            raise UnsupportedError(f"the attention of {name} is of the type {layer.attn_type}: not supported")
+        if layer.sliding_window is not None:
+            raise UnsupportedError(f"the attention of {name} has a sliding window: not supported")
         for attribute, words in {
             "sinks": "attention sinks",
             "alibi_slopes": "ALiBi",

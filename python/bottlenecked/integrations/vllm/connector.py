@@ -105,9 +105,20 @@ class BottleneckedConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler.finish(request.request_id)
         return False, None
 
+    def reset_cache(self) -> bool:
+        self.scheduler.reset()
+        return True
+
     # ---- in a worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        if get_kv_transfer_group() is not self:
+            raise UnsupportedError(
+                "MultiConnector combines KV connectors, and others would hand out rewritten blocks: name "
+                "BottleneckedConnector alone in --kv-transfer-config"
+            )
         self.worker.register(kv_caches)
 
     def bind_connector_metadata(self, connector_metadata: RewriteMetadata) -> None:
@@ -180,3 +191,13 @@ def _line_ending_ids(model_config: Any, config: CacheProcessorConfig) -> tuple[i
     if not ids:
         raise InvalidArgumentError("no token of this tokenizer contains a newline: set boundary.token_ids")
     return ids
+
+
+def __getattr__(name: str) -> Any:
+    """vLLM looks the connector up here by name, and --kv-offloading-size puts another name into the configuration."""
+    if name.endswith("Connector"):
+        raise UnsupportedError(
+            f"--kv-transfer-config names {name} of {__name__}: name BottleneckedConnector, and leave "
+            "--kv-offloading-size out, which names a connector of its own"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -59,3 +59,9 @@ class PromptIndex:
         self.use(wanted)
         gone = [self._kept.popitem(last=False)[0] for _ in range(len(self._kept) - self.max_blocks)]
         return new, gone
+
+    def clear(self) -> list[bytes]:
+        """Forgets all; returns what it was."""
+        gone = list(self._kept)
+        self._kept.clear()
+        return gone

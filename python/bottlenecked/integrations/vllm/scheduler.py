@@ -176,6 +176,12 @@ class SchedulerHalf:
         """A request has ended, however: nothing is kept of it here, and after the next step nothing in workers."""
         self._remove(request_id, self._next_plan)
 
+    def reset(self) -> None:
+        """Weights may have changed: what is saved of preempted requests and kept of prompts is forgotten."""
+        for tracked in self._tracked.values():
+            self._forget_saved(tracked, self._next_plan)
+        self._next_plan.forget += self.prompts.clear()
+
     def build(self, scheduled: Any) -> Plan:
         """What has to precede the forward of vLLM's SchedulerOutput. Blocks are those the forward will use."""
         plan, self._next_plan = self._next_plan, Plan()
@@ -269,15 +275,14 @@ class SchedulerHalf:
     def _preempt(self, tracked: _Tracked, plan: Plan) -> None:
         if tracked.row < 0:
             return
-        if getattr(tracked.request, "drop_stale_output", False):
-            # vLLM wants the cache forgotten (reset_prefix_cache) and drops what was sampled meanwhile: a save would
-            # hold a position whose token never comes.
-            pass
-        elif self._saved_tokens + tracked.written <= self.max_saved_tokens:
+        # Where vLLM wants the cache forgotten (reset_prefix_cache) it drops what was sampled meanwhile: a save would
+        # hold a position whose token never comes.
+        forgotten = getattr(tracked.request, "drop_stale_output", False)
+        if not forgotten and self._saved_tokens + tracked.written <= self.max_saved_tokens:
             plan.save.append(Transfer(tracked.request.request_id, tracked.row, tracked.written, tracked.blocks))
             self._saved_tokens += tracked.written
             tracked.saved = True
-        else:
+        elif not forgotten:
             logger.warning(
                 "request %s is preempted and not saved: %d tokens are saved, and max_saved_tokens is %d",
                 tracked.request.request_id,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -17,16 +16,15 @@ from ...config import CacheProcessorConfig
 _SERVER = "vllm.entrypoints.openai.api_server"
 
 
-def transfer_config(processor: str | os.PathLike[str]) -> str:
-    """What --kv-transfer-config needs for this Processor, as JSON."""
-    return json.dumps(
-        {
-            "kv_connector": "BottleneckedConnector",
-            "kv_connector_module_path": "bottlenecked.integrations.vllm.connector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"processor": str(Path(processor).resolve())},
-        }
-    )
+def transfer_flags(processor: str | os.PathLike[str]) -> list[str]:
+    """--kv-transfer-config for this Processor, key by key: vLLM adds what a user gives in the same way."""
+    values = {
+        "kv_connector": "BottleneckedConnector",
+        "kv_connector_module_path": "bottlenecked.integrations.vllm.connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config.processor": Path(processor).resolve(),
+    }
+    return [f"--kv-transfer-config.{key}={value}" for key, value in values.items()]
 
 
 def server_command(model: str, processor: Path, flags: Sequence[str]) -> list[str]:
@@ -44,8 +42,11 @@ def server_command(model: str, processor: Path, flags: Sequence[str]) -> list[st
     command += [str(smollm2_directory()) if model == "smollm2" else model]
     given = {flag.partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
     if "--kv-transfer-config" in given:
-        raise ValueError("serve fills in --kv-transfer-config: leave it out, or run vLLM's own server")
-    command += ["--kv-transfer-config", transfer_config(processor)]
+        raise ValueError(
+            "serve fills in --kv-transfer-config: give single keys, such as "
+            "--kv-transfer-config.kv_connector_extra_config.top_k 16, or run vLLM's own server"
+        )
+    command += transfer_flags(processor)
     if not given & {"--no-enable-prefix-caching", "--enable-prefix-caching"}:
         command.append("--no-enable-prefix-caching")
     if model == "smollm2" and "--served-model-name" not in given:
