@@ -77,7 +77,7 @@ class WorkerHalf:
         self.block_table = np.zeros((self.num_rows, max_blocks), np.int32)
 
         indices = [extract_layer_index(name) for name in names]
-        processor = _processor_of_layers(config, self.options, backend, indices)
+        processor = processor_of_layers(config, self.options, backend, indices)
         workspace = processor.workspace(torch.get_num_threads() if device.type == "cpu" else 1)
         scale = float(layers[names[0]].impl.scale)
         if self.group.world_size == 1:
@@ -141,8 +141,11 @@ class WorkerHalf:
         taken, self.failed_blocks = self.failed_blocks, set()
         return taken
 
-    def _rewrite(self, rewrites: Sequence[Rewrite]) -> None:
-        """One call for all. Where it is refused, nothing was written: one after the other shows which it was."""
+    def _rewrite(self, rewrites: Sequence[Rewrite], *, again: bool = False) -> None:
+        """One call for all. Where it is refused, nothing was written: one after the other shows which it was.
+
+        A GPU is not waited for, so that a call may be told of an earlier one's refusal; it is then made again.
+        """
         events = [self._event(rewrite) for rewrite in rewrites]
         on_cpu = self.block_to_page.device.type == "cpu"
         try:
@@ -150,15 +153,17 @@ class WorkerHalf:
         except RebuildNeededError as error:
             logger.error("a rewrite failed while it wrote, its requests cannot go on: %s", error)
             self.failed_blocks.update(block for rewrite in rewrites for block in rewrite.blocks)
-            self.stats.data["skipped"]["failed"] = self.stats.data["skipped"].get("failed", 0) + len(rewrites)
+            self._skip("failed", len(rewrites))
             return
         except (BottleneckError, MemoryError) as error:
-            if len(rewrites) > 1:
+            if len(rewrites) == 1 or not (on_cpu or again):
+                logger.warning("a step was not rewritten: %s", error)
+                self._skip("refused", 1)
+            if not on_cpu and not again:
+                self._rewrite(rewrites, again=True)
+            elif len(rewrites) > 1:
                 for rewrite in rewrites:
-                    self._rewrite([rewrite])
-                return
-            logger.warning("a step was not rewritten: %s", error)
-            self.stats.data["skipped"]["refused"] = self.stats.data["skipped"].get("refused", 0) + 1
+                    self._rewrite([rewrite], again=again)
             return
         data = self.stats.data
         data["boundaries"] += len(events)
@@ -169,6 +174,10 @@ class WorkerHalf:
         if report is not None:
             edits, rows = np.square(report.delta_norm).sum(0), np.square(report.row_norm).sum(0)
             data["edits"] += np.sqrt(np.divide(edits, rows, out=np.zeros_like(edits), where=rows > 0)).tolist()
+
+    def _skip(self, reason: str, count: int) -> None:
+        skipped = self.stats.data["skipped"]
+        skipped[reason] = skipped.get(reason, 0) + count
 
     def _event(self, rewrite: Rewrite) -> BoundaryEvent:
         self.block_table[rewrite.row, : len(rewrite.blocks)] = rewrite.blocks
@@ -324,7 +333,7 @@ class ShardedRewriter:
         return positions
 
 
-def _processor_of_layers(
+def processor_of_layers(
     config: CacheProcessorConfig, options: ServerOptions, backend: str, layers: Sequence[int]
 ) -> CacheProcessor:
     """The Processor of a worker's own layers: all of them, but for pipeline parallelism."""
