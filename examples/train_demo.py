@@ -76,7 +76,7 @@ def main() -> int:
     output.mkdir(parents=True)
 
     title("problems, and an untrained model of two layers")
-    sizes = {"train": (TASK, 40000), "look_ups": (TASK.look_ups(), 20000), "warm_up": (TASK.warm_up(), 30000)}
+    sizes = {"train": (TASK, 30000), "look_ups": (TASK.look_ups(), 10000), "warm_up": (TASK.warm_up(), 15000)}
     files = {name: output / f"{name}.jsonl" for name in (*sizes, "test")}
     for number, (name, (task, count)) in enumerate((sizes | {"test": (TASK, TEST)}).items()):
         records = synthesize(task, count, seed=10 * seed + number)

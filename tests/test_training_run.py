@@ -106,8 +106,13 @@ def test_an_interrupted_run_goes_on(files: dict[str, Path], stage: str, monkeypa
 
 
 def test_no_first_stage(files: dict[str, Path], tmp_path: Path) -> None:
-    files["train.yaml"].write_text(yaml.safe_dump({**CONFIG, "sft": {"method": "none"}}))
+    data = CONFIG["data"] | {"cache": str(tmp_path / "cache")}
+    files["train.yaml"].write_text(yaml.safe_dump({**CONFIG, "data": data, "sft": {"method": "none"}}))
     assert cli.main(command(files)) == 0
+    options = ("--backbone", str(files["base"]), "--template", "{question} ", "--max-length", "64")
+    before = list((tmp_path / "cache").iterdir())
+    assert cli.main(["prepare", str(files["train.jsonl"]), *options, "--output", str(tmp_path / "cache")]) == 0
+    assert list((tmp_path / "cache").iterdir()) == before != []
     assert not (files["run"] / "backbone").exists()
     config = json.loads((files["run"] / "processor" / "config.json").read_text())
     assert config["backbone"]["weights_hash"] == backbones.describe(files["base"])["backbone"]["weights_hash"]

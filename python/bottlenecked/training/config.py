@@ -36,6 +36,7 @@ class DataConfig:
     template: "auto", "chat", or a text with "{question}" in it.
     max_length: tokens of prompt and answer together; longer examples are dropped and counted.
     keep_marks: keep calculator marks such as <<48/2=24>>.
+    cache: directory where tokens are kept, as by `bottlenecked prepare --output`; null: nowhere.
     held_back: examples that are not trained on, to evaluate with; examples derived from one problem stay together.
     bucket: batches drawn from one band of lengths; see `data.batches`.
     """
@@ -43,6 +44,7 @@ class DataConfig:
     template: str = "auto"
     max_length: int = _number(512, 2)
     keep_marks: bool = False
+    cache: str | None = None
     held_back: int = _number(256, 1)
     bucket: int = _number(4, 1)
 
@@ -301,7 +303,7 @@ def _check(config: Any, prefix: str) -> None:
         elif isinstance(f.default, bool):
             if not isinstance(value, bool):
                 _refuse(name, value, "true or false")
-        elif f.name in ("template", "license") and not (
+        elif f.name in ("template", "cache", "license") and not (
             isinstance(value, str) or (value is None and f.default is None)
         ):
             _refuse(name, value, "a text")

@@ -46,11 +46,11 @@ def train(
     """
     config = TrainingConfig() if config is None else config
     directory = Path(output)
-    if not resume and directory.exists() and any(directory.iterdir()):
+    accelerator = make_accelerator()
+    if accelerator.is_main_process and not resume and directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"--output {directory} is not empty: give another directory, or --resume its run")
     if resume and not (directory / "train.yaml").exists():
         raise ValueError(f"{directory} holds no run to resume: leave out --resume")
-    accelerator = make_accelerator()
     tokenizer = backbones.load_tokenizer(backbone)
     boundary = config.processor.boundary()
 
@@ -61,12 +61,13 @@ def train(
             template=config.data.template,
             max_length=config.data.max_length,
             keep_marks=config.data.keep_marks,
+            cache_dir=config.data.cache,
             boundary=boundary,
         )
 
     data, held_back = load(files).split(config.data.held_back, seed=config.seed)
     curricula = [load(c.files) if c.files else None for c in (config.sft.curriculum, config.processor.curriculum)]
-    names = [Path(file).name for file in files]
+    name, names = Path(backbone).name, [Path(file).name for file in files]
     # Mistakes about the second stage are told before the first, which takes hours.
     planned_iterations(config.processor, data, curricula[1], accelerator.num_processes)
     processor_config(config, backbones.describe(backbone), newline_token_ids(tokenizer))
@@ -100,13 +101,13 @@ def train(
             output=directory,
             accelerator=accelerator,
             curriculum=curricula[0],
+            backbone_name=name,
         )
         started(stage)
         if not (stage.iteration == stage.total and source.exists()):
             finish(stage, source)
         del stage, model
     model, tokenizer = backbones.load(source, dtype=config.dtype)  # type: ignore[arg-type]
-    name = Path(backbone).name
     processor = ProcessorTrainer(
         model,
         tokenizer,

@@ -368,10 +368,11 @@ class BackboneTrainer(Trainer):
         output: str | os.PathLike[str] | None = None,
         accelerator: Accelerator | None = None,
         curriculum: Dataset | None = None,
+        backbone_name: str | None = None,
     ) -> None:
         accelerator = make_accelerator() if accelerator is None else accelerator
         self.model, self.tokenizer = model.to(accelerator.device), tokenizer
-        self._backbone = backbone_of(model)
+        self._backbone = backbone_of(model, backbone_name)
         self._adapted: Any = None
         if config.sft.method == "lora":
             self._adapted = _adapt(model, config)
