@@ -151,14 +151,9 @@ def chain_lines(question: str) -> list[str]:
 def test_the_probes_of_registers_name_what_is_needed() -> None:
     for record in synthesize(RegisterTask(), 20):
         f = {fact[0]: fact[1] for fact in record["question"].split(";") if fact}
-        facts, holds, needs = record["probes"].values()
+        (facts,) = record["probes"].values()
         assert len(facts) == 6
         assert all(record[place][at] == f[name] for place, at, name in facts)
-        assert len(holds) == len(needs) > 0
-        for (place, at, held), (_, same, needed) in zip(holds, needs, strict=True):
-            assert (place, record[place][at], at) == ("answer", "\n", same)
-            assert held == record[place][at - 2]
-            assert needed == f[held]
 
 
 @pytest.mark.parametrize(

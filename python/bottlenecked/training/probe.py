@@ -1,9 +1,10 @@
 """Before training: do the backbone's KV rows hold what a Processor would have to move?
 
 A Processor can only move what the rows it sees already hold. A backbone can answer as well as another and still keep a
-needed name nowhere that a row tells; no Processor trains on it. A linear probe asks each layer by itself: can a line
-through its KV rows, keys and values as they lie in the cache, tell the label? If it cannot tell more than the
-commonest label would, there is nothing to move from there.
+needed name nowhere that a row tells; no Processor trains on it. A linear probe asks each layer by itself: can a linear
+map of its KV rows, keys and values, tell the label? If it cannot tell more than the commonest label would, there is
+nothing to move from there. RoPE on the keys is undone first, where we can: it hides from a linear map what a Processor,
+which is none, may well find.
 
 Asked are, for any file, the first tokens of the next step, from the row of the last token of a step; and, where lines
 have "probes" (those of `tasks` do), what these name.
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..config import BoundaryConfig
+from .. import backbones
+from ..config import BoundaryConfig, CacheProcessorConfig
 from .data import Example, load_examples, read_lines
 
 if TYPE_CHECKING:
@@ -107,7 +109,8 @@ def probe(
 
     model: a transformers causal language model with a plain KV cache. files, template, max_length, boundary: as in
         `load_examples`. max_examples: so many random ones; the interval shrinks and time grows with them.
-    part: the whole rows, or the halves of the keys (after RoPE, as a Processor sees them) or of the values alone.
+    part: the whole rows, or the halves of the keys or of the values alone. Keys are with RoPE undone for the rope types
+        that `CacheProcessorConfig.inv_freq` knows, else as cached.
 
     Returns one finding per question that has at least 60 rows of at least two labels, each label common enough for
     cross-validation. Raises ValueError as `load_examples`, for "probes" that point outside their text, or where no
@@ -129,7 +132,7 @@ def probe(
     own = _own_probes(files, examples, tokenizer)
     asked |= own
     positions = sorted({(number, token) for rows in asked.values() for number, token, _ in rows})
-    rows = _kv_rows(model, examples, positions, part)
+    rows = _kv_rows(model, examples, positions, part, _inv_freq(model))
     place = {position: i for i, position in enumerate(positions)}
 
     findings = []
@@ -212,10 +215,22 @@ def _token_at(example: Example, values: Mapping[str, Any], tokenizer: Any) -> di
     return places
 
 
+def _inv_freq(model: Any) -> list[float] | None:
+    """RoPE's angle per position, in radians, of each pair of a head; None where there is none that we can undo."""
+    try:
+        return CacheProcessorConfig(**backbones.describe(model.config.to_dict())).inv_freq()
+    except ValueError:
+        return None
+
+
 def _kv_rows(
-    model: Any, examples: Sequence[Example], positions: Sequence[tuple[int, int]], part: Part
+    model: Any,
+    examples: Sequence[Example],
+    positions: Sequence[tuple[int, int]],
+    part: Part,
+    inv_freq: Sequence[float] | None,
 ) -> npt.NDArray[np.float32]:
-    """KV rows at (example, token) positions, in order: [layers, positions, features]."""
+    """KV rows at (example, token) positions, in order: [layers, positions, features]; RoPE undone by `inv_freq`."""
     import torch
 
     collected: list[npt.NDArray[np.float32]] = []
@@ -232,9 +247,13 @@ def _kv_rows(
             output = model(ids.to(model.device), attention_mask=mask.to(model.device), use_cache=True, logits_to_keep=1)
         here = [(number - begin, token) for number, token in positions if begin <= number < begin + len(batch)]
         sequence, token = (torch.tensor([p[i] for p in here], device=model.device) for i in (0, 1))
-        collected.append(
-            np.stack([_layer_rows(keys, values, sequence, token, part) for keys, values in _layers(output)])
-        )
+        layers = []
+        for keys, values in _layers(output):
+            k, v = (half[sequence, :, token].float().cpu().numpy() for half in (keys, values))
+            halves = {"both": (_unrotated(k, token.cpu().numpy(), inv_freq), v), "values": (v,)}
+            halves["keys"] = halves["both"][:1]
+            layers.append(np.concatenate([half.reshape(len(here), -1) for half in halves[part]], 1))
+        collected.append(np.stack(layers))
     return np.concatenate(collected, 1)
 
 
@@ -249,12 +268,16 @@ def _layers(output: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return layers
 
 
-def _layer_rows(
-    keys: torch.Tensor, values: torch.Tensor, sequence: torch.Tensor, token: torch.Tensor, part: Part
+def _unrotated(
+    keys: npt.NDArray[np.float32], positions: Ints, inv_freq: Sequence[float] | None
 ) -> npt.NDArray[np.float32]:
-    halves = {"both": (keys, values), "keys": (keys,), "values": (values,)}[part]
-    rows = [half[sequence, :, token].flatten(1).float().cpu().numpy() for half in halves]
-    return np.concatenate(rows, 1)
+    """keys [rows, KV heads, head_dim] with RoPE undone; element i of a head is paired with i + head_dim / 2."""
+    if inv_freq is None:
+        return keys
+    angles = positions[:, None, None] * np.array(inv_freq)
+    cos, sin = np.cos(angles), np.sin(angles)
+    a, b = np.split(keys, 2, 2)
+    return np.concatenate([a * cos + b * sin, b * cos - a * sin], 2).astype(np.float32)
 
 
 # --- probes -----------------------------------------------------------------------------------------------------

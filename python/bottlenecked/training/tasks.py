@@ -182,8 +182,6 @@ class RegisterTask:
         shuffled = [cycle[i] for i in g.permutation(self.facts)]
         question = "".join(f"{name}{f[name]};" for name in shuffled)
         named: list[Probe] = [("question", 3 * i + 1, name) for i, name in enumerate(shuffled)]
-        holding: list[Probe] = []
-        needed: list[Probe] = []
         answer, forced, held = "", [], dict[str, str]()
         register = ""
         for _ in range(int(g.integers(self.steps[0], self.steps[1] + 1))):
@@ -203,13 +201,7 @@ class RegisterTask:
                 answer += f"{register}={value}{self._class(f[value])}\n"
                 forced.append([begin, begin + 3])
             held[register] = value
-            holding.append(("answer", len(answer) - 1, value))
-            needed.append(("answer", len(answer) - 1, f[value]))
-        probes = {
-            "value of a fact: its name": named,
-            "end of a line: what its register holds": holding,
-            "end of a line: the name an advance will need": needed,
-        }
+        probes = {"value of a fact: its name": named}
         forced.append([len(answer), len(answer) + 1])
         return {"question": question, "answer": answer, "forced": forced, "probes": probes}
 
