@@ -14,7 +14,7 @@ from benchmarks.cases import CASES, ON_REQUEST
 from benchmarks.inputs import DTYPES, SHAPES
 
 PROGRAM = "python -m benchmarks"
-USUAL = {"processes": 5, "repeats": 8, "seconds": 0.25, "step": 32, "top_k": 32}
+USUAL = {"processes": 5, "repeats": 6, "seconds": 0.25, "step": 32, "top_k": 32}
 QUICK = {"processes": 1, "repeats": 3, "seconds": 0.0, "step": 6, "top_k": 4}
 
 
@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str]) -> Options:
     add("--top-k", type=int, metavar="K", help="recalled positions (32)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of ours and of torch; default: all cores")
     add("--processes", type=int, metavar="N", help="fresh processes per figure (5); 1: in this one, without ranges")
-    add("--repeats", type=int, help="per figure and process (8)")
+    add("--repeats", type=int, help="per figure and process (6)")
     add("--seconds", type=float, help="time per figure and process after which no further repeat begins (0.25)")
     add("--no-compile", action="store_true", help="leave out the baselines under torch.compile: they take minutes")
     add("--quick", action="store_true", help="a tiny grid, in a minute: shows that everything runs, measures nothing")

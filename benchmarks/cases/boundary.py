@@ -61,13 +61,14 @@ def measure(context: Context, setting: Setting) -> Figure:
 
 
 def compiled(context: Context, setting: Setting) -> bool:
-    """Compiling costs up to a minute for each: one batch and prior length stand for the others, unless asked for."""
+    """Compiling costs up to a minute for each: one shape, batch and prior length stand for all, unless asked for."""
     if not context.options.compile:
         return False
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         say("  torch.compile is left out: it needs g++, or a C++ compiler named by CXX")
         return False
-    return (setting.prior == 1024 and setting.batch == 1) or bool(context.options.prior)
+    asked_for = context.options.prior or context.options.shape
+    return bool(asked_for) or (setting.shape, setting.prior, setting.batch) == ("smollm2", 1024, 1)
 
 
 def baselines(inputs: Inputs, *, compiled: bool) -> dict[str, Call]:

@@ -107,9 +107,9 @@ def run(context: Context) -> Iterator[Figure]:
             loaded = setting.shape, made
         model = loaded[1]
         torch.set_num_threads(setting.threads)
-        if context.process == 0 and (setting.shape, setting.processor_dim) not in checked:
+        if context.process == 0 and setting.shape not in checked:
             check(model, setting, tokens=9 if context.options.quick else 64)
-            checked.add((setting.shape, setting.processor_dim))
+            checked.add(setting.shape)
         yield measure(context, model, setting, tokens=9 if context.options.quick else EVERY + 2)
 
 

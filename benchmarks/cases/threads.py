@@ -13,7 +13,7 @@ def run(context: Context) -> Iterator[Figure]:
     threads = max(2, context.options.threads)
     if threads > context.options.threads:
         say(f"  measured on {threads} threads where --threads is {context.options.threads}: mind the cores")
-    for setting in context.settings(processor_dims=(128, 512), batches=(8,), threads=threads):
+    for setting in context.settings(processor_dims=(128,), batches=(8,), threads=threads):
         yield measure(context, setting)
 
 

@@ -34,7 +34,7 @@ def run(context: Context) -> Iterator[Figure]:
 def measure(context: Context, setting: Setting) -> Figure:
     inputs = Inputs(setting)
     bound = inputs.bind()
-    positions = selected(inputs)
+    positions = selected(inputs, check=context.process == 0)
     bound.rewrite(inputs.events)
     new_keys = [gathered(k, p).float() for k, p in zip(inputs.keys, positions, strict=True)]
     new_values = [gathered(v, p).float() for v, p in zip(inputs.values, positions, strict=True)]
