@@ -19,7 +19,8 @@ from bottlenecked.training.tasks import RegisterTask, save_backbone, synthesize,
 from .test_cli import fails, run
 
 # Probes of our own, at the newlines of lines that set or advance a register, beside the task's.
-HELD, NEXT, FACT = "what the register holds", "what comes next", "value of a fact: its name"
+HELD, NEXT, FACT = "what the register holds", "what comes next", "a fact's name, from its value"
+END = "a fact's name, from its end"
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +190,12 @@ def test_any_file(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_conclusions_about_what_a_task_needs(problems: Path, tokenizer: Any) -> None:
     findings = probe(Holding(), tokenizer, [problems])
-    assert f"The rows do not hold, or barely: {FACT}; {NEXT}. A Processor cannot" in conclusion(findings)
-    assert conclusion([f for f in findings if f.what == HELD]).startswith("The rows hold what this task needs")
+    assert f"The rows do not hold, or not well: {NEXT}. A Processor cannot" in conclusion(findings)
+    # "ab;": two positions before the end stands the name, one before the value. One place is enough.
+    both = {f.what: f.verdict for f in findings if f.what in (FACT, END)}
+    assert both == {FACT: "not held", END: "held"}
+    assert conclusion([f for f in findings if f.what != NEXT]).startswith("The rows hold what this task needs")
+    assert "not well: a fact's name." in conclusion([f for f in findings if f.what not in (END, NEXT)])
 
 
 def test_probes_are_found_behind_a_template(tmp_path: Path, tokenizer: Any) -> None:
@@ -237,7 +242,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], problems: Path, tmp_pat
     status, out, err = run(capsys, "probe", *options, "--json")
     assert (status, err) == (0, "")
     printed = json.loads(out)
-    assert {f["what"] for f in printed["findings"] if f["required"]} == {NEXT, HELD, FACT}
+    assert {f["what"] for f in printed["findings"] if f["required"]} == {NEXT, HELD, FACT, END}
     assert all(len(f["layers"]) == 2 for f in printed["findings"])
     status, out, err = run(capsys, "probe", *options)
     assert (status, err) == (0, "")

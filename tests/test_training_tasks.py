@@ -148,12 +148,20 @@ def chain_lines(question: str) -> list[str]:
     return found
 
 
-def test_the_probes_of_registers_name_what_is_needed() -> None:
-    for record in synthesize(RegisterTask(), 20):
-        f = {fact[0]: fact[1] for fact in record["question"].split(";") if fact}
-        (facts,) = record["probes"].values()
-        assert len(facts) == 6
-        assert all(record[place][at] == f[name] for place, at, name in facts)
+@pytest.mark.parametrize("name", ["chain", "registers"])
+def test_probes_ask_for_the_name_of_what_is_looked_up(name: str) -> None:
+    asked = 0
+    for record in synthesize(TASKS[name], 20):
+        question = record["question"]
+        start = {0: 0} | {i + 1: i + 1 for i, c in enumerate(question) if c == ";"}
+        value, end = record["probes"].values()
+        for (place, at, label), (_, behind, same) in zip(value, end, strict=True):
+            assert (place, question[behind], label) == ("question", ";", same)
+            assert at == behind - 1
+            assert question[at - 1] == label
+            assert at - 1 in start
+            asked += 1
+    assert asked == {"chain": 60, "registers": 120}[name]
 
 
 @pytest.mark.parametrize(

@@ -150,16 +150,24 @@ def probe(
 
 def conclusion(findings: Sequence[Finding]) -> str:
     """What the findings mean for training, in a few plain sentences."""
-    own = [f for f in findings if f.required]
-    judged = own or [f for f in findings if f.what.startswith("end of a step")] or list(findings)
-    lacking = [f.what for f in judged if f.verdict in ("not held", "barely held")]
-    if own:
+    required: dict[str, list[Finding]] = {}
+    for finding in findings:
+        if finding.required:
+            required.setdefault(finding.what.partition(", from ")[0], []).append(finding)
+    if required:
+        # One row that tells it is enough.
+        lacking = [what for what, places in required.items() if all(f.verdict != "held" for f in places)]
         if not lacking:
-            return "The rows hold what this task needs moved: training a Processor is worth its time."
+            return (
+                "The rows hold what this task needs moved. If the backbone also does well what a single look-up can, "
+                "training a Processor is worth its time."
+            )
         return (
-            f"The rows do not hold, or barely: {'; '.join(lacking)}. A Processor cannot move what no row tells: "
+            f"The rows do not hold, or not well: {'; '.join(lacking)}. A Processor cannot move what no row tells: "
             "train the backbone further, or from another seed, and probe again before training a Processor."
         )
+    judged = [f for f in findings if f.what.startswith("end of a step")] or list(findings)
+    lacking = [f.what for f in judged if f.verdict in ("not held", "barely held")]
     if len(lacking) == len(judged):
         return (
             "At the end of a step no layer's row tells what comes next: the backbone plans nothing that a rewrite of "

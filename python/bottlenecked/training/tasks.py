@@ -3,7 +3,8 @@
 `ChainTask` follows a chain of definitions; the rewrite of the prompt can help. `RegisterTask` is a register machine
 whose lines need facts of the prompt again; recalling them (top-k) can help. Both make lines for `data.load_examples`:
 "question", "answer", "forced" and "probes", the last for `probe`: what a KV row should hold, as a mapping of texts to
-lists of ["question" or "answer", number of the character, what its row should tell].
+lists of ["question" or "answer", number of the character, what its row should tell]. Of texts that differ behind
+", from" one has to be told.
 
 `task_tokenizer` reads both, a token per symbol, and `tiny_backbone` makes an untrained Llama for it.
 """
@@ -92,16 +93,16 @@ class ChainTask:
         lines += [name + str(value) for name, value in leaves.items()] + [other[0] + str(g.integers(0, p))]
         lines = [lines[i] for i in g.permutation(len(lines))]
         question = ";".join([*lines, f"?{chain[0]}{g.integers(0, p)}"])
-        named: list[Probe] = []
-        defined: list[Probe] = []
-        begin = 0
+        last: list[Probe] = []
+        end: list[Probe] = []
+        at = 0
         for line in lines:
+            at += len(line)
             if line[0] in leaves:
-                named.append(("question", begin + 1, line[0]))
-            elif len(line) == 3 and line[2] in leaves:
-                defined.append(("question", begin + 2, line[1]))
-            begin += len(line) + 1
-        probes = {"value of an operand: its name": named, "operand of a definition: the variable": defined}
+                last.append(("question", at - 1, line[0]))
+                end.append(("question", at, line[0]))
+            at += 1
+        probes = {"an operand's name, from its value": last, "an operand's name, from its end": end}
         return {"question": question, "answer": self.solve(question), "probes": probes}
 
     def solve(self, question: str) -> str:
@@ -181,7 +182,8 @@ class RegisterTask:
         f = dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
         shuffled = [cycle[i] for i in g.permutation(self.facts)]
         question = "".join(f"{name}{f[name]};" for name in shuffled)
-        named: list[Probe] = [("question", 3 * i + 1, name) for i, name in enumerate(shuffled)]
+        last: list[Probe] = [("question", 3 * i + 1, name) for i, name in enumerate(shuffled)]
+        end: list[Probe] = [("question", 3 * i + 2, name) for i, name in enumerate(shuffled)]
         answer, forced, held = "", [], dict[str, str]()
         register = ""
         for _ in range(int(g.integers(self.steps[0], self.steps[1] + 1))):
@@ -201,7 +203,7 @@ class RegisterTask:
                 answer += f"{register}={value}{self._class(f[value])}\n"
                 forced.append([begin, begin + 3])
             held[register] = value
-        probes = {"value of a fact: its name": named}
+        probes = {"a fact's name, from its value": last, "a fact's name, from its end": end}
         forced.append([len(answer), len(answer) + 1])
         return {"question": question, "answer": answer, "forced": forced, "probes": probes}
 
