@@ -413,6 +413,18 @@ def test_only_the_prompt(tmp_path: Path) -> None:
     assert attachment.stats.boundaries == 1
 
 
+def test_signals_keep_their_size_at_the_start() -> None:
+    x = torch.randn(3, 200, 64)
+    for dim in (32, 128):
+        made = processor_trainer(dim=dim, mlp_dim=4 * dim, gate=0.0).processor
+        assert not made(x).any()
+        with torch.no_grad():
+            made.get_parameter("out_proj_weight").normal_(std=dim**-0.5)
+        # Half of it is the gate's; of the residual stream's 1 + 0.5^2 * (attention, MLP) little is left to chance.
+        assert 0.4 < float(made(x).std()) < 0.7
+        assert made.state_dict()["layers.0.gate"] == 0
+
+
 @pytest.mark.parametrize("changes", [{"write": "recalled"}, {"selection": "random"}, {"positions": True}], ids=str)
 def test_what_no_checkpoint_expresses_is_not_exported(changes: dict[str, Any], tmp_path: Path) -> None:
     trainer = processor_trainer(**changes)

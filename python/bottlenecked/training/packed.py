@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Sizes are rounded up to multiples of these: allocators and kernel caches then see few shapes.
-TOKEN_MULTIPLE = 32
+TOKEN_MULTIPLE = 16
 POSITION_MULTIPLE = 32
 _LENGTH_MULTIPLE = 8
 

@@ -35,7 +35,6 @@ from torch import Tensor
 
 from ..backbones import model_weights_hash
 from ..boundary import newline_token_ids
-from ..checkpoint import initial_weights
 from ..config import CacheProcessorConfig
 from ..module import CacheProcessorModule
 from .config import ProcessorConfig, SFTConfig, TrainingConfig, differences
@@ -458,8 +457,8 @@ class ProcessorTrainer(Trainer):
         described = {**backbone.description, "head_dim": backbone.head_dim, "backbone": dict(self._backbone)}
         made = processor_config(config, described, newline_token_ids(tokenizer))
         if processor is None:
-            processor = CacheProcessorModule(made, initial_weights(made, seed=config.seed))
-            torch.nn.init.constant_(processor.get_parameter("gate"), settings.gate)
+            processor = CacheProcessorModule(made)
+            _initialize(processor, settings, config.seed)
         elif changed := _unlike(processor.config, made):
             raise ValueError(f"this Processor cannot be trained on here: {'; '.join(changed)}")
         self.processor = processor.to(accelerator.device)
@@ -589,6 +588,21 @@ def _adapt(model: PreTrainedModel, config: TrainingConfig) -> Any:
         torch.manual_seed(config.seed)
         adapters = LoraConfig(r=config.sft.lora_rank, lora_alpha=config.sft.lora_alpha, target_modules="all-linear")
         return get_peft_model(model, adapters)
+
+
+def _initialize(processor: CacheProcessorModule, settings: ProcessorConfig, seed: int) -> None:
+    """Matrices with the fan-in's standard deviation, half of it where they add to the residual stream, gates as told.
+
+    So that signals keep their size in narrow Processors too, where the 0.02 of `initial_weights` lets attention start
+    from nothing. `out_proj` stays zero: the first edits are exactly zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        processor.get_parameter("gate").fill_(settings.gate)
+        for name, parameter in processor.named_parameters():
+            if parameter.ndim == 3 and not name.startswith("out_proj"):
+                scale = parameter.shape[2] ** -0.5 * (0.5 if name.startswith(("o_proj", "down_proj")) else 1.0)
+                parameter.normal_(std=scale, generator=generator)
 
 
 def _silence(processor: CacheProcessorModule, settings: ProcessorConfig) -> None:
