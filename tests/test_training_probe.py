@@ -100,6 +100,17 @@ def test_noise_holds_nothing(problems: Path, tokenizer: Any) -> None:
     assert false / all_findings < 0.06
 
 
+def test_an_example_is_judged_by_others() -> None:
+    """Rows of one example are alike: told from their own kind, any label could be."""
+    generator = np.random.default_rng(0)
+    groups = np.arange(60).repeat(4)
+    labels = generator.integers(0, 3, 60)[groups]
+    rows = generator.standard_normal((60, 80))[groups] + 0.01 * generator.standard_normal((240, 80))
+    finding = module._finding("x", rows[None].astype(np.float32), labels, groups, 1.0, False, 0)
+    assert finding.layers[0].share < 0.55
+    assert finding.verdict == "not held"
+
+
 def test_the_same_seed_gives_the_same_findings(problems: Path, tokenizer: Any) -> None:
     first, again, other = (probe(Holding(1), tokenizer, [problems], seed=s, max_examples=60) for s in (1, 1, 2))
     assert first == again != other

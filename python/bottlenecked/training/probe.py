@@ -167,15 +167,15 @@ def conclusion(findings: Sequence[Finding]) -> str:
             "train the backbone further, or from another seed, and probe again before training a Processor."
         )
     judged = [f for f in findings if f.what.startswith("end of a step")] or list(findings)
-    lacking = [f.what for f in judged if f.verdict in ("not held", "barely held")]
-    if len(lacking) == len(judged):
+    if all(f.verdict == "not held" for f in judged):
         return (
             "At the end of a step no layer's row tells what comes next: the backbone plans nothing that a rewrite of "
-            "these rows could improve. Fine-tune it on such data first, and probe again."
+            "these rows could improve. Fine-tune it on such data first, and probe again; more examples tell more."
         )
+    much = "something" if any(f.verdict in ("held", "partly held") for f in judged) else "a little"
     return (
-        "Rows at the end of a step tell something of the next one, so a rewrite of them can reach it. How much a "
-        "Processor gains, only training tells."
+        f"Rows at the end of a step tell {much} of the next one, so a rewrite of them can reach it. How much a Processor "
+        "gains, only training tells."
     )
 
 
