@@ -174,8 +174,8 @@ def conclusion(findings: Sequence[Finding]) -> str:
         )
     much = "something" if any(f.verdict in ("held", "partly held") for f in judged) else "a little"
     return (
-        f"Rows at the end of a step tell {much} of the next one, so a rewrite of them can reach it. How much a Processor "
-        "gains, only training tells."
+        f"Rows at the end of a step tell {much} of the next one, so a rewrite of them can reach it. How much a "
+        "Processor gains, only training tells."
     )
 
 
