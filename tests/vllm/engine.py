@@ -80,6 +80,25 @@ def make_prompts(count: int, *, seed: int = 0, shortest: int = 3, longest: int =
 
 
 @contextlib.contextmanager
+def _asynchronous(wanted: bool) -> Iterator[None]:
+    """On a CPU vLLM turns asynchronous scheduling off, whatever is asked; its scheduler works there all the same."""
+    from vllm.platforms import current_platform
+
+    stock = type(current_platform).check_and_update_config
+
+    def and_asynchronous(config: Any) -> None:
+        stock(config)
+        config.scheduler_config.async_scheduling = True
+
+    if wanted:
+        type(current_platform).check_and_update_config = staticmethod(and_asynchronous)
+    try:
+        yield
+    finally:
+        type(current_platform).check_and_update_config = stock
+
+
+@contextlib.contextmanager
 def engine(
     backbone: Path, processor: Path | None, extra: dict[str, Any] | None = None, **options: Any
 ) -> Iterator[Any]:
@@ -96,7 +115,8 @@ def engine(
         settings["kv_transfer_config"] = CONNECTOR | {
             "kv_connector_extra_config": {"processor": str(processor), "weight_dtype": "float32", **(extra or {})}
         }
-    llm = LLM(model=str(backbone), **(settings | options))
+    with _asynchronous(options.get("async_scheduling", False)):
+        llm = LLM(model=str(backbone), **(settings | options))
     try:
         yield llm
     finally:

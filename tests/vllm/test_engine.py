@@ -55,6 +55,8 @@ def test_tokens_are_those_of_transformers(
     assert expected.boundaries > 30
     assert sum(ours != theirs for ours, theirs in zip(expected.tokens, stock.tokens, strict=True)) > 4
     with engine(backbone, processor, **ENGINES[name]) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        assert type(scheduler).__name__ == ("AsyncScheduler" if name == "asynchronous" else "Scheduler")
         assert generate(llm, prompts, 60) == expected.tokens
         assert metric(llm, "boundaries") == expected.boundaries
         assert metric(llm, "tokens_rewritten") > 10 * expected.boundaries
@@ -103,7 +105,7 @@ def test_preemption_keeps_rewrites(async_scheduling: bool, backbone: Path, proce
     small = {"kv_cache_memory_bytes": 18 * 32 * 4 * 2 * 2 * 32 * 4, "max_num_batched_tokens": 128}
     with engine(backbone, processor, max_model_len=288, async_scheduling=async_scheduling, **small) as llm:
         assert generate(llm, prompts, 100) == expected.tokens
-        assert metric(llm, "saved_tokens") > 500
+        assert metric(llm, "saved_tokens") > 400
         assert metric(llm, "saved_tokens") == metric(llm, "restored_tokens")
         assert_nothing_is_held(llm)
 
