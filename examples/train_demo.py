@@ -38,6 +38,7 @@ CONFIG = {
         "schedule": "linear",
         # Look-ups first: without them the rest is not learned.
         "curriculum": {"files": ["look_ups.jsonl"], "iterations": 600},
+        "evaluate_every": 1000,
     },
     "processor": {
         "dim": 64,
@@ -47,13 +48,14 @@ CONFIG = {
         "recent_window": 4,
         "gate": 0.0,
         "rewrite_prompt": False,
-        "iterations": 1600,
+        "iterations": 1800,
         "batch_size": 64,
         "learning_rate": 3e-3,
         "warmup": 50,
         "schedule": "linear",
         # Lines that advance the register of the line before: the first calls have work to do.
-        "curriculum": {"files": ["warm_up.jsonl"], "iterations": 600},
+        "curriculum": {"files": ["warm_up.jsonl"], "iterations": 700},
+        "evaluate_every": 300,
     },
 }
 

@@ -446,7 +446,7 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys)
     assert (status, err) == (0, "")
     assert all(command in out for command in ("info", "init", "generate"))
-    fails(capsys, 2, "No such command", "train")
+    fails(capsys, 2, "No such command", "teach")
     assert run(capsys, "generate", "--help")[0] == 0
 
 

@@ -13,8 +13,8 @@ heads of size d, C = 2 * H_kv * d (keys over KV heads, then values over KV heads
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -253,23 +253,41 @@ def round_up(n: int, multiple: int) -> int:
 
 @contextlib.contextmanager
 def _attention(model: PreTrainedModel) -> Iterator[None]:
-    """Our attention for one forward. Registered names stay: there is a public way in, none out, and no harm."""
-    _register()
+    """Our attention for one forward; transformers' registries are global, and have it no longer than that."""
     config = model.config
     before = config._attn_implementation
+    with _registry_lock:
+        _register()
     config._attn_implementation = _NAME
     try:
         yield
     finally:
         config._attn_implementation = before
+        with _registry_lock:
+            _unregister()
 
 
-@functools.cache
+_registry_lock = threading.Lock()
+_users: list[None] = []  # one entry per forward under way
+
+
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(_NAME, _packed_attention)
-    AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
+    if not _users:
+        AttentionInterface.register(_NAME, _packed_attention)
+        AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
+    _users.append(None)
+
+
+def _unregister() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    _users.pop()
+    if not _users:
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            # There is a public way in, none out. Left there, the name would do no harm.
+            getattr(interface, "_global_mapping", {}).pop(_NAME, None)
 
 
 def _packed_attention(
