@@ -1,4 +1,4 @@
-"""Random boundaries for parity tests and benchmarks: one description, any layout, any dtype.
+"""Random boundaries and query captures for parity tests and benchmarks: one description, any layout, any dtype.
 
 The memory around and between the views is filled with NaN (sentinels): reading or writing it shows.
 """
@@ -193,3 +193,107 @@ def make_case(shape: Shape) -> Case:
     for view in queries:
         view[~captured] = float("nan")
     return Case(shape, config, weights, keys, values, queries, block_table, query_table, events, pools)
+
+
+# --- query capture ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CaptureShape:
+    """What a query capture is made of. layout: of the pages, of LAYOUTS; query_layout: "plain", "strided" or "qkv".
+
+    padding: tokens without a slot, behind the others; missing: whether some slots and pages do not exist, which only
+    devices skip.
+    """
+
+    num_tokens: int
+    heads: int = 2
+    head_dim: int = 16
+    page_size: int = 4
+    num_blocks: int = 7
+    num_pages: int = 5
+    num_layers: int = 2
+    padding: int = 0
+    layout: str = "nhd"
+    query_layout: str = "plain"
+    strided_tables: bool = False
+    missing: bool = False
+    dtype: str = "float32"
+    seed: int = 0
+
+
+@dataclass
+class Capture:
+    """queries: per layer [num_tokens + padding, heads, head_dim]; pages: per layer [num_pages, page_size, heads,
+    head_dim], views into pools; slots int64 [num_tokens], block_to_page int32 [num_blocks]."""
+
+    shape: CaptureShape
+    queries: list[torch.Tensor]
+    slots: torch.Tensor
+    block_to_page: torch.Tensor
+    pages: list[torch.Tensor]
+    pools: list[torch.Tensor]
+
+    def to(self, device: str) -> Capture:
+        """The same bytes in another device's memory, gaps included, at the same strides."""
+        pools = [pool.to(device) for pool in self.pools]
+        moved = {pool.untyped_storage().data_ptr(): to for pool, to in zip(self.pools, pools, strict=True)}
+
+        def view(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.numel() == 0:
+                return tensor.to(device)
+            pool = moved[tensor.untyped_storage().data_ptr()]
+            return pool.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        queries, pages = [view(q) for q in self.queries], [view(p) for p in self.pages]
+        return Capture(self.shape, queries, view(self.slots), view(self.block_to_page), pages, pools)
+
+    def same_bytes(self, other: Capture) -> bool:
+        """Wherever the two are, gaps included."""
+        pairs = [(a.cpu(), b.cpu()) for a, b in zip(self.pools, other.pools, strict=True) if a.numel() > 0]
+        return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+
+
+def make_capture(shape: CaptureShape) -> Capture:
+    """Tokens in random order to random rows; a fifth of them without a slot, the blocks behind num_pages without a
+    page."""
+    generator = torch.Generator().manual_seed(shape.seed)
+    rng = np.random.default_rng(shape.seed)
+    dtype = DTYPES[shape.dtype]
+    pools: list[torch.Tensor] = []
+
+    def pool(memory: torch.Tensor) -> torch.Tensor:
+        pools.append(memory)
+        return memory
+
+    queries, pages = [], []
+    for _ in range(shape.num_layers):
+        size = (shape.num_tokens + shape.padding, shape.heads, shape.head_dim)
+        if shape.query_layout == "qkv":  # a slice of the projections of queries, keys and values together
+            width = shape.heads * shape.head_dim
+            wide = pool(torch.randn(size[0], width + 2 * shape.head_dim, generator=generator).to(dtype))
+            queries.append(wide[:, :width].unflatten(1, size[1:]))
+        elif shape.query_layout == "strided":
+            queries.append(pool(torch.randn(*size[:2], 2 * size[2] + 1, generator=generator).to(dtype))[..., 1::2])
+        else:
+            queries.append(pool(torch.randn(size, generator=generator).to(dtype)))
+        of_cache = Shape((), num_kv_heads=shape.heads, head_dim=shape.head_dim, layout=shape.layout, dtype=shape.dtype)
+        pages.append(_cache_views(of_cache, shape.num_pages, shape.page_size, generator, pools)[0])
+
+    def table(numbers: np.ndarray) -> torch.Tensor:
+        if not shape.strided_tables:
+            return pool(torch.from_numpy(numbers))
+        return pool(torch.from_numpy(np.stack([numbers, np.zeros_like(numbers)], axis=1)))[:, 0]
+
+    rows = shape.num_blocks * shape.page_size
+    slots = rng.permutation(rows)[: shape.num_tokens].astype(np.int64)
+    skipped = -1 - rng.integers(0, 2 * shape.page_size, len(slots))
+    slots = np.where(rng.random(len(slots)) < 0.2, skipped, slots)
+    block_to_page = np.full(shape.num_blocks, -1, np.int32)
+    with_page = rng.permutation(shape.num_blocks)[: shape.num_pages]
+    block_to_page[with_page] = rng.permutation(shape.num_pages)[: len(with_page)]
+    if shape.missing:
+        behind = rows + rng.integers(0, 1 << 40, len(slots))
+        slots = np.where(rng.random(len(slots)) < 0.2, behind, slots)
+        block_to_page[(block_to_page < 0) & (rng.random(shape.num_blocks) < 0.5)] = shape.num_pages
+    return Capture(shape, queries, table(slots), table(block_to_page), pages, pools)

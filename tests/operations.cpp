@@ -918,6 +918,98 @@ static void test_boundary(random_source &random, boundary &b, int32_t layer_begi
     }
 }
 
+/* ---- query capture --------------------------------------------------------------------------------------------------
+ */
+
+/* i32 or i64 numbers, stride apart, behind and before others that must not be looked at. */
+template <typename T> struct numbers {
+    memory device;
+    btx_tensor view;
+
+    numbers(const std::vector<T> &all, T elsewhere, int64_t stride) : device((all.size() + 2) * stride * sizeof(T))
+    {
+        std::vector<T> host((all.size() + 2) * (size_t)stride, elsewhere);
+        for (size_t i = 0; i < all.size(); i++)
+            host[(i + 1) * (size_t)stride] = all[i];
+        device.upload(host.data());
+        const int64_t shape[1] = {(int64_t)all.size()};
+        view = btx_tensor_contiguous((T *)device.data + stride, sizeof(T) == 8 ? BTX_I64 : BTX_I32, 1, shape);
+        view.device.type = backend->device_type;
+        view.stride[0] = stride;
+    }
+};
+
+/* Tokens in random order to random rows of pages; some have no slot, some blocks no page, and some of both do not
+ * exist. Exactly the rows of the others are written. */
+static void test_capture(random_source &random, btx_dtype dtype)
+{
+    const int64_t head_dim = random.one_of({1, 7, 8, 20, 64, 96, 128}), heads = random.one_of({1, 3, 5, 12});
+    const int64_t page_size = random.one_of({1, 3, 16}), num_blocks = 1 + random.below(9);
+    const int64_t num_pages = 1 + random.below(num_blocks), num_tokens = random.below(num_blocks * page_size + 1);
+    const int64_t num_slots = num_tokens - std::min<int64_t>(num_tokens, random.below(3)); /* the rest is padding */
+    const int64_t gap = random.one_of({0, 0, 3, 8}), token = heads * head_dim + gap;
+    /* One page more than the view tells of: it is there, but not to be written. */
+    pool *pages = make_pool(random, dtype, num_pages + 1, page_size, heads, head_dim), *query;
+    if (random.below(2)) {
+        query = make_pool(random, dtype, 1, num_tokens + 1, heads, head_dim);
+    }
+    else {
+        const int64_t shape[4] = {1, num_tokens + 1, heads, head_dim};
+        const int64_t stride[4] = {(num_tokens + 1) * token, token, head_dim, 1};
+        query = new pool(dtype, shape, stride, 0, (num_tokens + 1) * token);
+    }
+    for (int64_t i = 0; i < num_tokens; i++)
+        for (int64_t head = 0; head < heads; head++)
+            for (int64_t c = 0; c < head_dim; c++)
+                query->set(0, i, head, c, random.normal());
+    query->device.upload(query->host.data());
+    pages->device.upload(pages->host.data());
+
+    std::vector<int32_t> page_of, rows = permutation(random, num_blocks * page_size);
+    std::vector<int64_t> slots;
+    for (int32_t block : permutation(random, num_blocks)) /* num_pages of them have a page, two at most a wrong one */
+        page_of.push_back(block < num_pages        ? block
+                          : block == num_pages     ? (int32_t)num_pages
+                          : block == num_pages + 1 ? INT32_MAX
+                                                   : -1 - (int32_t)random.below(3));
+    for (int64_t i = 0; i < num_slots; i++) {
+        const int64_t kind = random.below(8);
+        slots.push_back(kind == 0   ? -1 - random.below(page_size)
+                        : kind == 1 ? num_blocks * page_size + random.below(page_size)
+                                    : rows[(size_t)i]);
+    }
+    numbers<int64_t> device_slots(slots, 0, 1 + random.below(2));
+    numbers<int32_t> device_page_of(page_of, 0, 1 + random.below(2));
+
+    const int64_t shape[3] = {num_tokens, heads, head_dim};
+    btx_tensor query_view = query->view, page_view = pages->view;
+    query_view.num_dims = 3;
+    memcpy(query_view.shape, shape, sizeof shape);
+    memcpy(query_view.stride, query->view.stride + 1, 3 * sizeof *query_view.stride);
+    page_view.shape[0] = num_pages;
+    btx_error error;
+    must(
+        backend->capture_queries(0, &query_view, &device_slots.view, &device_page_of.view, &page_view, nullptr, &error),
+        error);
+
+    for (size_t i = 0; i < slots.size(); i++) {
+        const int64_t block = slots[i] / page_size;
+        if (slots[i] < 0 || block >= num_blocks || page_of[(size_t)block] < 0 || page_of[(size_t)block] >= num_pages)
+            continue;
+        for (int64_t head = 0; head < heads; head++)
+            for (int64_t c = 0; c < head_dim; c++)
+                pages->set(page_of[(size_t)block], slots[i] % page_size, head, c,
+                           (float)(*query)(0, (int64_t)i, head, c));
+    }
+    check(pages->device.download<unsigned char>() == pages->host,
+          "capture_queries: %d of %d tokens with slots, %d heads of %d %s, %d of %d blocks with pages of %d",
+          (int)num_slots, (int)num_tokens, (int)heads, (int)head_dim, btx_dtype_name(dtype), (int)num_pages,
+          (int)num_blocks, (int)page_size);
+    check(query->device.download<unsigned char>() == query->host, "capture_queries wrote the queries");
+    delete pages;
+    delete query;
+}
+
 int main(int count, char **arguments)
 {
     const long first = count > 1 ? atol(arguments[1]) : 0, number = count > 2 ? atol(arguments[2]) : 20;
@@ -951,6 +1043,8 @@ int main(int count, char **arguments)
             for (int32_t layer = 0; layer < b->num_layers; layer++)
                 test_boundary(random, *b, layer, layer + 1);
         }
+        for (int i = 0; i < 8; i++)
+            test_capture(random, b->dtype);
         delete b;
         if (num_failures > failed)
             printf("%s: %lld checks failed\n", description.c_str(), (long long)(num_failures - failed));

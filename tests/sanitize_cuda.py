@@ -1,4 +1,4 @@
-"""A few small boundaries on a GPU, for compute-sanitizer (`compute-sanitizer python3 -m tests.sanitize_cuda`).
+"""A few small boundaries and query captures on a GPU: `compute-sanitizer python3 -m tests.sanitize_cuda`.
 
 Every kernel and both of its ends: head sizes of the fast and the general paths, paged, contiguous and strided caches,
 all dtypes, tails, no prior, more recalled than there is. Each tensor is an allocation of its own (the caller sets
@@ -16,7 +16,7 @@ import torch
 
 import bottleneck_ext
 
-from .cases import Case, Shape, make_case
+from .cases import Capture, CaptureShape, Case, Shape, make_capture, make_case
 
 BASE = Shape(((0, 150, 30), (5, 70, 9)), num_kv_heads=2, group=4, head_dim=64, top_k=8, recent_window=16)
 CASES = {
@@ -37,6 +37,15 @@ CASES = {
         top_k=40, recent_window=64, dtype="bfloat16",
     ),
 }  # fmt: skip
+
+CAPTURES = {
+    "capture, vectors": CaptureShape(40, heads=9, head_dim=64, page_size=16, query_layout="qkv", dtype="bfloat16"),
+    "capture, elements": CaptureShape(
+        23, heads=3, head_dim=7, layout="strided", query_layout="strided", strided_tables=True, dtype="float32"
+    ),
+    "capture, columns": CaptureShape(40, heads=5, head_dim=20, layout="column_major", dtype="float16"),
+    "capture, no tokens": CaptureShape(0, padding=3, dtype="bfloat16"),
+}
 
 
 def on_device(case: Case, device: str) -> Case:
@@ -89,10 +98,31 @@ def run(name: str, shape: Shape, weight_dtype: str, backend: str, device: str) -
     print(f"{name}, {weight_dtype}: done", flush=True)
 
 
+def captured(shape: CaptureShape, backend: str, device: str) -> Capture:
+    case = make_capture(shape).to(device)
+    cache, workspace = bottleneck_ext.QueryCache(case.pages), bottleneck_ext.Workspace(1, backend)
+    for layer, query in enumerate(case.queries):
+        cache.capture(layer, query, case.slots, case.block_to_page, workspace=workspace)
+    return case
+
+
+def run_capture(name: str, shape: CaptureShape, backend: str, device: str) -> None:
+    """Also with slots and pages that do not exist, which must do nothing; the CPU backend refuses them."""
+    ours, theirs = captured(shape, backend, device), captured(shape, "cpu", "cpu")
+    if not ours.same_bytes(theirs):
+        raise SystemExit(f"{name}: other bytes than the CPU backend's")
+    if device != "cpu":
+        captured(replace(shape, missing=True), backend, device)
+    print(f"{name}: done", flush=True)
+
+
 def main(arguments: list[str]) -> int:
     """arguments: names of cases; none: all. "cpu" among them: on the CPU, to try this out."""
     backend, device = ("cpu", "cpu") if "cpu" in arguments else ("cuda", "cuda:0")
-    for name in [name for name in arguments if name != "cpu"] or CASES:
+    for name in [name for name in arguments if name != "cpu"] or [*CAPTURES, *CASES]:
+        if name in CAPTURES:
+            run_capture(name, CAPTURES[name], backend, device)
+            continue
         for weight_dtype in ("bfloat16", "float32") if name in ("paged", "wide", "float32") else ("bfloat16",):
             run(name, CASES[name], weight_dtype, backend, device)
     print("all done")

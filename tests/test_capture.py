@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,60 +14,62 @@ from hypothesis import strategies as st
 import bottleneck_ext
 from bottleneck_ext import InvalidArgumentError
 
-from .cases import DTYPES
+from .cases import LAYOUTS, Capture, CaptureShape, make_capture
 
 BACKENDS = [b["name"] for b in bottleneck_ext.backends() if b["available"] and b["backend"] == "cpu"]
 
 
-def check_capture(
-    backend: str, *, dtype: str, heads: int, head_dim: int, page_size: int, num_tokens: int, padding: int, layout: str,
-    seed: int,
-) -> None:  # fmt: skip
-    """Random slots, some negative, in blocks of which some have no page: exactly the mapped rows are written."""
-    rng = np.random.default_rng(seed)
-    num_blocks, num_pages, num_layers = 7, 5, 2
-    generator = torch.Generator().manual_seed(seed)
-    size = (num_tokens + padding, heads, head_dim)
-    query = torch.randn(size, generator=generator).to(DTYPES[dtype])
-    if layout == "strided":
-        wide = torch.randn(size[0], heads, 2 * head_dim + 1, generator=generator).to(DTYPES[dtype])
-        query = wide[..., 1::2]
-    pages = [torch.full((num_pages, page_size, heads, head_dim), 7.0).to(DTYPES[dtype]) for _ in range(num_layers)]
-    if layout == "strided":
-        pages = [torch.full((num_pages, heads, head_dim, page_size), 7.0).to(DTYPES[dtype]) for _ in range(num_layers)]
-        pages = [page.permute(0, 3, 1, 2) for page in pages]
-    slots = rng.permutation(num_blocks * page_size)[: min(num_tokens, num_blocks * page_size)].astype(np.int64)
-    slots[rng.random(len(slots)) < 0.2] = -1
-    block_to_page = np.full(num_blocks, -1, np.int32)
-    block_to_page[rng.permutation(num_blocks)[:num_pages]] = rng.permutation(num_pages)
-    wanted = pages[1].clone()
-    for token, slot in enumerate(slots):
-        if slot >= 0 and block_to_page[slot // page_size] >= 0:
-            wanted[block_to_page[slot // page_size], slot % page_size] = query[token]
-    untouched = pages[0].clone()
+def bind_capture(case: Capture, backend: str) -> Callable[..., None]:
+    """A function that captures all layers; it takes capture's stream."""
+    cache, workspace = bottleneck_ext.QueryCache(case.pages), bottleneck_ext.Workspace(1, backend)
 
-    cache = bottleneck_ext.QueryCache(pages)
-    cache.capture(1, query, slots, block_to_page, workspace=bottleneck_ext.Workspace(1, backend))
-    assert torch.equal(pages[1], wanted)
-    assert torch.equal(pages[0], untouched)
+    def capture(**options: Any) -> None:
+        for layer, query in enumerate(case.queries):
+            cache.capture(layer, query, case.slots, case.block_to_page, workspace=workspace, **options)
+
+    return capture
 
 
-captures = {
-    "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
-    "heads": st.integers(1, 5),
-    "head_dim": st.sampled_from([1, 7, 16, 64, 96]),
-    "page_size": st.sampled_from([1, 4, 16]),
-    "num_tokens": st.integers(0, 40),
-    "padding": st.integers(0, 3),
-    "layout": st.sampled_from(["plain", "strided"]),
-    "seed": st.integers(0, 2**31),
-}
+def capture_in_a_loop(case: Capture) -> Capture:
+    """What must become of it, in its own pages."""
+    shape = case.shape
+    for query, pages in zip(case.queries, case.pages, strict=True):
+        for token, slot in enumerate(case.slots.tolist()):
+            block = slot // shape.page_size
+            page = int(case.block_to_page[block]) if 0 <= block < shape.num_blocks else -1
+            if 0 <= page < shape.num_pages:
+                pages[page, slot % shape.page_size] = query[token]
+    return case
+
+
+def check_capture(backend: str, shape: CaptureShape, device: str = "cpu") -> None:
+    """Exactly the mapped rows are written: every byte is looked at, and nothing is rounded."""
+    case, expected = make_capture(shape).to(device), capture_in_a_loop(make_capture(shape))
+    bind_capture(case, backend)()
+    assert case.same_bytes(expected)
+
+
+capture_shapes = st.builds(
+    CaptureShape,
+    num_tokens=st.integers(0, 40),
+    heads=st.integers(1, 5),
+    head_dim=st.sampled_from([1, 7, 16, 20, 64, 96]),
+    page_size=st.sampled_from([1, 4, 16]),
+    num_blocks=st.integers(1, 9),
+    num_pages=st.integers(1, 9),
+    padding=st.integers(0, 3),
+    layout=st.sampled_from(LAYOUTS),
+    query_layout=st.sampled_from(["plain", "strided", "qkv"]),
+    strided_tables=st.booleans(),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    seed=st.integers(0, 2**31),
+)
 
 
 @settings(max_examples=60, deadline=None, print_blob=True)
-@given(backend=st.sampled_from(BACKENDS), **captures)
-def test_capture(backend: str, **capture) -> None:
-    check_capture(backend, **capture)
+@given(backend=st.sampled_from(BACKENDS), shape=capture_shapes)
+def test_capture(backend: str, shape: CaptureShape) -> None:
+    check_capture(backend, shape)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Mutant:
             places[0].write_text(pattern.sub(lambda _: self.new, places[0].read_text()))
 
 
-MASS, TOP_K, SWIGLU = "attention_mass.cu", "top_k.cu", "linear_swiglu.cu"
+MASS, TOP_K, SWIGLU, CAPTURE = "attention_mass.cu", "top_k.cu", "linear_swiglu.cu", "capture_queries.cu"
 
 MUTANTS = [
     Mutant(
@@ -249,6 +249,44 @@ MUTANTS = [
         "page",
     ),
     Mutant("plan.cuh", "blocks count from position 0", "- step.first_block]", "]"),
+    Mutant(
+        CAPTURE,
+        "a negative slot is not skipped",
+        "if (slot < 0 || block >= views.num_blocks)",
+        "if (block >= views.num_blocks)",
+    ),
+    Mutant(
+        CAPTURE,
+        "a slot behind the blocks is not skipped",
+        "if (slot < 0 || block >= views.num_blocks)",
+        "if (slot < 0)",
+    ),
+    Mutant(
+        CAPTURE,
+        "a block without a page is not skipped",
+        "if (page < 0 || page >= views.num_pages)",
+        "if (page >= views.num_pages)",
+    ),
+    Mutant(
+        CAPTURE, "a page that does not exist is written", "if (page < 0 || page >= views.num_pages)", "if (page < 0)"
+    ),
+    Mutant(CAPTURE, "wrong columns", "column * views.page_stride[3]", "column"),
+    Mutant(CAPTURE, "the column of another head", "column = i - head * views.head_dim;", "column = i;"),
+    Mutant(
+        CAPTURE,
+        "no tail guard",
+        "i < views.heads * views.head_dim; i += THREADS",
+        "i < (views.heads * views.head_dim + THREADS - 1) / THREADS * THREADS; i += THREADS",
+    ),
+    Mutant(CAPTURE, "what one thread cannot hold is lost", "i += THREADS)", "i += 2 * THREADS)"),
+    Mutant(
+        CAPTURE,
+        "a vector where rows do not begin on one",
+        "vector = vector && view->stride[d] % lanes == 0;",
+        "vector = vector;",
+    ),
+    Mutant(CAPTURE, "slots are taken for one after the other", "token * views.slot_stride]", "token]"),
+    Mutant(CAPTURE, "pages are taken for one after the other", "block * views.block_stride]", "block]"),
 ]
 
 

@@ -23,7 +23,7 @@ import bottleneck_ext
 from bottleneck_ext import _core
 from tests import test_capture as capture
 from tests import test_parity as cases
-from tests.cases import LAYOUTS, Case, Shape, make_case
+from tests.cases import LAYOUTS, CaptureShape, Case, Shape, make_case
 
 BACKEND = "cuda"
 EXAMPLES = int(os.environ.get("BOTTLENECKED_EMULATION_EXAMPLES", "15"))
@@ -165,9 +165,9 @@ def test_attention_mass_alone() -> None:
 
 
 @settings(max_examples=EXAMPLES, deadline=None, print_blob=True)
-@given(**capture.captures)
-def test_capture(**arguments: Any) -> None:
-    capture.check_capture(BACKEND, **arguments)
+@given(shape=capture.capture_shapes, missing=st.booleans())
+def test_capture(shape: CaptureShape, missing: bool) -> None:
+    capture.check_capture(BACKEND, replace(shape, missing=missing))
 
 
 # --- a device that is slow -------------------------------------------------------------------------------------
