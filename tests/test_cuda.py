@@ -6,6 +6,9 @@ BOTTLENECKED_REQUIRE_CUDA=1 makes their absence a failure.
 
 The tolerances are those of docs/processor.md, as in test_parity.py. Cases are made on the CPU; what runs on the device
 is copied there, gaps and sentinels included, and copied back to be looked at.
+
+Most of the time goes into float64 on the host: with pytest-xdist installed `pytest -n 8 -m "not alone"` is much faster.
+Tests marked `alone` look at what every process on the device does, and run apart. benchmarks/run_gpu.sh does all this.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import copy
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +27,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bottleneck_ext
-from bottlenecked import BoundaryConfig, CacheProcessor, CacheProcessorConfig, UnsupportedError, reference
+from bottlenecked import BoundaryConfig, CacheProcessor, CacheProcessorConfig, UnsupportedError, backbones, reference
+from bottlenecked.boundary import newline_token_ids
 from bottlenecked.checkpoint import initial_weights
 
-from .cases import LAYOUTS, NAMED, Case, Shape, make_case
+from .cases import LAYOUTS, NAMED, Capture, CaptureShape, Case, Shape, make_capture, make_case
+from .test_capture import bind_capture, capture_in_a_loop, capture_shapes, check_capture
 from .test_parity import (
     EDIT_TOLERANCE,
     HALF_ULP,
@@ -41,6 +47,7 @@ from .test_parity import (
 )
 
 EXAMPLES = int(os.environ.get("BOTTLENECKED_CUDA_EXAMPLES", "60"))
+PARTS = 12  # of the examples, for as many processes
 DEVICE = "cuda:0"
 BACKEND = "cuda"
 BITS = {"float32": torch.int32, "float16": torch.int16, "bfloat16": torch.int16}
@@ -121,7 +128,7 @@ def bind(device: Case, processor: CacheProcessor, workspace: Any = None) -> Any:
     )
 
 
-def restore(device: Case, before: list[torch.Tensor]) -> None:
+def restore(device: Case | Capture, before: list[torch.Tensor]) -> None:
     for pool, old in zip(device.pools, before, strict=True):
         pool.copy_(old)
 
@@ -211,8 +218,9 @@ def check_against_cpu(shape: Shape, weight_dtype: str) -> None:
 
 
 @needs_cuda
+@pytest.mark.parametrize("part", range(PARTS))
 @settings(
-    max_examples=EXAMPLES,
+    max_examples=max(EXAMPLES // PARTS, 1),
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -222,7 +230,7 @@ def check_against_cpu(shape: Shape, weight_dtype: str) -> None:
     head_dim=st.sampled_from([None, None, 7, 96, 192, 256]),
     weight_dtype=st.sampled_from(["float32", "float32", "bfloat16"]),
 )
-def test_parity(shape: Shape, head_dim: int | None, weight_dtype: str) -> None:
+def test_parity(part: int, shape: Shape, head_dim: int | None, weight_dtype: str) -> None:
     if head_dim is not None:
         key_space = shape.key_space if head_dim % 2 == 0 else "rotated"
         shape = replace(shape, head_dim=head_dim, key_space=key_space)
@@ -516,8 +524,10 @@ def test_mass_into_the_other_devices_memory_is_refused() -> None:
 
 # --- streams, graphs, memory ----------------------------------------------------------------------------------
 
+SLEEP = 400_000_000  # cycles: a fifth of a second, in which a busy host makes any call that does not wait
 
-def expected_of(shape: Shape) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+
+def rewritten(shape: Shape) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The pools before and after."""
     device = on_device(make_case(shape))
     before = device.snapshot()
@@ -529,7 +539,7 @@ def expected_of(shape: Shape) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 @pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "current"])
 def test_the_stream_orders_the_work(explicit: bool) -> None:
     """The cache arrives late on a side stream: the rewrite waits for it there, and what follows for the rewrite."""
-    before, after = expected_of(LLAMA)
+    before, after = rewritten(LLAMA)
     device = on_device(make_case(LLAMA))
     bound = bind(device, device.processor(BACKEND))
     bound.rewrite(device.events, device.block_table)  # memory is there
@@ -538,7 +548,7 @@ def test_the_stream_orders_the_work(explicit: bool) -> None:
         pool.zero_()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        torch.cuda._sleep(50_000_000)
+        torch.cuda._sleep(SLEEP)
         restore(device, before)
         if not explicit:
             bound.rewrite(device.events, device.block_table, report=False)
@@ -555,7 +565,7 @@ def test_the_stream_orders_the_work(explicit: bool) -> None:
 @needs_cuda
 def test_in_a_cuda_graph() -> None:
     """A captured rewrite does its work at each replay, on what the cache then holds."""
-    before, after = expected_of(LLAMA)
+    before, after = rewritten(LLAMA)
     device = on_device(make_case(LLAMA))
     processor = device.processor(BACKEND)
     bound = bind(device, processor)
@@ -583,7 +593,7 @@ def test_in_a_cuda_graph() -> None:
 @needs_cuda
 def test_two_workspaces_on_two_streams() -> None:
     shapes_ = [LLAMA, replace(LLAMA, seed=1)]
-    expected = [expected_of(shape)[1] for shape in shapes_]
+    expected = [rewritten(shape)[1] for shape in shapes_]
     devices = [on_device(make_case(shape)) for shape in shapes_]
     processors = [device.processor(BACKEND) for device in devices]
     befores = [device.snapshot() for device in devices]
@@ -602,6 +612,7 @@ def test_two_workspaces_on_two_streams() -> None:
 
 
 @needs_cuda
+@pytest.mark.alone
 def test_repeated_shapes_allocate_nothing() -> None:
     device = on_device(make_case(LLAMA))
     before = device.snapshot()
@@ -633,10 +644,11 @@ def test_a_boundary_is_few_launches(weight_dtype: str) -> None:
 
     device = on_device(make_case(LLAMA))
     bound = bind(device, device.processor(BACKEND, weight_dtype))
-    for _ in range(3):
+    for _ in range(5):  # every slot for a plan has its memory
         bound.rewrite(device.events, device.block_table, report=False)
+    bound.workspace.synchronize()
     torch.cuda.synchronize()
-    calls = 4
+    calls = 3  # fewer than there are slots: none is waited for
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         for _ in range(calls):
             bound.rewrite(device.events, device.block_table, report=False)
@@ -646,6 +658,168 @@ def test_a_boundary_is_few_launches(weight_dtype: str) -> None:
     assert kernels, "the profiler saw no kernel"
     assert len(kernels) <= 16 * calls, sorted({(name, kernels.count(name) / calls) for name in kernels})
     assert len(names) - len(kernels) <= 4 * calls, [name for name in names if name not in kernels]
+    # What the host asked of the runtime: nothing that waits or allocates, but for the test's own synchronize.
+    asked = [event.name for event in profiled.events() if event.device_type == DeviceType.CPU]
+    assert any("Launch" in name for name in asked), "the profiler saw no call that launches"
+    forbidden = ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaStreamSync", "cudaEventSync", "cuMemAlloc")
+    assert not [name for name in asked if name.startswith(forbidden)]
+    assert asked.count("cudaDeviceSynchronize") < calls
+
+
+# Staging of this boundary takes 171 GB, more than these devices have: a wide MLP, and many rows in one pass.
+VAST = Shape(
+    ((0, 4608, 260),) * 150, num_layers=1, num_kv_heads=1, group=1, head_dim=8, processor_dim=4, processor_heads=1,
+    processor_mlp_dim=1 << 16, top_k=4096, recent_window=256, dtype="bfloat16",
+)  # fmt: skip
+
+
+@needs_cuda
+def test_without_memory_nothing_is_written_and_less_may_be_asked_for() -> None:
+    device, alone = on_device(make_case(VAST)), on_device(make_case(VAST))
+    before = device.snapshot()
+    processor = device.processor(BACKEND)
+    needed = processor.native.workspace_bytes(1, len(VAST.lengths), 4608, cache_dtype=VAST.dtype)
+    assert needed > torch.cuda.mem_get_info()[1], "this device has more memory: make VAST larger"
+    bound = bind(device, processor)
+    for report in (True, False):
+        with pytest.raises(MemoryError, match="out of device memory"):
+            bound.rewrite(device.events, device.block_table, report=report)
+        torch.cuda.synchronize()
+        assert same_bits(device.pools, before)
+    bound.rewrite(device.events[:1], device.block_table)
+    bind(alone, processor).rewrite(alone.events[:1], alone.block_table)
+    assert not same_bits(device.pools, before)
+    assert same_bits(device.pools, alone.pools)
+    with pytest.raises(MemoryError, match="out of device memory"):
+        bottleneck_ext.Workspace(1, BACKEND, reserve=1 << 46)
+
+
+@needs_cuda
+@pytest.mark.parametrize(("stream", "error"), [("1", TypeError), (1.0, TypeError), (-1, OverflowError)])
+def test_what_is_no_stream_is_refused(stream: Any, error: type[Exception]) -> None:
+    device = on_device(make_case(SMALL))
+    before = device.snapshot()
+    with pytest.raises(error):
+        bind(device, device.processor(BACKEND)).rewrite(device.events, device.block_table, stream=stream)
+    assert same_bits(device.pools, before)
+
+
+# --- query capture --------------------------------------------------------------------------------------------
+
+# The queries of a prompt's piece of a real model, as vLLM keeps them: whole vectors, more than one per thread.
+PREFILL = CaptureShape(
+    1500, heads=32, head_dim=128, page_size=16, num_blocks=300, num_pages=130, num_layers=2, padding=36,
+    query_layout="qkv", dtype="bfloat16",
+)  # fmt: skip
+
+
+def against_the_cpu(shape: CaptureShape) -> None:
+    """Bit for bit, every byte around included."""
+    device, host = make_capture(shape).to(DEVICE), make_capture(shape)
+    bind_capture(device, BACKEND)()
+    bind_capture(host, "cpu")()
+    assert device.same_bytes(host)
+
+
+@needs_cuda
+@settings(max_examples=EXAMPLES, deadline=None, print_blob=True)
+@given(
+    shape=capture_shapes,
+    heads=st.sampled_from([1, 3, 8, 33]),
+    head_dim=st.sampled_from([1, 7, 16, 20, 64, 80, 96, 128, 192, 256]),
+    missing=st.booleans(),
+)
+def test_capture(shape: CaptureShape, heads: int, head_dim: int, missing: bool) -> None:
+    """missing: slots and pages that do not exist, which the CPU backend refuses and the device skips."""
+    shape = replace(shape, heads=heads, head_dim=head_dim, missing=missing)
+    if missing:
+        check_capture(BACKEND, shape, DEVICE)
+    else:
+        against_the_cpu(shape)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 80, "layout": "hnd"}, {"query_layout": "strided"}], ids=str)
+def test_capture_of_a_prompt(changes: dict[str, Any], dtype: str) -> None:
+    against_the_cpu(replace(PREFILL, dtype=dtype, **changes))
+
+
+@needs_cuda
+def test_capture_in_a_cuda_graph() -> None:
+    """As a serving stack holds it: buffers that stay, and other slots, pages and queries in them at each replay."""
+    shape = replace(PREFILL, num_tokens=96, num_layers=3, padding=0)
+    device = make_capture(shape).to(DEVICE)
+    before = [pool.clone() for pool in device.pools]
+    capture = bind_capture(device, BACKEND)
+    capture()  # the kernels are loaded
+    restore(device, before)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        capture()
+    torch.cuda.synchronize()
+    assert same_bits(device.pools, before), "capturing ran it"
+    for seed in range(4):
+        other = make_capture(replace(shape, seed=seed, missing=seed == 3))
+        other.slots[: 20 * seed] = -1  # a smaller batch, padded
+        for buffers, sources in (
+            ((device.slots, device.block_to_page), (other.slots, other.block_to_page)),
+            (device.queries, other.queries),
+            (device.pages, other.pages),
+        ):
+            for buffer, source in zip(buffers, sources, strict=True):
+                buffer.copy_(source)
+        graph.replay()
+        expected = capture_in_a_loop(other)
+        for got, right in zip(device.pages, expected.pages, strict=True):
+            assert torch.equal(got.cpu().contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
+@needs_cuda
+@pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "current"])
+def test_capture_on_a_side_stream(explicit: bool) -> None:
+    """The queries arrive late there: the copy waits for them, and the host for nobody."""
+    device, host = make_capture(PREFILL).to(DEVICE), make_capture(PREFILL)
+    bind_capture(host, "cpu")()
+    before = [pool.clone() for pool in device.pools]
+    capture = bind_capture(device, BACKEND)
+    capture()  # the kernels are loaded
+    for pool in device.pools:
+        pool.zero_()
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(SLEEP)
+        restore(device, before)
+        if not explicit:
+            capture()
+    if explicit:
+        capture(stream=side.cuda_stream)
+    assert not side.query(), "the call waited for the device"
+    side.synchronize()
+    assert device.same_bytes(host)
+
+
+@needs_cuda
+@pytest.mark.parametrize("what", ["queries", "slots", "block_to_page", "pages", "workspace"])
+def test_capture_across_two_devices_is_refused(what: str) -> None:
+    host = make_capture(CaptureShape(9))
+    device = host.to(DEVICE)
+    before = [pool.clone() for pool in device.pools]
+    pages = host.pages if what == "pages" else device.pages
+    workspace = bottleneck_ext.Workspace(1, "cpu" if what == "workspace" else BACKEND)
+    with pytest.raises(bottleneck_ext.InvalidArgumentError, match=r"(?i)cpu|cuda"):
+        bottleneck_ext.QueryCache(pages).capture(
+            0,
+            (host if what == "queries" else device).queries[0],
+            (host if what == "slots" else device).slots,
+            (host if what == "block_to_page" else device).block_to_page,
+            workspace=workspace,
+        )
+    torch.cuda.synchronize()
+    assert same_bits(device.pools, before)
+    assert host.same_bytes(make_capture(CaptureShape(9)))
 
 
 # --- whole generations ----------------------------------------------------------------------------------------
@@ -746,12 +920,86 @@ def test_tokens_are_those_of_the_cpu(smollm2_shape: Any) -> None:
         assert attachment.stats.seconds.keys() == {"total"}
 
 
+QUESTIONS = (
+    "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How much did she earn?",
+    "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take?",
+)
+
+
+@needs_cuda
+@pytest.mark.smollm2
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_smollm2_answers_as_on_the_cpu(smollm2: tuple[Any, Any], question: str) -> None:
+    """float32 on both, a random Processor at its newlines: the same tokens, which are not stock's."""
+    host_model, tokenizer = smollm2
+    device_model = copy.deepcopy(host_model).to(DEVICE)
+    config = CacheProcessorConfig(
+        **backbones.describe(host_model.config.to_dict()),
+        processor_dim=64,
+        processor_heads=4,
+        processor_mlp_dim=96,
+        boundary=BoundaryConfig(token_ids=newline_token_ids(tokenizer)),
+    )
+    weights = initial_weights(config, random_scale=0.3, seed=3)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    options = {"max_new_tokens": 72, "do_sample": False}
+    stock = device_model.generate(**inputs.to(DEVICE), **options).cpu()
+    sequences, recalled = [], []
+    for device, backend, model in (("cpu", "cpu", host_model), (DEVICE, BACKEND, device_model)):
+        processor = CacheProcessor(config, weights, weight_dtype="float32", backend=backend)
+        reports: list[Any] = []
+        with attached(model, processor, tokenizer=tokenizer, on_boundary=reports.append):
+            sequences.append(model.generate(**inputs.to(device), **options).cpu())
+        recalled.append([tuple(layer) for report in reports for layer in report.recalled[0].tolist()])
+    assert torch.equal(sequences[0], sequences[1]), tokenizer.batch_decode([s[0] for s in sequences])
+    assert not torch.equal(sequences[0], stock)
+    assert len(recalled[0]) == len(recalled[1]) > host_model.config.num_hidden_layers  # of more than one boundary
+    others = sum(ours != theirs for ours, theirs in zip(*recalled, strict=True))
+    assert others <= 0.02 * len(recalled[0]), f"{others} of {len(recalled[0])} selections are others"  # near ties
+
+
+@pytest.fixture(params=["random", pytest.param("smollm2", marks=pytest.mark.smollm2)])
+def bfloat16_model(request: pytest.FixtureRequest, smollm2_shape: Any) -> Any:
+    """A model of SmolLM2's shape on the device: random weights, or its own. No token ends its text."""
+    if request.param == "random":
+        return copy.deepcopy(smollm2_shape).to(DEVICE, torch.bfloat16)
+    model = copy.deepcopy(request.getfixturevalue("smollm2")[0]).to(DEVICE, torch.bfloat16)
+    model.set_attn_implementation("sdpa")
+    model.generation_config = smollm2_shape.generation_config
+    return model
+
+
+@needs_cuda
+def test_identity_in_a_graph_of_ones_own(bfloat16_model: Any) -> None:
+    """The forward of a decoded token in a CUDA graph, as benchmarks/gpu/decode.py has it: stock's tokens and cache."""
+    from benchmarks.gpu.decode import Loop
+
+    context: Any = SimpleNamespace(on_gpu=True, timer=torch.cuda)
+    ids = prompts(DEVICE, (40,))["input_ids"]
+
+    def run() -> tuple[Any, list[list[int]]]:
+        loop = Loop(context, bfloat16_model, ids, bfloat16_model.prepare_inputs_for_generation, 3 * EVERY)
+        return loop.cache, loop.run()[1]
+
+    with torch.no_grad():
+        stock, expected = run()
+        with attached(bfloat16_model, processor_for(bfloat16_model, BACKEND, 0.0)) as attachment:
+            ours, tokens = run()
+    assert attachment.stats.boundaries >= 3
+    assert tokens == expected
+    for a, b in zip(ours.layers, stock.layers, strict=True):
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
+
+
 @needs_cuda
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("lengths", [(40,), (40, 23, 7)], ids=["single", "padded"])
-def test_identity(smollm2_shape: Any, lengths: tuple[int, ...], cache: str) -> None:
+def test_identity(bfloat16_model: Any, lengths: tuple[int, ...], cache: str) -> None:
     """bfloat16: tokens, logits and every bit of the cache are stock's."""
-    model = copy.deepcopy(smollm2_shape).to(DEVICE, torch.bfloat16)
+    model = bfloat16_model
     options = {"cache_implementation": cache} | ({"disable_compile": True} if cache == "static" else {})
     stock = generate(model, prompts(DEVICE, lengths), **options)
     with attached(model, processor_for(model, BACKEND, 0.0)) as attachment:
