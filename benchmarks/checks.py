@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class Rewritten:
     values: Sequence[Tensor]
 
 
-def refuse(setting: Setting | str, what: str) -> None:
+def refuse(setting: Setting | str, what: str) -> NoReturn:
     raise SystemExit(f"not measured ({setting}): {what}")
 
 

@@ -34,11 +34,15 @@ _EXTRA = {
     "step_s": ("stock's step µs", "{:.0f}"),
     "device_step_s": ("on the device µs", "{:.0f}"),
     "extra": ("extra", "{:+.2%}"),
+    "extra_reading": ("extra, tokens read again", "{:+.2%}"),
+    "added_prepare_s": ("added to prepare µs", "{:.1f}"),
+    "added_prepare_reading_s": ("tokens read again µs", "{:.1f}"),
     "time_ratio": ("time / fine-tuning's", "{:.2f}"),
     "memory_ratio": ("memory / fine-tuning's", "{:.2f}"),
     "peak_bytes": ("peak MB", "{:.0f}"),
     "sft_peak_bytes": ("fine-tuning's MB", "{:.0f}"),
     "changed_tokens": ("changed tokens", "{}"),
+    "stock_repeats": ("stock repeats its tokens", "{}"),
 }
 
 

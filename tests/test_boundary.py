@@ -235,3 +235,58 @@ def test_against_a_model_that_sees_the_whole_text(sessions, timing, min_step_len
                 assert length not in reported[s]
                 reported[s][length] = (event.step_begin, event.step_end)
     assert reported == [expected_events(padding, turns, **options) for padding, turns, _ in sessions]
+
+
+rows_of_tokens = st.lists(st.lists(st.sampled_from([1, 1, 1, 2, NL]), min_size=3, max_size=3), max_size=40)
+
+
+@settings(max_examples=200, deadline=None, print_blob=True)
+@given(
+    rows_of_tokens,
+    st.sampled_from(["post", "pre"]),
+    st.integers(1, 9),
+    st.dictionaries(st.integers(0, 39), st.integers(0, 4)),
+)
+def test_rows_together_are_rows_alone(steps, timing, min_step_length, interruptions):
+    """`decode_rows` only counts tokens where it can; what comes in between finds every row where it is."""
+    together, alone = (detector(timing=timing, min_step_length=min_step_length) for _ in range(2))
+    for d in (together, alone):
+        for row, padding in enumerate((0, 2, 0)):
+            d.start(row, padding)
+            d.prompt(row, 4)
+    for i, tokens in enumerate(steps):
+        expected = [event for row, token in enumerate(tokens) if (event := alone.decode(row, token)) is not None]
+        assert together.decode_rows(tokens) == expected
+        what = interruptions.get(i)
+        for d in (together, alone):
+            if what == 0:
+                d.finish(i % 3)
+            elif what == 1:
+                d.start(2, 1)
+                d.prompt(2, 3)
+            elif what == 2:
+                assert [d.length(row) for row in range(3)] == [alone.length(row) for row in range(3)]
+        if what == 3:
+            assert together.due(1) == alone.due(1)
+    assert [together.length(row) for row in range(3)] == [alone.length(row) for row in range(3)]
+
+
+def test_rows_that_cannot_end_a_step_are_not_looked_at():
+    class Ids(frozenset):
+        def isdisjoint(self, other):
+            raise AssertionError
+
+    d = detector(min_step_length=5)
+    d.start(0)
+    d.prompt(0, 2)
+    d.start(1)
+    d.prompt(1, 2)
+    assert len(d.decode_rows([1, 1])) == 2
+    d.line_ending_ids = Ids(IDS)
+    for _ in range(3):
+        assert d.decode_rows([NL, NL]) == []
+    with pytest.raises(AssertionError):
+        d.decode_rows([NL, NL])
+    d.line_ending_ids = frozenset(IDS)
+    assert d.decode_rows([NL, 1]) == []
+    assert d.decode_rows([1, 1]) == [BoundaryEvent(0, 2, 7)]

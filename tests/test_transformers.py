@@ -5,7 +5,9 @@ Every test asserts that rewrites happened: an integration that does nothing pass
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import gc
 import threading
 import weakref
@@ -38,6 +40,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from bottlenecked import InvalidArgumentError, RewriteReport
+from bottlenecked.integrations import transformers as integration
 from bottlenecked.integrations.transformers import attach
 
 from . import tiny
@@ -583,6 +586,104 @@ def test_a_loop_of_ones_own() -> None:
             tokens = torch.cat([tokens, model(**inputs).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(tokens, expected)
     assert attachment.stats.boundaries == 2 * boundaries > 4
+
+
+def test_a_loop_tells_the_tokens_it_has_read() -> None:
+    """They are taken, right or wrong, and the ids are not read."""
+    model = tiny.model()
+    ids, _ = tiny.prompts((20, 20))
+    told = [[1, LINE], [LINE, 1], [2, 2], [1, 1]]
+    recorder = Recorder()
+    with attach(model, tiny.processor(), on_boundary=recorder), torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        prepare = functools.partial(model.prepare_inputs_for_generation, past_key_values=cache, use_cache=True)
+        model(**prepare(ids, is_first_iteration=True))
+        for tokens in told:
+            model(**prepare(ids[:, :1], next_sequence_length=1, bottlenecked_tokens=tokens))
+        with pytest.raises(InvalidArgumentError, match="bottlenecked_tokens has 1 tokens for 2 rows"):
+            prepare(ids[:, :1], next_sequence_length=1, bottlenecked_tokens=[1])
+        with pytest.raises(ValueError, match="bottlenecked_tokens"):
+            generate(model, ids, bottlenecked_tokens=[1, 1])
+    assert recorder.steps(0) == [(0, 20), (20, 22)]
+    assert recorder.steps(1) == [(0, 20), (20, 21)]
+
+
+class Decoding:
+    """A loop of one's own on a StaticCache, one token after the other.
+
+    replays: forwards leave the versions of tensors alone, as those in a CUDA graph do.
+    """
+
+    def __init__(self, model: Any, replays: bool) -> None:
+        self.model = model
+        self.cache = StaticCache(config=model.config, max_cache_len=99)
+        self.replays = replays
+
+    def feed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The next token [1, 1]."""
+        inputs = self.model.prepare_inputs_for_generation(ids, past_key_values=self.cache, use_cache=True)
+        counters = tuple(layer.cumulative_length for layer in self.cache.layers)
+        replayed = torch.autograd._unsafe_preserve_version_counter(counters)
+        with replayed if self.replays and self.cache.layers[0].is_initialized else contextlib.nullcontext():
+            return self.model(**inputs).logits[:, -1:].argmax(-1)
+
+    def run(self, ids: torch.Tensor, count: int) -> list[int]:
+        tokens = [self.feed(ids)]
+        for _ in range(count - 1):
+            tokens.append(self.feed(tokens[-1]))
+        return torch.cat(tokens, dim=1)[0].tolist()
+
+    def move(self, positions: int, *, seen: bool) -> None:
+        for layer in self.cache.layers:
+            counter = layer.cumulative_length
+            with contextlib.nullcontext() if seen else torch.autograd._unsafe_preserve_version_counter(counter):
+                counter.add_(positions)
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_counters_that_are_slow_to_read(replays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a StaticCache on a GPU: read where the cache may have changed, and before a rewrite."""
+    reads: list[bool] = []
+    past = integration._past
+
+    def counted(*arguments: Any) -> tuple[int, bool]:
+        found = past(*arguments)
+        reads.append(found[1])
+        return found
+
+    model = tiny.model()
+    ids, _ = tiny.prompts((20,))
+    line = tiny.prompts((1,), seed=4)[0]
+    with attach(model, tiny.processor()) as attachment, torch.no_grad():
+        expected = [generate(model, prompt).sequences[0, prompt.shape[1] :].tolist() for prompt in (ids, line)]
+        boundaries = attachment.stats.boundaries
+        monkeypatch.setattr(integration, "_waits", lambda counter: True)
+        again = generate(model, ids, cache_implementation="static")
+        assert again.sequences[0, 20:].tolist() == expected[0]
+
+        loop = Decoding(model, replays)
+        monkeypatch.setattr(integration, "_past", counted)
+        assert loop.run(ids, NEW) == expected[0]
+        assert all(reads[:2])
+        assert not any(reads[4:])
+        loop.cache.reset()
+        reads.clear()
+        assert loop.run(line, NEW) == expected[1]  # a prompt of one token looks like any other
+        assert all(reads[:2])
+        assert not any(reads[4:])
+        assert attachment.stats.boundaries > boundaries
+
+        loop.move(-1, seen=True)
+        with pytest.raises(InvalidArgumentError, match=f"holds {NEW - 1} positions, but generate left {NEW}"):
+            loop.feed(line)
+        loop.cache.reset()
+        loop.run(ids, 5)
+        loop.move(1, seen=False)
+        line_end = torch.tensor([[LINE]])
+        loop.feed(line_end)
+        for _ in range(2):
+            with pytest.raises(InvalidArgumentError, match="holds 26 positions, but generate left 25"):
+                loop.feed(line_end)
 
 
 # --- attaching and detaching --------------------------------------------------------------------------------

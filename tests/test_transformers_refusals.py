@@ -500,7 +500,7 @@ def test_queries_that_never_arrive() -> None:
     with attach(model, tiny.processor()):
         attention = model.model.layers[1].self_attn
         forward = attention.forward
-        attention.forward = lambda *a, query_ring, query_slot, **k: forward(*a, **k)
+        attention.forward = lambda *a, **k: forward(*a, **{n: v for n, v in k.items() if not n.startswith("query_")})
         refuses(
             UnsupportedError,
             "did not pass the queries of layer 1",

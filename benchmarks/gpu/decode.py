@@ -8,12 +8,20 @@ the attached model, so that it also keeps the queries; ours' boundaries happen w
 decoded tokens hold 4 boundaries, one in 30. `torch.compile` is not used on either side: this graph is as tight a loop,
 and begins at once.
 
-extra            ours over stock, whole loop, less one: the median over repeats
+"ours" hands the tokens that the loop has read to `prepare_inputs_for_generation` (`bottlenecked_tokens`);
+"ours_reading" does not, as `generate` does not, and they are read once more.
+
+extra            ours over stock, whole loop, less one: the median over repeats; extra_reading: ours_reading
+added_prepare_s  what `prepare_inputs_for_generation` takes longer on the host than stock's, a token: the median, so of
+                 one that ends no step; added_prepare_reading_s: of ours_reading
 capture_share    what keeping the queries adds to a step on the device: replays of the two graphs, nothing in between
 step_s           stock's step of the loop
 
 Weights are random, of the shape of Llama-3.2-1B. First the check: a Processor that changes nothing must produce stock's
-tokens. "changed_tokens" tells how many are others with the random Processor that is measured.
+tokens, unless stock itself does not: where another stock loop with a graph of its own, or the same once more, produces
+others, "stock_repeats" is false, and "logit_difference" tells how far apart logits are in the first forward whose
+tokens differ, of ours and of stock. "changed_tokens" tells how many tokens are others with the random Processor that
+is measured.
 """
 
 from __future__ import annotations
@@ -32,7 +40,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from benchmarks import checks
 from benchmarks.gpu.context import MIN_REPEATS, Context, attempt, cache_bytes, key
 from benchmarks.gpu.timing import Graph
-from benchmarks.harness import OURS, Figure, figure, rotated
+from benchmarks.harness import OURS, Figure, figure, rotated, say
 from benchmarks.inputs import SEED, SHAPES, Setting
 from bottlenecked.checkpoint import initial_weights
 from bottlenecked.config import BoundaryConfig, CacheProcessorConfig
@@ -44,6 +52,7 @@ TOKENS = 4 * EVERY + 1  # decoded, after the prompt
 PROMPT = 1984
 SCALE = 0.05
 REPLAYS = 20
+READING = "ours_reading"
 
 # Vocabulary, hidden and MLP width of the backbones that are decoded with.
 MODELS = {"llama-3.2-1b": (128256, 2048, 8192), "tiny": (64, 64, 96)}
@@ -107,7 +116,9 @@ class Loop:
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.ids.device)
         self.read = torch.zeros(batch, dtype=torch.long, pin_memory=self.context.on_gpu)
         self.step: Callable[[], object] | None = None
-        self.captured: dict[str, Tensor] = {}  # the query ring and its slot, of an attached model
+        self.logits = torch.empty(0)  # of the latest step, [batch, vocabulary]
+        self.preparing: list[float] = []  # seconds of `prepare`, by token, of the latest `decode`
+        self.captured: dict[str, Tensor] = {}  # what an attached model's forward writes to
 
     def prefill(self) -> None:
         """The prompt into an emptied cache, its first token into `token`; then, once, the graph."""
@@ -115,7 +126,7 @@ class Loop:
         inputs = self.prepare(self.ids, past_key_values=self.cache, use_cache=True, is_first_iteration=True)
         logits = self.model(**inputs, logits_to_keep=1).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
-        captured = {name: inputs[name] for name in ("query_ring", "query_slot") if name in inputs}
+        captured = {name: inputs[name] for name in ("query_newest",) if name in inputs}
         if self.step is not None and self.context.on_gpu:
             moved = [name for name, tensor in captured.items() if tensor is not self.captured[name]]
             if moved:
@@ -129,33 +140,47 @@ class Loop:
 
     def forward(self) -> None:
         extra: dict[str, Any] = dict(self.captured)
-        if extra and self.context.on_gpu:
+        if extra:
             extra["query_parts"] = [None] * len(self.cache.layers)
         output: Any = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, **extra)
-        self.token.copy_(output.logits[:, -1:].argmax(-1))
+        self.logits = output.logits[:, -1]  # held, so that the graph does not use its memory again
+        self.token.copy_(self.logits.argmax(-1, keepdim=True))
 
     def rewind(self) -> None:
         """The cache's counters back to the prompt's end; what lies behind it is written before it is read."""
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.ids.shape[1])
 
-    def decode(self) -> tuple[float, list[list[int]]]:
-        """Seconds of all steps, and the tokens by step and row."""
+    def decode(self, tokens: int, *, hand_over: bool = False) -> tuple[float, list[list[int]]]:
+        """Seconds of all steps, and the tokens by step and row.
+
+        hand_over: what the host has read is told to `prepare`, of an attached model.
+        """
         assert self.step is not None
         self.context.timer.synchronize()
-        tokens = []
+        read = [self.token[:, 0].tolist()]
+        self.preparing = []
         begin = time.perf_counter()
-        for _ in range(self.tokens):
-            self.prepare(self.token, next_sequence_length=1, past_key_values=self.cache, use_cache=True)
+        for _ in range(tokens):
+            known = {"bottlenecked_tokens": read[-1]} if hand_over else {}
+            called = time.perf_counter()
+            self.prepare(self.token, next_sequence_length=1, past_key_values=self.cache, use_cache=True, **known)
+            self.preparing.append(time.perf_counter() - called)
             self.step()
             self.read.copy_(self.token[:, 0], non_blocking=True)
             self.context.timer.synchronize()
-            tokens.append(self.read.tolist())
-        return time.perf_counter() - begin, tokens
+            read.append(self.read.tolist())
+        return time.perf_counter() - begin, read[1:]
 
-    def run(self) -> tuple[float, list[list[int]]]:
+    def run(self, *, hand_over: bool = False) -> tuple[float, list[list[int]]]:
         self.prefill()
-        return self.decode()
+        return self.decode(self.tokens, hand_over=hand_over)
+
+    def logits_of(self, index: int) -> Tensor:
+        """[batch, vocabulary] of the forward that decodes the token of this index."""
+        self.prefill()
+        self.decode(index + 1)
+        return self.logits.float()
 
 
 @torch.no_grad()
@@ -170,7 +195,7 @@ def measure(
     ids = torch.randint(0, vocabulary, shape, generator=generator, device=context.device)
     stock = Loop(context, model, ids, model.prepare_inputs_for_generation, tokens)
     expected = stock.run()[1]
-    check(stock, setting, processors[0.0], expected)
+    repeated = check(stock, setting, processors[0.0], expected)
 
     with attach(model, processors[SCALE]) as attachment:
         ours = Loop(context, model, ids, model.prepare_inputs_for_generation, tokens)
@@ -179,24 +204,35 @@ def measure(
         counted = attachment.stats.boundaries
         if counted != setting.batch * ((tokens - 1) // setting.step):
             checks.refuse(setting, f"{counted} boundaries in {tokens} tokens of {setting.batch} rows")
-        loops = {OURS: ours, "stock": stock}
-        times: dict[str, list[float]] = {name: [] for name in loops}
+        contenders = {OURS: (ours, True), READING: (ours, False), "stock": (stock, False)}
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        preparing: dict[str, list[float]] = {name: [] for name in contenders}
+        runs = 1
         for repeat in range(-1, max(context.repeats, MIN_REPEATS)):
-            for name in rotated(list(loops), repeat):
-                seconds = loops[name].run()[0]
+            for name in rotated(list(contenders), repeat):
+                loop, hand_over = contenders[name]
+                seconds = loop.run(hand_over=hand_over)[0]
+                runs += loop is ours
                 if repeat >= 0:
                     times[name].append(seconds)
-        steps = replays(context, loops)
+                    preparing[name].append(statistics.median(loop.preparing))
+        if attachment.stats.boundaries != runs * counted:
+            checks.refuse(setting, f"{attachment.stats.boundaries} boundaries in {runs} runs, {counted} in the first")
+        steps = replays(context, {OURS: ours, "stock": stock})
         keys = setting.describe("threads") | {"tokens": tokens}
         made = figure("decode", keys, times, key=key("decode", setting))
         made["boundaries"], made["changed_tokens"] = counted // setting.batch, changed
         # Host's share, see AttachmentStats.
         made["host_s"] = attachment.stats.seconds["total"] / max(attachment.stats.rewrites, 1)
-    made["extra"] = statistics.median(o / s - 1 for o, s in zip(times[OURS], times["stock"], strict=True))
+    for name, suffix in ((OURS, ""), (READING, "_reading")):
+        made["extra" + suffix] = statistics.median(o / s - 1 for o, s in zip(times[name], times["stock"], strict=True))
+        made[f"added_prepare{suffix}_s"] = statistics.median(
+            o - s for o, s in zip(preparing[name], preparing["stock"], strict=True)
+        )
     made["step_s"] = statistics.median(times["stock"]) / tokens
     made["device_step_s"] = statistics.median(steps["stock"])
     made["capture_share"] = statistics.median(o / s - 1 for o, s in zip(steps[OURS], steps["stock"], strict=True))
-    return made
+    return made | repeated
 
 
 def replays(context: Context, loops: dict[str, Loop]) -> dict[str, list[float]]:
@@ -218,17 +254,49 @@ def replays(context: Context, loops: dict[str, Loop]) -> dict[str, list[float]]:
     return steps
 
 
-def check(stock: Loop, setting: Setting, identity: CacheProcessor, expected: list[list[int]]) -> None:
-    """A Processor that changes nothing leaves the tokens of stock, if that repeats its own: a large batch may not."""
-    model = stock.model
+def check(stock: Loop, setting: Setting, identity: CacheProcessor, expected: list[list[int]]) -> Figure:
+    """A Processor that changes nothing leaves the tokens of stock, if stock repeats them: a large batch may not.
+
+    Refuses if they differ and stock's do not. Returns what the figure says about that.
+    """
+    context, model = stock.context, stock.model
     with attach(model, identity) as attachment:
-        prepare = model.prepare_inputs_for_generation
-        got = Loop(stock.context, model, stock.ids, prepare, stock.tokens).run()[1]
+        ours = Loop(context, model, stock.ids, model.prepare_inputs_for_generation, stock.tokens)
+        got = ours.run()[1]
         if attachment.stats.boundaries == 0:
             checks.refuse(setting, "no boundary happened")
-    if got != expected and stock.run()[1] == expected:  # else stock itself does not repeat its tokens
-        at = next(i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b)
-        checks.refuse(setting, f"an identity Processor generates other tokens than stock, from token {at} on")
+        at = first_difference(got, expected)
+        if at is None:
+            return {"stock_repeats": True}
+        ours_apart = apart(ours.logits_of(at), stock.logits_of(at))
+    # Decisive is a graph that was captured afresh, as ours was; the same graph may repeat what no other does.
+    again = Loop(context, model, stock.ids, stock.prepare, stock.tokens)
+    differing = [
+        (name, differs)
+        for name, tokens in (("another stock loop", again.run()[1]), ("stock's loop", stock.run()[1]))
+        if (differs := first_difference(tokens, expected)) is not None
+    ]
+    if not differing:
+        checks.refuse(
+            setting,
+            f"an identity Processor generates other tokens than stock, from token {at} on, where logits are up to "
+            f"{ours_apart:.3g} apart; stock repeats its own",
+        )
+    name, differs = differing[0]
+    stock_apart = apart(again.logits_of(differs), stock.logits_of(differs))
+    say(
+        f"  {setting}: {name} generates other tokens than stock's first from token {differs} on (logits up to "
+        f"{stock_apart:.3g} apart), ours from {at} on ({ours_apart:.3g})"
+    )
+    return {"stock_repeats": False, "logit_difference": {OURS: ours_apart, "stock": stock_apart}}
+
+
+def first_difference(tokens: list[list[int]], expected: list[list[int]]) -> int | None:
+    return next((i for i, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b), None)
+
+
+def apart(logits: Tensor, others: Tensor) -> float:
+    return float((logits - others).abs().max())
 
 
 def processor(context: Context, model: PreTrainedModel, setting: Setting, scale: float) -> CacheProcessor:

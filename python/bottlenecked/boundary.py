@@ -86,6 +86,11 @@ class BoundaryDetector:
         self._min_step_length = config.min_step_length
         self._pre = config.timing == "pre"
         self._rows: dict[int, _Row] = {}
+        # What `decode_rows` owes: after a call that left nothing pending, a token that ends no line in any row is only
+        # counted, until somebody asks for a row.
+        self._counting = False
+        self._counted = 0
+        self._too_short = 0  # so many tokens after that call end no step, whatever they are
 
     def start(self, sequence: int, sequence_begin: int = 0) -> None:
         """Begin a sequence with an empty cache, in place of any earlier one of this number.
@@ -94,6 +99,7 @@ class BoundaryDetector:
         """
         if sequence_begin < 0:
             raise ValueError(f"sequence_begin is {sequence_begin}, but it must be 0 or more")
+        self._settle()
         self._rows[sequence] = _Row(sequence_begin, sequence_begin)
 
     def finish(self, sequence: int) -> None:
@@ -163,11 +169,38 @@ class BoundaryDetector:
         return [e for sequence in sorted(self._rows) if (e := self.prompt(sequence, count)) is not None]
 
     def decode_rows(self, tokens: Sequence[int]) -> list[BoundaryEvent]:
-        """`decode` for every started sequence, in ascending order, with one token each."""
+        """`decode` for every started sequence, in ascending order, with one token each.
+
+        Costs next to nothing where no step ends and none has ended with the tokens before.
+        """
         if len(tokens) != len(self._rows):
             raise ValueError(f"{len(tokens)} tokens were given for {len(self._rows)} started sequences")
-        rows = zip(sorted(self._rows), tokens, strict=True)
-        return [e for sequence, token in rows if (e := self.decode(sequence, token)) is not None]
+        if self._counting and (self._counted < self._too_short or not self._any_ends_line(tokens)):
+            self._counted += 1
+            return []
+        self._settle()
+        events = []
+        for (sequence, row), token in zip(sorted(self._rows.items()), map(operator.index, tokens), strict=True):
+            if row.pending is None and token not in self.line_ending_ids and row.length > row.sequence_begin:
+                row.length += not row.finished
+            elif (event := self.decode(sequence, token)) is not None:
+                events.append(event)
+        going_on = [row for row in self._rows.values() if not row.finished]
+        self._counting = all(row.pending is None for row in going_on)
+        longest = max((row.length - row.step_begin for row in going_on), default=0)
+        self._too_short = self._min_step_length - 1 - longest
+        return events
+
+    def _any_ends_line(self, tokens: Sequence[int]) -> bool:
+        return not self.line_ending_ids.isdisjoint(map(operator.index, tokens))
+
+    def _settle(self) -> None:
+        """Add the tokens that were only counted to the rows that go on."""
+        if self._counted:
+            for row in self._rows.values():
+                if not row.finished:
+                    row.length += self._counted
+        self._counting, self._counted = False, 0
 
     def _end_step(self, sequence: int, row: _Row) -> BoundaryEvent:
         event = BoundaryEvent(sequence, row.step_begin, row.length, row.sequence_begin)
@@ -177,6 +210,8 @@ class BoundaryDetector:
     def _row(self, sequence: int) -> _Row:
         if sequence not in self._rows:
             raise ValueError(f"sequence {sequence} was not started: call start({sequence}) first")
+        if self._counting:
+            self._settle()
         return self._rows[sequence]
 
 

@@ -6,15 +6,16 @@
 
 How it works. `generate` calls the model's `prepare_inputs_for_generation` before every forward, outside any
 compiled graph, when the cache holds the KV of every token but the coming one: that is where steps end and
-caches are rewritten (arXiv 2505.16950, section 3). An attention function under a name of our own copies each
-token's post-RoPE query into a ring of the last `recent_window` queries, then calls the attention the model
-had. The ring and the slot to write travel as keyword arguments of `forward`, so nothing is stored on modules
-and a compiled graph sees plain inputs.
+caches are rewritten (arXiv 2505.16950, section 3). An attention function under a name of our own keeps each token's
+post-RoPE query for a ring of the last `recent_window` queries, then calls the attention the model had. Where it writes
+them travels as keyword arguments of `forward`, so nothing is stored on modules and a compiled graph sees plain inputs.
 
-On a GPU the host is the bottleneck between two tokens. There the queries of a decoded token are kept until the last
-layer and written together (a launch costs more than the copy), what the host must know of a step arrives in one
-small copy that runs while inputs are prepared, rewrites are enqueued and not waited for, and ring and slot keep their
-addresses, so that CUDA graphs may hold them.
+A prompt's queries go into the ring layer by layer. Those of a decoded token are gathered and written together by the
+last layer, always to the same place, since a launch costs more than the copy; the next call of
+`prepare_inputs_for_generation` moves them into the ring. On a GPU, where the device waits for the host between two
+tokens, an ordinary token costs that move, and one small copy of the new ids to the host, which runs while inputs are
+prepared; a StaticCache's counter is read only where something may have changed it; rewrites are enqueued and not
+waited for; and what a forward writes keeps its address, so that CUDA graphs may hold it.
 
 Every generation's state belongs to its cache object and goes with it.
 """
@@ -57,6 +58,7 @@ __all__ = ["Attachment", "AttachmentStats", "attach"]
 
 _PREFIX = "bottlenecked_"
 _REQUEST = "bottlenecked_request"
+_TOKENS = "bottlenecked_tokens"  # what loops of one's own may tell, see Attachment._replace
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 # Keyword arguments with which an attention function computes something else than softmax(scale * q k).
@@ -196,13 +198,13 @@ class Attachment:
 
         @functools.wraps(prepare)
         def prepare_and_rewrite(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            request = kwargs.pop(_REQUEST, None)
-            step = self._fetch_step(input_ids, kwargs.get("past_key_values"))
+            request, tokens = kwargs.pop(_REQUEST, None), kwargs.pop(_TOKENS, None)
+            copying = None if tokens is not None else self._copy_tokens(input_ids, kwargs.get("past_key_values"))
             inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
-            self._before_forward(inputs, request, kwargs, step)
+            self._before_forward(inputs, request, kwargs, tokens, copying)
             return inputs
 
-        # `generate` reads this signature to tell its own arguments from misspelt ones.
+        # `generate` reads this signature to tell its own arguments from misspelt ones. _TOKENS is not for it.
         signature = inspect.signature(prepare)
         parameters = list(signature.parameters.values())
         extra = inspect.Parameter(_REQUEST, inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -239,37 +241,35 @@ class Attachment:
             self._replaced[name] = model.__dict__.get(name, _ABSENT)
             model.__dict__[name] = function
 
-    def _fetch_step(self, input_ids: Tensor | None, cache: object) -> _Step | None:
-        """Start copying to the host what `_before_forward` asks of a GPU; None where nothing has to be fetched.
+    def _copy_tokens(self, input_ids: Tensor | None, cache: object) -> _State | None:
+        """Start copying the latest ids of a GPU to the host, while the inputs are prepared, to this state's `on_host`.
 
-        One copy, of the tokens and of a StaticCache's live counter, under way while the inputs are prepared.
+        None where nothing is on its way and `_before_forward` reads them itself.
         """
-        if self._device.type == "cpu" or input_ids is None or not isinstance(cache, Cache):
+        if input_ids is None or input_ids.device.type == "cpu" or not isinstance(cache, Cache):
             return None
         with self._lock:
             state = self._states.get(cache)
-        if state is None or state.on_host is None or state.copied is None or len(input_ids) != state.ring.shape[1]:
+        if state is None or state.on_host is None or state.copied is None or len(input_ids) != len(state.on_host):
             return None
-        tokens, length = input_ids[:, -1], cache.get_seq_length()
-        live = isinstance(length, Tensor)
-        wanted = torch.cat((tokens, length.reshape(1))) if live else tokens
-        state.on_host[: len(wanted)].copy_(wanted, non_blocking=True)
+        state.on_host.copy_(input_ids if input_ids.shape[1] == 1 else input_ids[:, -1:], non_blocking=True)
         state.copied.record(torch.cuda.current_stream(self._device))
-        return _Step(state.on_host, state.copied, len(tokens), None if live else int(length))
+        return state
 
     def _before_forward(
         self,
         inputs: dict[str, Any],
         request: _Request | None,
         arguments: Mapping[str, Any],
-        step: _Step | None,
+        tokens: Sequence[int] | None,
+        copying: _State | None,
     ) -> None:
-        """Rewrite what has to be rewritten before this forward, and hand the query ring to it.
+        """Rewrite what has to be rewritten before this forward, and say where it is to leave its queries.
 
-        inputs: of the coming forward; the ring and its slot are added.
+        inputs: of the coming forward; what the attention writes to is added.
         request: None in a loop of the caller's own.
         arguments: of the call that made the inputs.
-        step: None: the cache tells its length and the inputs their tokens.
+        tokens: the latest of every row, where the caller told them; else `copying` says whether they are on their way.
         """
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         if cache is None:
@@ -279,41 +279,53 @@ class Attachment:
         if torch.is_autocast_enabled(self._device.type):
             raise UnsupportedError("torch.autocast changes the dtype of the queries: load the model in that dtype")
         batch_size, count = ids.shape
-        # A StaticCache returns its live counter.
-        past = int(cache.get_seq_length()) if step is None else step.length
-        mask = arguments.get("attention_mask")
-        if past == 0:
-            state = self._start(cache, batch_size)
-        else:
-            state = self._continue(cache, batch_size, past)
+        counter = cache.get_seq_length()
+        with self._lock:
+            found = self._states.get(cache)
+        decoding = count == 1 and not arguments.get("is_first_iteration")
+        past, read = _past(counter, found, decoding, request, arguments)
+        state = self._start(cache, batch_size) if past == 0 else _going_on(found, batch_size, past)
         if request is not state.request:
-            self._begin_request(state, request, mask, past)
-        request = request or _Request.of(_settings(self.model, {}))
+            self._begin_request(state, request, arguments.get("attention_mask"), past)
+        window = state.ring.shape[2]
+        if state.newest_slot is not None:
+            state.ring.select(2, state.newest_slot).copy_(state.newest_rows)
+            state.newest_slot = None
 
         events: list[BoundaryEvent] = []
         # `generate` gives next_sequence_length with every decoded token, but not with the chunks of a prompt.
-        in_prompt = past == 0 or (request.chunked and arguments.get("next_sequence_length") is None)
+        in_prompt = past == 0 or (state.settings.chunked and arguments.get("next_sequence_length") is None)
         if not in_prompt:
             if state.detector is None:
+                mask = arguments.get("attention_mask")
                 state.detector = self._start_detector(state, mask, inputs.get("position_ids"), past, count)
             if count > 1:
                 events = state.detector.prompt_rows(count)
                 state.prompt_ended = False
             else:
-                tokens = ids[:, -1].tolist() if step is None else step.tokens
-                self._finish_rows(state, tokens, request.eos_token_ids)
+                if tokens is None:
+                    tokens = state.tokens() if copying is state else ids[:, -1].tolist()
+                elif len(tokens) != batch_size:
+                    raise InvalidArgumentError(f"{_TOKENS} has {len(tokens)} tokens for {batch_size} rows")
+                self._finish_rows(state, tokens)
                 if not state.prompt_ended and not self.processor.config.rewrite_prompt:
                     self._skip("rewrite_prompt is false", batch_size)
                 state.prompt_ended = True
                 events = state.detector.decode_rows(tokens)
         if events:
+            if not read and (held := int(counter)) != past:
+                state.counter_step = None
+                _going_on(state, batch_size, held)
             self._rewrite(cache, state, events)
         state.fresh = False
         state.length = past + count
-        state.slot.fill_(past % state.ring.shape[2])
-        inputs["query_ring"], inputs["query_slot"] = state.ring, state.slot
-        if count == 1 and self._device.type != "cpu":
+        inputs["query_newest"] = state.newest
+        if count == 1:
+            state.newest_slot = past % window
             inputs["query_parts"] = [None] * state.ring.shape[0]
+        else:
+            state.slot.fill_(past % window)
+            inputs["query_ring"], inputs["query_slot"] = state.ring, state.slot
 
     def _begin_request(self, state: _State, request: _Request | None, mask: Tensor | None, past: int) -> None:
         """The first forward of a `generate` call, on an empty or on a kept cache."""
@@ -332,6 +344,7 @@ class Attachment:
                 f"{state.begins}: pass the mask of the whole sequences"
             )
         state.request = request
+        state.settings = request or _Request.of(_settings(self.model, {}))
         state.fresh = True
 
     def _start(self, cache: Cache, batch_size: int) -> _State:
@@ -340,57 +353,63 @@ class Attachment:
         shape = (config.num_layers, batch_size, config.recent_window, config.num_query_heads, config.head_dim)
         with self._lock:
             before = self._states.get(cache)
-        ring, slot = self._ring(shape, before, static=bool(getattr(cache, "is_compileable", False)))
-        if before is not None and self._device.type != "cpu":
-            workspace = before.workspace
-        else:
-            workspace = self.processor.workspace(self._num_threads or torch.get_num_threads())
-        state = _State(ring=ring, queries=ring.unbind(0), slot=slot, workspace=workspace)
-        if self._device.type != "cpu":
-            state.on_host = torch.empty(batch_size + 1, dtype=torch.long, pin_memory=True)
-            state.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        state = self._kept_addresses(shape, before) or self._allocate(
+            shape, static=bool(getattr(cache, "is_compileable", False))
+        )
         with self._lock:
             self._states[cache] = state
         return state
 
-    def _ring(self, shape: tuple[int, ...], before: _State | None, *, static: bool) -> tuple[Tensor, Tensor]:
-        """A ring, filled with NaN, which shows a layer whose attention never saw it; and its slot.
-
-        before: what an emptied cache had. static: graphs may be compiled for this cache: on a GPU they are then
-        recorded with these very addresses, as with the cache's own, and may write there.
-        """
-        if self._device.type == "cpu":
-            return torch.full(shape, torch.nan, dtype=self.model.dtype), torch.zeros(1, dtype=torch.long)
+    def _kept_addresses(self, shape: tuple[int, ...], before: _State | None) -> _State | None:
+        """A new state in the memory of an emptied cache's, on a GPU: graphs may have recorded its addresses."""
         if (
-            before is not None
-            and before.ring.shape == shape
-            and before.ring.dtype == self.model.dtype
-            and before.ring.is_inference() == torch.is_inference_mode_enabled()
+            self._device.type == "cpu"
+            or before is None
+            or before.ring.shape != shape
+            or before.ring.dtype != self.model.dtype
+            or before.ring.is_inference() != torch.is_inference_mode_enabled()
         ):
-            return before.ring.fill_(torch.nan), before.slot
-        ring = torch.full(shape, torch.nan, dtype=self.model.dtype, device=self._device)
-        slot = torch.zeros(1, dtype=torch.long, device=self._device)
-        if static:
-            for tensor in (ring, slot):
-                torch._dynamo.mark_static_address(tensor)
-        return ring, slot
+            return None
+        before.ring.fill_(torch.nan)
+        before.newest.fill_(torch.nan)
+        kept = (
+            "ring",
+            "queries",
+            "slot",
+            "newest",
+            "newest_rows",
+            "workspace",
+            "bound",
+            "bound_to",
+            "on_host",
+            "copied",
+        )
+        return _State(**{name: getattr(before, name) for name in kept})
 
-    def _continue(self, cache: Cache, batch_size: int, past: int) -> _State:
-        with self._lock:
-            state = self._states.get(cache)
-        remedy = "pass only caches that this attached model's generate filled, or an empty one"
-        if state is None:
-            raise InvalidArgumentError(
-                f"the cache already holds {past} positions whose queries were not captured: {remedy}"
-            )
-        if past != state.length:
-            raise InvalidArgumentError(
-                f"the cache holds {past} positions, but generate left {state.length} in it: {remedy}"
-            )
-        if batch_size != state.ring.shape[1]:
-            raise InvalidArgumentError(
-                f"the cache holds {state.ring.shape[1]} rows, but the batch has {batch_size}: {remedy}"
-            )
+    def _allocate(self, shape: tuple[int, ...], *, static: bool) -> _State:
+        """A ring, filled with NaN, which shows a layer whose attention never saw it, and what belongs to it.
+
+        static: graphs may be compiled for this cache, as with the cache's own memory, which write to these addresses.
+        """
+        dtype, device = self.model.dtype, self._device
+        layers, batch_size, _, heads, head_dim = shape
+        ring = torch.full(shape, torch.nan, dtype=dtype, device=device)
+        slot = torch.zeros(1, dtype=torch.long, device=device)
+        newest = torch.full((layers * batch_size, heads, 1, head_dim), torch.nan, dtype=dtype, device=device)
+        state = _State(
+            ring=ring,
+            queries=ring.unbind(0),
+            slot=slot,
+            newest=newest,
+            newest_rows=newest.view(layers, batch_size, heads, head_dim),
+            workspace=self.processor.workspace(self._num_threads or torch.get_num_threads()),
+        )
+        if device.type != "cpu":
+            state.on_host = torch.empty(batch_size, 1, dtype=torch.long, pin_memory=True)
+            state.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            if static:
+                for tensor in (ring, slot, newest):
+                    torch._dynamo.mark_static_address(tensor)
         return state
 
     def _start_detector(
@@ -418,10 +437,12 @@ class Attachment:
             detector.prompt(row, past)
         return detector
 
-    def _finish_rows(self, state: _State, tokens: Sequence[int], eos_token_ids: frozenset[int]) -> None:
+    def _finish_rows(self, state: _State, tokens: Sequence[int]) -> None:
         """Freeze the rows that have just ended: nothing of theirs is read again, only padding follows."""
         assert state.detector is not None
-        if state.fresh:  # the last token of an earlier call, which this one was asked to go on from
+        eos_token_ids = state.settings.eos_token_ids
+        # A fresh request's is the last token of an earlier call, which this one was asked to go on from.
+        if state.fresh or eos_token_ids.isdisjoint(tokens):
             return
         for row, token in enumerate(tokens):
             if token in eos_token_ids and row not in state.finished:
@@ -509,52 +530,6 @@ def _untracked(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-@dataclass(eq=False)
-class _State:
-    """Of one cache object."""
-
-    ring: Tensor  # [layers, batch, window, query heads, head_dim]; position p is in row p % window
-    queries: tuple[Tensor, ...]  # the ring's layers
-    slot: Tensor  # [1], where the coming token's query goes
-    workspace: bottleneck_ext.Workspace
-    bound: BoundCache | None = None  # the Processor on a StaticCache of a GPU, and the tensors that is about
-    bound_to: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    on_host: Tensor | None = None  # of a GPU: [batch + 1], pinned, see _Step
-    copied: torch.cuda.Event | None = None
-    request: object = _ABSENT  # the _Request of the latest `generate`, or None
-    fresh: bool = False  # no forward of this request has been prepared yet
-    length: int = 0  # positions the cache holds once the prepared forward has run
-    detector: BoundaryDetector | None = None  # None until the first prompt is complete
-    begins: list[int] = field(default_factory=list)  # left padding by row, known with the detector
-    prompt_ended: bool = False
-    captured: bool = False  # the ring was seen to be written in every layer
-    finished: set[int] = field(default_factory=set)  # rows that generated an end-of-text token
-
-
-@dataclass
-class _Step:
-    """What the host must know of a step on a GPU; its copy to the host is waited for when it is read."""
-
-    on_host: Tensor  # [batch + 1]: the latest token of each row and, where known_length is None, the cache's length
-    copied: torch.cuda.Event
-    batch_size: int
-    known_length: int | None
-
-    @functools.cached_property
-    def _values(self) -> list[int]:
-        self.copied.synchronize()
-        values: list[int] = self.on_host.tolist()
-        return values
-
-    @property
-    def tokens(self) -> list[int]:
-        return self._values[: self.batch_size]
-
-    @property
-    def length(self) -> int:
-        return self._values[self.batch_size] if self.known_length is None else self.known_length
-
-
 @dataclass(frozen=True, eq=False)
 class _Request:
     """What of one `generate` call we need later. Travels with the call as a keyword argument.
@@ -563,8 +538,8 @@ class _Request:
     request.
     """
 
-    eos_token_ids: frozenset[int]
-    chunked: bool  # the prompt comes in chunks
+    eos_token_ids: frozenset[int] = frozenset()
+    chunked: bool = False  # the prompt comes in chunks
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> _Request:
@@ -572,6 +547,97 @@ class _Request:
         eos = eos.tolist() if isinstance(eos, Tensor) else eos
         eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
         return cls(eos_token_ids=frozenset(eos), chunked=settings.get("prefill_chunk_size") is not None)
+
+
+@dataclass(eq=False)
+class _State:
+    """Of one cache object."""
+
+    ring: Tensor  # [layers, batch, window, query heads, head_dim]; position p is in row p % window
+    queries: tuple[Tensor, ...]  # the ring's layers
+    slot: Tensor  # [1], where the queries of a prompt begin
+    newest: Tensor  # [layers * batch, query heads, 1, head_dim], the queries of the latest decoded token
+    newest_rows: Tensor  # the same memory as [layers, batch, query heads, head_dim]
+    workspace: bottleneck_ext.Workspace
+    newest_slot: int | None = None  # where in the ring they belong, as long as they are not there
+    bound: BoundCache | None = None  # the Processor on a StaticCache of a GPU, and the tensors that is about
+    bound_to: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    on_host: Tensor | None = None  # of a GPU: [batch, 1], pinned, the latest token of each row
+    copied: torch.cuda.Event | None = None
+    request: object = _ABSENT  # the _Request of the latest `generate`, or None
+    settings: _Request = field(default_factory=_Request)  # the same, or the model's own
+    fresh: bool = False  # no forward of this request has been prepared yet
+    length: int = 0  # positions the cache holds once the prepared forward has run
+    counter_version: int = -1  # of a StaticCache's counter on a GPU when the latest forward was prepared, see _past
+    counter_step: int | None = None
+    detector: BoundaryDetector | None = None  # None until the first prompt is complete
+    begins: list[int] = field(default_factory=list)  # left padding by row, known with the detector
+    prompt_ended: bool = False
+    captured: bool = False  # the ring was seen to be written in every layer
+    finished: set[int] = field(default_factory=set)  # rows that generated an end-of-text token
+
+    def tokens(self) -> list[int]:
+        """What `_copy_tokens` has started to copy."""
+        assert self.on_host is not None
+        assert self.copied is not None
+        self.copied.synchronize()
+        tokens: list[int] = self.on_host.view(-1).tolist()
+        return tokens
+
+
+def _going_on(state: _State | None, batch_size: int, past: int) -> _State:
+    """The state of a cache that holds `past` positions in so many rows; InvalidArgumentError if it is of another."""
+    remedy = "pass only caches that this attached model's generate filled, or an empty one"
+    if state is None:
+        raise InvalidArgumentError(
+            f"the cache already holds {past} positions whose queries were not captured: {remedy}"
+        )
+    if past != state.length:
+        raise InvalidArgumentError(
+            f"the cache holds {past} positions, but generate left {state.length} in it: {remedy}"
+        )
+    if batch_size != state.ring.shape[1]:
+        raise InvalidArgumentError(
+            f"the cache holds {state.ring.shape[1]} rows, but the batch has {batch_size}: {remedy}"
+        )
+    return state
+
+
+def _past(
+    counter: int | Tensor,
+    state: _State | None,
+    decoding: bool,
+    request: _Request | None,
+    arguments: Mapping[str, Any],
+) -> tuple[int, bool]:
+    """How many positions a cache holds, and whether that was read: a StaticCache counts on the device.
+
+    Reading it would wait for the device at every token. Where nobody can have changed the cache it holds what the
+    forwards that were prepared have put there, which the next boundary verifies before it rewrites: `generate` decodes
+    one token after the other, and in other loops the counter's version (torch counts the operations in place that
+    the host has called) grew as it did with the forward that was last seen to add one position, by nothing if that was
+    a CUDA graph. Emptying or cropping the cache shows there.
+
+    decoding: the coming forward is of one token, and no prompt's first.
+    arguments: of the call that prepares it.
+    """
+    if not isinstance(counter, Tensor):
+        return counter, True
+    if state is None or not _waits(counter):
+        return int(counter), True
+    version = -1 if counter.is_inference() else counter._version
+    step, state.counter_version = version - state.counter_version, version
+    in_generate = request is not None and arguments.get("next_sequence_length") == 1
+    if decoding and request is state.request and (in_generate or (version >= 0 and step == state.counter_step)):
+        return state.length, False
+    past = int(counter)
+    state.counter_step = step if past == state.length else None
+    return past, True
+
+
+def _waits(counter: Tensor) -> bool:
+    """Whether reading it waits for a device."""
+    return counter.device.type != "cpu"
 
 
 def _settings(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -857,44 +923,56 @@ def _capturing(
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
+        query_newest: Tensor | None = None,
+        query_parts: list[Tensor | None] | None = None,
         query_ring: Tensor | None = None,
         query_slot: Tensor | None = None,
-        query_parts: list[Tensor | None] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if query_ring is not None and query_slot is not None:
+        decoded = query_newest is not None and query_parts is not None
+        if decoded or (query_ring is not None and query_slot is not None):
             for name in _OTHER_ATTENTION:
                 if kwargs.get(name) is not None:
                     raise UnsupportedError(f"the model's attention uses {name}: not supported")
-            if query_parts is not None:
-                _capture_together(query_ring, query_slot, query_parts, int(module.layer_idx), query)  # type: ignore[arg-type]
-                return wrapped(module, query, key, value, attention_mask, **kwargs)
-            tokens, window = query.shape[2], query_ring.shape[2]
-            rows, newest = query_slot, query
-            if tokens > 1:  # of a prompt only the last queries fit
-                count = min(tokens, window)
-                rows = (query_slot + torch.arange(tokens - count, tokens, device=query.device)) % window
-                newest = query[:, :, -count:]
-            query_ring[int(module.layer_idx)].index_copy_(1, rows, newest.transpose(1, 2))  # type: ignore[arg-type]
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            kept = _untracked(query)
+            if decoded:
+                _gather(query_newest, query_parts, layer, kept)  # type: ignore[arg-type]
+            else:
+                _capture_prompt(query_ring[layer], query_slot, kept)  # type: ignore[index, arg-type]
         return wrapped(module, query, key, value, attention_mask, **kwargs)
 
     return capturing_attention
 
 
-def _capture_together(ring: Tensor, slot: Tensor, parts: list[Tensor | None], layer: int, query: Tensor) -> None:
-    """Keep the query of one token until the last layer, and write the parts of all layers then.
+def _capture_prompt(ring: Tensor, slot: Tensor, query: Tensor) -> None:
+    """Write the queries of several tokens; only the last fit.
 
-    ring: [layers, batch, window, query heads, head_dim]; slot: [1]; query: [batch, query heads, 1, head_dim].
+    ring: one layer's, [batch, window, query heads, head_dim]. slot: [1], of the first token.
+    query: [batch, query heads, tokens, head_dim].
+    """
+    tokens, window = query.shape[2], ring.shape[1]
+    count = min(tokens, window)
+    rows = (slot + torch.arange(tokens - count, tokens, device=query.device)) % window
+    ring.index_copy_(1, rows, query[:, :, -count:].transpose(1, 2))
+
+
+def _gather(newest: Tensor, parts: list[Tensor | None], layer: int, query: Tensor) -> None:
+    """Keep the query of one token until the last layer, and write those of all layers then.
+
+    newest: [layers * batch, query heads, 1, head_dim]. parts: by layer. query: [batch, query heads, 1, head_dim].
     """
     parts[layer] = query
     if layer < len(parts) - 1:
         return
     present = [part for part in parts if part is not None]
-    if len(present) == len(parts):
-        ring.index_copy_(2, slot, torch.stack(present).transpose(2, 3))
-    else:  # a layer kept its query to itself: its rows stay NaN, which the first boundary finds
-        for index, part in enumerate(parts):
+    if len(present) < len(parts):  # a layer kept its query to itself: its rows stay NaN, which the first boundary finds
+        for part, rows in zip(parts, newest.chunk(len(parts)), strict=True):
             if part is not None:
-                ring[index].index_copy_(1, slot, part.transpose(1, 2))
+                rows.copy_(part)
+    elif torch.compiler.is_compiling():
+        newest.copy_(torch.cat(present))
+    else:
+        torch.cat(present, out=newest)
     for index in range(len(parts)):
         parts[index] = None
