@@ -973,15 +973,18 @@ def bfloat16_model(request: pytest.FixtureRequest, smollm2_shape: Any) -> Any:
 
 @needs_cuda
 def test_identity_in_a_graph_of_ones_own(bfloat16_model: Any) -> None:
-    """The forward of a decoded token in a CUDA graph, as benchmarks/gpu/decode.py has it: stock's tokens and cache."""
+    """The forward of a decoded token in a CUDA graph, as benchmarks/gpu/decode.py has it.
+
+    Tokens, the last logits and every bit of the cache are stock's.
+    """
     from benchmarks.gpu.decode import Loop
 
     context: Any = SimpleNamespace(on_gpu=True, timer=torch.cuda)
     ids = prompts(DEVICE, (40,))["input_ids"]
 
-    def run() -> tuple[Any, list[list[int]]]:
+    def run() -> tuple[Loop, list[list[int]]]:
         loop = Loop(context, bfloat16_model, ids, bfloat16_model.prepare_inputs_for_generation, 3 * EVERY)
-        return loop.cache, loop.run()[1]
+        return loop, loop.run()[1]
 
     with torch.no_grad():
         stock, expected = run()
@@ -989,7 +992,8 @@ def test_identity_in_a_graph_of_ones_own(bfloat16_model: Any) -> None:
             ours, tokens = run()
     assert attachment.stats.boundaries >= 3
     assert tokens == expected
-    for a, b in zip(ours.layers, stock.layers, strict=True):
+    assert torch.equal(ours.logits, stock.logits)
+    for a, b in zip(ours.cache.layers, stock.cache.layers, strict=True):
         assert torch.equal(a.keys, b.keys)
         assert torch.equal(a.values, b.values)
 
@@ -1064,7 +1068,7 @@ def test_an_emptied_static_cache_keeps_its_ring() -> None:
             output = generate(model, prompts(DEVICE), past_key_values=cache, disable_compile=True)
             sequences.append(output.sequences)
             (state,) = attachment._states.values()
-            rings.append((state.ring.data_ptr(), state.slot.data_ptr()))
+            rings.append([kept.data_ptr() for kept in (state.newest, state.ring, state.slot)])
             cache.reset()
     assert rings[0] == rings[1]
     assert torch.equal(*sequences)
