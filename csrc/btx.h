@@ -370,8 +370,8 @@ struct btx_backend {
     const char *variant;  /* "scalar", "neon", "avx2", "avx512", "avx512_bf16"; of CUDA "" */
     btx_device_type device_type;
     /* How large a pass is best. layers_per_pass > 0: so many layers, and whole steps until there are rows_per_pass rows
-     * (0: all). layers_per_pass 0: all steps, and as many layers as have rows_per_pass rows together, or twice that
-     * where there is one step. */
+     * (0: all). layers_per_pass 0: all steps, and as many layers as have rows_per_pass rows together; rows are
+     * selected before, of as many layers as there is memory for, and written after, of all. */
     int32_t layers_per_pass;
     int64_t rows_per_pass;
     /* The mass is always in parts, a KV head each: attention_mass is asked for all heads at once, and its mass is

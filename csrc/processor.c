@@ -460,9 +460,10 @@ size_t btx_processor_bytes(const btx_processor *processor)
 
 /* ---- one boundary --------------------------------------------------------------------------------- */
 
-/* Buffers of one lane, for one unit. */
+/* Buffers of one lane, for one unit. work: normed KV-tokens, then qkv, then the operand of DOWN_PROJ, then delta; one
+ * is dead when the next is written. operand: what the products of width D take. */
 typedef struct lane_layout {
-    size_t mass, x, normed, u, qkv, wide, scratch, bytes; /* qkv: later delta */
+    size_t mass, x, operand, u, work, scratch, bytes;
 } lane_layout;
 
 typedef struct boundary_run {
@@ -478,7 +479,10 @@ typedef struct boundary_run {
     int mass_is_apart;    /* its parts are units of their own, before all others */
     int wants_norms;
     lane_layout layout;
-    char *lanes;        /* [num_lanes] of layout.bytes */
+    char *lanes;                  /* [num_lanes] of layout.bytes */
+    int32_t layers_per_selection; /* where the rows of all layers are selected before any is staged; else 0 */
+    char *selection;              /* mass of so many layers, then scratch; shares its memory with staged */
+    size_t selection_scratch;
     float *mass;        /* [num_layers, num_chunks][num_parts, prior of the chunk] where mass_is_apart */
     int32_t *positions; /* [num_layers, total_rows] */
     float *delta_norm;  /* [num_layers, num_steps] */
@@ -509,6 +513,11 @@ static void charge(boundary_run *run, int32_t lane, btx_stage stage, double *sin
 static int64_t num_units(const boundary_run *run)
 {
     return (run->plan->num_layers + run->layers_per_unit - 1) / run->layers_per_unit * run->num_chunks;
+}
+
+static int64_t num_selections(const boundary_run *run)
+{
+    return (run->plan->num_layers + run->layers_per_selection - 1) / run->layers_per_selection;
 }
 
 /* Units of one layer are neighbours, so that lanes share its weights. */
@@ -573,38 +582,65 @@ static btx_status process_rows(const boundary_run *run, const btx_pass *pass, ch
     const lane_layout *layout = &run->layout;
     const int64_t C = kv_width(config), D = config->processor_dim;
     const float *x = backend->keeps_rows ? (float *)(lane + layout->x) : NULL;
-    float *u = (float *)(lane + layout->u), *qkv = (float *)(lane + layout->qkv);
-    float *delta = qkv;
-    void *normed = lane + layout->normed, *wide = lane + layout->wide;
+    float *u = (float *)(lane + layout->u);
+    void *work = lane + layout->work;
+    void *operand = lane + layout->operand;
     const float eps = config->norm_eps;
     const int64_t row = first_row(pass), norm = pass->layer_begin * run->plan->num_steps + pass->step_begin;
-    btx_status status = backend->linear(pass, &linear[IN_PROJ], normed, 0, u, error);
+    btx_status status = backend->linear(pass, &linear[IN_PROJ], work, 0, u, error);
 
     if (status == BTX_OK)
-        status = backend->rms_norm(pass, u, D, processor->attn_norm, eps, dtype, normed, error);
+        status = backend->rms_norm(pass, u, D, processor->attn_norm, eps, dtype, operand, error);
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[QKV_PROJ], normed, 0, qkv, error);
+        status = backend->linear(pass, &linear[QKV_PROJ], operand, 0, work, error);
     if (status == BTX_OK)
-        status = backend->attention(pass, qkv, D, config->processor_heads, dtype, wide, error);
+        status = backend->attention(pass, work, D, config->processor_heads, dtype, operand, error);
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[O_PROJ], wide, 1, u, error);
+        status = backend->linear(pass, &linear[O_PROJ], operand, 1, u, error);
 
     if (status == BTX_OK)
-        status = backend->rms_norm(pass, u, D, processor->mlp_norm, eps, dtype, normed, error);
+        status = backend->rms_norm(pass, u, D, processor->mlp_norm, eps, dtype, operand, error);
     if (status == BTX_OK)
-        status = backend->linear_swiglu(pass, &linear[GATE_UP_PROJ], normed, wide, error);
+        status = backend->linear_swiglu(pass, &linear[GATE_UP_PROJ], operand, work, error);
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[DOWN_PROJ], wide, 1, u, error);
+        status = backend->linear(pass, &linear[DOWN_PROJ], work, 1, u, error);
 
     if (status == BTX_OK)
-        status = backend->round(pass, u, D, dtype, normed, error);
+        status = backend->round(pass, u, D, dtype, operand, error);
     if (status == BTX_OK)
-        status = backend->linear(pass, &linear[OUT_PROJ], normed, 0, delta, error);
+        status = backend->linear(pass, &linear[OUT_PROJ], operand, 0, work, error);
     if (status == BTX_OK)
-        status = backend->stage_kv(pass, run->positions + row, processor->gate, x, delta,
+        status = backend->stage_kv(pass, run->positions + row, processor->gate, x, work,
                                    run->staged + row * C * (int64_t)btx_dtype_size(run->plan->keys[0].dtype),
                                    run->wants_norms ? run->delta_norm + norm : NULL,
                                    run->wants_norms ? run->row_norm + norm : NULL, error);
+    return status;
+}
+
+/* Mass and top-k of one run of layers and all steps. */
+static btx_status select_rows(void *context, int64_t unit, int32_t lane, btx_error *error)
+{
+    boundary_run *run = context;
+    const btx_plan *plan = run->plan;
+    const int32_t layer_begin = (int32_t)unit * run->layers_per_selection;
+    const int32_t layer_end = layer_begin + run->layers_per_selection;
+    const btx_pass pass = {
+        .plan = plan,
+        .layer_begin = layer_begin,
+        .layer_end = layer_end < plan->num_layers ? layer_end : plan->num_layers,
+        .step_end = plan->num_steps,
+        .executor = run->executor,
+        .scratch = run->selection + run->selection_scratch,
+    };
+    float *mass = (float *)(void *)run->selection;
+    double since = now();
+    btx_status status = BTX_OK;
+    if (run->processor->config.top_k > 0)
+        status = run->backend->attention_mass(&pass, 0, plan->num_kv_heads, mass, error);
+    charge(run, lane, BTX_STAGE_MASS, &since);
+    if (status == BTX_OK)
+        status = run->backend->top_k(&pass, run->num_parts, mass, run->positions + first_row(&pass), error);
+    charge(run, lane, BTX_STAGE_TOP_K, &since);
     return status;
 }
 
@@ -620,15 +656,17 @@ static btx_status stage_unit(void *context, int64_t unit, int32_t lane_index, bt
     double since = now();
 
     btx_status status = BTX_OK;
-    if (processor->config.top_k > 0 && !run->mass_is_apart)
-        status = measure_mass(run, &pass, lane_index, error);
-    charge(run, lane_index, BTX_STAGE_MASS, &since);
-    if (status == BTX_OK)
-        status = run->backend->top_k(&pass, run->num_parts, mass_of_pass(run, &pass, lane_index), positions, error);
-    charge(run, lane_index, BTX_STAGE_TOP_K, &since);
+    if (run->layers_per_selection == 0) {
+        if (processor->config.top_k > 0 && !run->mass_is_apart)
+            status = measure_mass(run, &pass, lane_index, error);
+        charge(run, lane_index, BTX_STAGE_MASS, &since);
+        if (status == BTX_OK)
+            status = run->backend->top_k(&pass, run->num_parts, mass_of_pass(run, &pass, lane_index), positions, error);
+        charge(run, lane_index, BTX_STAGE_TOP_K, &since);
+    }
     if (status == BTX_OK)
         status = run->backend->gather_kv(&pass, positions, rows, processor->input_norm, processor->config.norm_eps,
-                                         processor->config.weight_dtype, lane + run->layout.normed, error);
+                                         processor->config.weight_dtype, lane + run->layout.work, error);
     charge(run, lane_index, BTX_STAGE_GATHER, &since);
     if (status == BTX_OK)
         status = process_rows(run, &pass, lane, error);
@@ -640,6 +678,8 @@ static btx_status write_unit(void *context, int64_t unit, int32_t lane, btx_erro
 {
     boundary_run *run = context;
     btx_pass pass = make_pass(run, unit, lane);
+    if (run->layers_per_selection > 0) /* one launch for all layers */
+        pass.layer_begin = 0, pass.layer_end = run->plan->num_layers;
     int64_t row = first_row(&pass), row_bytes = kv_width(&run->processor->config);
     row_bytes *= (int64_t)btx_dtype_size(run->plan->keys[0].dtype);
     double since = now();
@@ -715,9 +755,7 @@ static int64_t layers_of_unit(const boundary_run *run, int64_t num_steps, int64_
     const btx_backend *backend = run->backend;
     if (backend->layers_per_pass > 0)
         return backend->layers_per_pass;
-    /* The launches of a single step cost more than its rows' memory. */
-    const int64_t rows = num_steps == 1 ? 2 * backend->rows_per_pass : backend->rows_per_pass;
-    return smaller(run->plan->num_layers, larger(1, rows / larger(1, num_steps * row_limit)));
+    return smaller(run->plan->num_layers, larger(1, backend->rows_per_pass / larger(1, num_steps * row_limit)));
 }
 
 /* Steps times layers of a unit, at most, when up to num_steps steps end: the fewer end, the more layers are taken. */
@@ -727,6 +765,30 @@ static int64_t largest_unit(const boundary_run *run, int64_t num_steps, int64_t 
     for (int64_t s = 1; s <= num_steps; s++)
         largest = larger(largest, s * layers_of_unit(run, s, row_limit));
     return largest;
+}
+
+/* Reserves memory that holds now the one, now the other. */
+static int reserve_shared(size_t *bytes, size_t *at, int64_t count, size_t size, size_t other_bytes)
+{
+    size_t other = *bytes;
+    if (!btx_reserve(bytes, at, count, size) || !btx_reserve(&other, at, 1, other_bytes))
+        return 0;
+    *bytes = other > *bytes ? other : *bytes;
+    return 1;
+}
+
+/* Memory to select the rows of so many steps times layers. longest: of one step, as large as any. */
+static int reserve_selection(const boundary_run *run, const run_size *size, const btx_plan *longest, int64_t steps,
+                             size_t *scratch_at, size_t *bytes)
+{
+    const btx_config *config = &run->processor->config;
+    const int64_t prior = config->top_k > 0 ? steps * size->max_positions : 0;
+    const int64_t parts = run->backend->mass_by_head ? run->plan->num_kv_heads : 1;
+    size_t mass_at;
+    *bytes = 0;
+    return btx_reserve(bytes, &mass_at, prior * parts, sizeof(float)) &&
+           btx_reserve(bytes, scratch_at, 1,
+                       run->backend->scratch_bytes(longest, 1, steps * size->max_window, config->processor_dim));
 }
 
 /* Lays out lanes and staged results for a run of this size; without a Processor for attention mass alone. 0 where they
@@ -742,7 +804,9 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
     const size_t F = config != NULL ? (size_t)config->processor_mlp_dim : 0;
     const int64_t limit = backend->rows_per_pass, top_k = config != NULL ? config->top_k : 0;
     const int64_t mass_parts = backend->mass_by_head ? plan->num_kv_heads : 1;
-    run->layers_per_unit = (int32_t)layers_of_unit(run, size->num_steps, size->row_limit);
+    /* With a Processor the rows of a device's unit are bounded, without one the prior positions. */
+    const int64_t rows_of_step = config != NULL ? size->max_rows : size->row_limit;
+    run->layers_per_unit = (int32_t)layers_of_unit(run, size->num_steps, rows_of_step);
 
     /* A chunk is a single step, or has at most limit rows: steps with more than top_k prior positions have top_k + 1
      * rows or more, those with fewer recall them all. */
@@ -774,12 +838,36 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
     lane_layout *lane = &run->layout;
     *lane = (lane_layout){0};
     *out = (run_layout){0};
+    /* A device selects the rows of as many layers at once as the memory of what is staged later has room for, but of no
+     * fewer than have rows_per_pass rows. */
+    size_t selection_bytes = 0;
+    if (backend->layers_per_pass == 0 && config != NULL) {
+        const int64_t steps = largest_unit(run, size->num_steps, size->row_limit);
+        size_t staged = 0, at, bytes;
+        if (!btx_reserve(&staged, &at, all_rows, C * btx_dtype_size(cache_dtype)) ||
+            !reserve_selection(run, size, &plan_of_longest, steps, &at, &selection_bytes))
+            return 0;
+        staged = staged > selection_bytes ? staged : selection_bytes;
+        run->layers_per_selection = plan->num_layers + 1;
+        do {
+            run->layers_per_selection--;
+            if (!reserve_selection(run, size, &plan_of_longest, run->layers_per_selection * size->num_steps,
+                                   &run->selection_scratch, &bytes))
+                bytes = SIZE_MAX;
+        } while (bytes > staged && run->layers_per_selection > 1);
+        max_layers = 1;
+        rows = chunk_rows =
+            larger(size->num_steps * size->max_rows,
+                   smaller(backend->rows_per_pass, plan->num_layers * size->num_steps * size->max_rows));
+        prior = 0; /* nor the scratch of the selection: the lane has none */
+        plan_of_longest.num_steps = 0;
+    }
     return btx_reserve(&lane->bytes, &lane->mass, prior * mass_parts, sizeof(float)) &&
            btx_reserve(&lane->bytes, &lane->x, backend->keeps_rows ? rows : 0, C * sizeof(float)) &&
-           btx_reserve(&lane->bytes, &lane->normed, 1, backend->operand_bytes(rows, (int64_t)(C > D ? C : D), dtype)) &&
+           btx_reserve(&lane->bytes, &lane->operand, 1, backend->operand_bytes(rows, (int64_t)D, dtype)) &&
            btx_reserve(&lane->bytes, &lane->u, rows, D * sizeof(float)) &&
-           btx_reserve(&lane->bytes, &lane->qkv, rows, (3 * D > C ? 3 * D : C) * sizeof(float)) &&
-           btx_reserve(&lane->bytes, &lane->wide, 1, backend->operand_bytes(rows, (int64_t)(D > F ? D : F), dtype)) &&
+           reserve_shared(&lane->bytes, &lane->work, rows, (3 * D > C ? 3 * D : C) * sizeof(float),
+                          backend->operand_bytes(rows, (int64_t)(C > F ? C : F), dtype)) &&
            btx_reserve(&lane->bytes, &lane->scratch, 1,
                        backend->scratch_bytes(&plan_of_longest, (int32_t)max_layers, chunk_rows, (int64_t)D)) &&
            btx_reserve(&out->bytes, &out->lanes, run->num_lanes, lane->bytes) &&
@@ -788,7 +876,7 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
            btx_reserve(&out->bytes, &out->positions, all_rows, sizeof(int32_t)) &&
            btx_reserve(&out->bytes, &out->delta_norm, all_steps, sizeof(float)) &&
            btx_reserve(&out->bytes, &out->row_norm, all_steps, sizeof(float)) &&
-           btx_reserve(&out->bytes, &out->staged, all_rows, C * btx_dtype_size(cache_dtype));
+           reserve_shared(&out->bytes, &out->staged, all_rows, C * btx_dtype_size(cache_dtype), selection_bytes);
 }
 
 /* Makes room in the workspace and cuts the run into units. reports: its results are for the host too. What the run owns
@@ -816,7 +904,7 @@ static btx_status begin_run(boundary_run *run, btx_workspace *workspace, void *s
     run->positions = (int32_t *)(memory + layout.positions);
     run->delta_norm = (float *)(memory + layout.delta_norm);
     run->row_norm = (float *)(memory + layout.row_norm);
-    run->staged = memory + layout.staged;
+    run->staged = run->selection = memory + layout.staged;
     cut_chunks(run);
     run->mass_is_apart = plan->total_prior > 0 && plan->num_kv_heads > 1 && is_split(run, num_units(run));
     run->num_parts = run->mass_is_apart || run->backend->mass_by_head ? plan->num_kv_heads : 1;
@@ -987,6 +1075,8 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
         status = begin_run(&run, workspace, boundary->stream, report != NULL, error);
     if (status == BTX_OK && run.mass_is_apart)
         status = btx_workspace_run(workspace, num_units(&run) * run.num_parts, mass_part, &run, error);
+    if (status == BTX_OK && run.layers_per_selection > 0)
+        status = btx_workspace_run(workspace, num_selections(&run), select_rows, &run, error);
     if (status == BTX_OK)
         status = btx_workspace_run(workspace, num_units(&run), stage_unit, &run, error);
     if (status == BTX_OK && backend->begin == NULL)
@@ -995,7 +1085,8 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
         goto cleanup;
 
     /* The only writes to the caller's cache. */
-    if (btx_workspace_run(workspace, num_units(&run), write_unit, &run, error) != BTX_OK) {
+    if (btx_workspace_run(workspace, run.layers_per_selection > 0 ? 1 : num_units(&run), write_unit, &run, error) !=
+        BTX_OK) {
         status = BTX_REBUILD_NEEDED;
         goto cleanup;
     }

@@ -15,7 +15,7 @@
 #include "btx.h"
 
 enum {
-    NUM_LAYERS = 9, /* of which a unit takes eight, two or one */
+    NUM_LAYERS = 9, /* of which a unit takes four, two or one */
     NUM_KV_HEADS = 2,
     NUM_QUERY_HEADS = 4,
     HEAD_DIM = 8,
@@ -53,6 +53,7 @@ static struct {
     float rows[NUM_LAYERS * NUM_SEQUENCES * (TOP_K + RECENT_WINDOW) * WIDTH];
     int refused;                           /* the latest boundary */
     int num_waits, num_marks, num_uploads; /* so far */
+    int32_t num_selected;                  /* layers of the latest boundary whose rows are */
     int norms_wanted;                      /* by the latest boundary */
     int timed;
     void *stream;
@@ -187,6 +188,7 @@ static btx_status begin(void *executor, const btx_plan *plan, void *stream, int 
     device.timed = timed;
     device.norms_wanted = 0;
     device.num_marks = 0;
+    device.num_selected = 0;
     device.last_stage = BTX_STAGE_WRITE;
     return tell_refusal(error);
 }
@@ -194,9 +196,11 @@ static btx_status begin(void *executor, const btx_plan *plan, void *stream, int 
 static void mark(void *executor, btx_stage stage)
 {
     CHECK(executor == &device);
-    /* Every unit goes through its stages in their order, and all units before the first is written. */
-    CHECK(stage == BTX_STAGE_MASS ? device.last_stage == BTX_STAGE_WRITE || device.last_stage == BTX_STAGE_PROCESSOR
-                                  : stage == device.last_stage || stage == device.last_stage + 1);
+    /* The rows of all layers are selected, then every unit is gathered and processed, then all is written. */
+    const btx_stage last = device.last_stage;
+    CHECK(stage == BTX_STAGE_MASS     ? last == BTX_STAGE_WRITE || last == BTX_STAGE_TOP_K
+          : stage == BTX_STAGE_GATHER ? last == BTX_STAGE_TOP_K || last == BTX_STAGE_PROCESSOR
+                                      : stage == last + 1);
     device.last_stage = stage;
     device.num_marks++;
 }
@@ -241,18 +245,27 @@ static btx_status store_mass(const btx_pass *pass, int32_t num_parts, const floa
 static btx_status top_k(const btx_pass *pass, int32_t num_parts, float *mass, int32_t *positions, btx_error *error)
 {
     CHECK(num_parts == NUM_KV_HEADS);
-    /* All steps, and as many layers as have ROWS_PER_PASS rows, were the steps as long as they may be. */
-    const int64_t num_steps = pass->plan->num_steps, rows = num_steps * (TOP_K + RECENT_WINDOW);
-    const int64_t num_layers = num_steps == 1 ? 8 : ROWS_PER_PASS / rows > 1 ? ROWS_PER_PASS / rows : 1;
-    CHECK(pass->layer_begin % num_layers == 0);
-    CHECK(pass->layer_end == NUM_LAYERS || pass->layer_end - pass->layer_begin == num_layers);
-    CHECK(pass->step_begin == 0 && pass->step_end == num_steps);
+    CHECK(pass->layer_begin == device.num_selected && pass->layer_end > pass->layer_begin);
+    CHECK(pass->step_begin == 0 && pass->step_end == pass->plan->num_steps);
+    device.num_selected = pass->layer_end;
     OPERATION("top_k", scalar->top_k(pass, num_parts, mass, positions, error));
 }
 
 static btx_status gather_kv(const btx_pass *pass, const int32_t *positions, float *rows, const float *weight, float eps,
                             btx_dtype dtype, void *normed, btx_error *error)
 {
+    /* All steps, and as many layers as have ROWS_PER_PASS rows, were all steps as long as the longest. */
+    const int64_t num_steps = pass->plan->num_steps;
+    int64_t all_rows = 0;
+    for (int64_t s = 0; s < num_steps; s++) {
+        const int64_t of_step = pass->plan->steps[s].num_recalled + pass->plan->steps[s].num_window;
+        all_rows = num_steps * of_step > all_rows ? num_steps * of_step : all_rows;
+    }
+    const int64_t num_layers = ROWS_PER_PASS / all_rows > 1 ? ROWS_PER_PASS / all_rows : 1;
+    CHECK(device.num_selected == NUM_LAYERS);
+    CHECK(pass->layer_begin % num_layers == 0);
+    CHECK(pass->layer_end == NUM_LAYERS || pass->layer_end - pass->layer_begin == num_layers);
+    CHECK(pass->step_begin == 0 && pass->step_end == num_steps);
     CHECK(rows == NULL);
     OPERATION("gather_kv", scalar->gather_kv(pass, positions, device.rows, weight, eps, dtype, normed, error));
 }
@@ -314,6 +327,7 @@ static btx_status stage_kv(const btx_pass *pass, const int32_t *positions, const
 
 static btx_status write_kv(const btx_pass *pass, const int32_t *positions, const void *staged, btx_error *error)
 {
+    CHECK(pass->layer_begin == 0 && pass->layer_end == NUM_LAYERS);
     OPERATION("write_kv", device.refused ? BTX_OK : scalar->write_kv(pass, positions, staged, error));
 }
 
@@ -511,7 +525,7 @@ static void check_results(const call *on_host, const call *on_device)
         CHECK(memcmp(&expected, &got, sizeof got) == 0);
         CHECK(device.norms_wanted && device.timed && device.stream == &device);
         CHECK(seconds[BTX_STAGE_MASS] == 1 && seconds[BTX_STAGE_WRITE] == 5);
-        CHECK(device.num_marks >= BTX_NUM_STAGES && device.num_marks % BTX_NUM_STAGES == 0);
+        CHECK(device.num_marks >= BTX_NUM_STAGES && device.num_marks % 2 == 1);
 
         /* Without a report: not waited for, no norms, the same caches. */
         int num_waits = device.num_waits;

@@ -365,7 +365,7 @@ static int32_t divide_up(int64_t a, int64_t b)
 }
 
 template <typename T>
-static btx_status launch_general(const cuda_executor *executor, int32_t layer_begin, int32_t num_layers,
+static btx_status launch_general(cuda_executor *executor, int32_t layer_begin, int32_t num_layers,
                                  partial_sum *partials, float *mass, btx_error *error)
 {
     const device_plan &plan = executor->plan;
@@ -380,15 +380,16 @@ static btx_status launch_general(const cuda_executor *executor, int32_t layer_be
 }
 
 template <typename T, int D, int TILES>
-static btx_status launch_lse(const cuda_executor *executor, int32_t layer_begin, int32_t num_layers,
-                             partial_sum *partials, btx_error *error)
+static btx_status launch_lse(cuda_executor *executor, int32_t layer_begin, int32_t num_layers, partial_sum *partials,
+                             btx_error *error)
 {
     const device_plan &plan = executor->plan;
     const int32_t row_blocks = divide_up((int64_t)plan.max_window * plan.group, 64 * TILES);
     const int query_bytes = 64 * TILES * padded<D>::stride * 2, key_bytes = 2 * SPLIT_KEYS * padded<D>::stride * 2;
     const int bytes = query_bytes > key_bytes ? query_bytes : key_bytes;
-    BTX_CUDA_TRY(cudaFuncSetAttribute(lse_kernel<T, D, TILES>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                 "preparing lse_kernel");
+    btx_status status = cuda_prepare(executor, (const void *)lse_kernel<T, D, TILES>, bytes, error);
+    if (status != BTX_OK)
+        return status;
     BTX_LAUNCH((lse_kernel<T, D, TILES>), dim3(plan.num_splits, plan.num_kv_heads * row_blocks, num_layers), THREADS,
                bytes, executor->stream, plan, layer_begin, row_blocks, partials);
     BTX_CUDA_CHECK("launching lse_kernel");
@@ -396,8 +397,8 @@ static btx_status launch_lse(const cuda_executor *executor, int32_t layer_begin,
 }
 
 template <typename T, int D>
-static btx_status launch_fast(const cuda_executor *executor, int32_t layer_begin, int32_t num_layers,
-                              partial_sum *partials, float *mass, btx_error *error)
+static btx_status launch_fast(cuda_executor *executor, int32_t layer_begin, int32_t num_layers, partial_sum *partials,
+                              float *mass, btx_error *error)
 {
     const device_plan &plan = executor->plan;
     const int64_t rows = (int64_t)plan.max_window * plan.group;
@@ -410,13 +411,15 @@ static btx_status launch_fast(const cuda_executor *executor, int32_t layer_begin
     if (status != BTX_OK)
         return status;
     const int key_bytes = MASS_KEYS * padded<D>::stride * 2, row_bytes = padded<D>::stride * 2 + 4;
-    int64_t capacity = (rows + 15) / 16 * 16;
-    capacity = capacity < MASS_ROWS ? capacity : MASS_ROWS;
+    int64_t capacity = MASS_ROWS;
     if (key_bytes + capacity * row_bytes > executor->shared_limit)
         capacity = (executor->shared_limit - key_bytes) / row_bytes / 16 * 16;
+    status = cuda_prepare(executor, (const void *)mass_kernel<T, D>, key_bytes + (int)capacity * row_bytes, error);
+    if (status != BTX_OK)
+        return status;
+    const int64_t all_rows = (rows + 15) / 16 * 16;
+    capacity = all_rows < capacity ? all_rows : capacity;
     const int bytes = key_bytes + (int)capacity * row_bytes;
-    BTX_CUDA_TRY(cudaFuncSetAttribute(mass_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                 "preparing mass_kernel");
     BTX_LAUNCH((mass_kernel<T, D>), dim3(plan.num_ranges, plan.num_kv_heads, num_layers), THREADS, bytes,
                executor->stream, plan, layer_begin, (int32_t)capacity, partials, mass);
     BTX_CUDA_CHECK("launching mass_kernel");
@@ -424,8 +427,8 @@ static btx_status launch_fast(const cuda_executor *executor, int32_t layer_begin
 }
 
 template <typename T>
-static btx_status launch_16_bit(const cuda_executor *executor, int32_t layer_begin, int32_t num_layers,
-                                partial_sum *partials, float *mass, btx_error *error)
+static btx_status launch_16_bit(cuda_executor *executor, int32_t layer_begin, int32_t num_layers, partial_sum *partials,
+                                float *mass, btx_error *error)
 {
     switch (executor->plan.head_dim) {
     case 64:
@@ -454,7 +457,7 @@ size_t cuda_selection_scratch_bytes(const btx_plan *plan, int32_t max_layers, in
 btx_status cuda_attention_mass(const btx_pass *pass, int32_t head_begin, int32_t head_end, float *mass,
                                btx_error *error)
 {
-    const cuda_executor *executor = executor_of(pass);
+    cuda_executor *executor = executor_of(pass);
     partial_sum *partials = (partial_sum *)pass->scratch;
     const int32_t num_layers = num_layers_of(pass);
     (void)head_begin, (void)head_end; /* all of them: mass_by_head */

@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_pro
  */
 
 template <typename T, int D>
-static btx_status launch(const cuda_executor *executor, int32_t layer_begin, int32_t num_layers, partial_sum *partials,
+static btx_status launch(cuda_executor *executor, int32_t layer_begin, int32_t num_layers, partial_sum *partials,
                          float *mass, btx_error *error)
 {
     const device_plan &plan = executor->plan;
@@ -326,16 +326,20 @@ static btx_status launch(const cuda_executor *executor, int32_t layer_begin, int
     const int32_t row_blocks = (int32_t)((rows + 127) / 128);
     const int query_bytes = 128 * padded<D>::stride * 2, key_bytes = SPLIT_STAGES * SPLIT_KEYS * D * 2;
     const int lse_bytes = query_bytes > key_bytes ? query_bytes : key_bytes;
-    BTX_CUDA_TRY(cudaFuncSetAttribute(lse_sm90_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, lse_bytes),
-                 "preparing lse_sm90_kernel");
+    btx_status status = cuda_prepare(executor, (const void *)lse_sm90_kernel<T, D>, lse_bytes, error);
+    if (status != BTX_OK)
+        return status;
     BTX_LAUNCH((lse_sm90_kernel<T, D>), dim3(plan.num_splits, plan.num_kv_heads * row_blocks, num_layers),
                SPLIT_THREADS, lse_bytes, executor->stream, plan, layer_begin, row_blocks, partials);
     BTX_CUDA_CHECK("launching lse_sm90_kernel");
     int32_t capacity = (int32_t)((rows + 63) / 64 * 64);
     capacity = capacity < MASS_ROWS ? capacity : MASS_ROWS;
-    const int mass_bytes = capacity * (D * 2 + 4) + mass_block<D>::keys * padded<D>::stride * 2;
-    BTX_CUDA_TRY(cudaFuncSetAttribute(mass_sm90_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, mass_bytes),
-                 "preparing mass_sm90_kernel");
+    const int row_bytes = D * 2 + 4, mass_key_bytes = mass_block<D>::keys * padded<D>::stride * 2;
+    const int mass_bytes = capacity * row_bytes + mass_key_bytes;
+    status =
+        cuda_prepare(executor, (const void *)mass_sm90_kernel<T, D>, MASS_ROWS * row_bytes + mass_key_bytes, error);
+    if (status != BTX_OK)
+        return status;
     BTX_LAUNCH((mass_sm90_kernel<T, D>), dim3(plan.num_ranges, plan.num_kv_heads, num_layers), mass_block<D>::threads,
                mass_bytes, executor->stream, plan, layer_begin, capacity, partials, mass);
     BTX_CUDA_CHECK("launching mass_sm90_kernel");
@@ -344,7 +348,7 @@ static btx_status launch(const cuda_executor *executor, int32_t layer_begin, int
 
 btx_status cuda_attention_mass_sm90(const btx_pass *pass, float *mass, btx_error *error)
 {
-    const cuda_executor *executor = executor_of(pass);
+    cuda_executor *executor = executor_of(pass);
     partial_sum *partials = (partial_sum *)pass->scratch;
     const int32_t begin = pass->layer_begin, count = num_layers_of(pass);
     const int wide = executor->plan.head_dim == 128;

@@ -11,7 +11,7 @@ static size_t cuda_scratch_bytes(const btx_plan *plan, int32_t max_layers, int64
 }
 
 /* Rows of a pass: enough to fill the device, few enough for what they become to stay in its second-level cache. */
-#define ROWS_PER_PASS 2048
+#define ROWS_PER_PASS 4096
 
 extern "C" const btx_backend btx_cuda_backend = {
     BTX_ABI_VERSION,

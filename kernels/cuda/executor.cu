@@ -42,6 +42,18 @@ btx_status cuda_fail(cudaError_t failure, const char *what, btx_error *error)
                     is_sticky(failure) ? "; the CUDA context of this process is lost: restart the process" : "");
 }
 
+btx_status cuda_prepare(cuda_executor *executor, const void *kernel, int most, btx_error *error)
+{
+    for (int i = 0; i < executor->num_prepared; i++) {
+        if (executor->prepared[i] == kernel)
+            return BTX_OK;
+    }
+    BTX_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "preparing a kernel");
+    if (executor->num_prepared < BTX_MAX_PREPARED) /* kernels beyond are prepared each time */
+        executor->prepared[executor->num_prepared++] = kernel;
+    return BTX_OK;
+}
+
 /* The device of the calls between entering and leaving; the caller's is put back. */
 typedef struct device_scope {
     int previous;

@@ -2,7 +2,7 @@
  *
  * cuBLASLt is opened when the first executor is made: the copy that is in the process already (PyTorch's), then that of
  * the nvidia-cublas wheel beside this extension, then the system's. The algorithm of a product is asked for once per
- * bucket of rows, and kept; what there is none for goes to linear_general.cu. */
+ * bucket of rows, and kept with what describes the latest call; what there is none for goes to linear_general.cu. */
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -157,10 +157,20 @@ typedef struct choice_key {
     int32_t layers, dtype, bias, accumulate;
 } choice_key;
 
+/* What describes one call. Owned. */
+typedef struct call {
+    lt_product *product;
+    lt_layout *weight, *x, *out;
+} call;
+
 typedef struct choice {
     choice_key key;
     lt_algorithm algorithm;
     size_t workspace_bytes;
+    /* The latest call, for the next to use again. */
+    call made;
+    int64_t rows, weight_stride;
+    const float *bias;
 } choice;
 
 struct linear_state {
@@ -170,12 +180,6 @@ struct linear_state {
     choice choices[MAX_CHOICES];
     int num_choices; /* beyond MAX_CHOICES the oldest are overwritten */
 };
-
-/* What describes one call. Owned. */
-typedef struct call {
-    lt_product *product;
-    lt_layout *weight, *x, *out;
-} call;
 
 static void destroy_call(const cublaslt *lt, call *made)
 {
@@ -187,6 +191,7 @@ static void destroy_call(const cublaslt *lt, call *made)
         lt->MatrixLayoutDestroy(made->x);
     if (made->out != NULL)
         lt->MatrixLayoutDestroy(made->out);
+    memset(made, 0, sizeof *made);
 }
 
 static int make_layout(const cublaslt *lt, lt_layout **layout, int type, int64_t rows, int64_t columns, int64_t stride,
@@ -231,7 +236,7 @@ static int make_call(const cublaslt *lt, const choice_key *key, int64_t rows, in
 
 /* Asks for the algorithm of the fullest product of the bucket. */
 static int choose(struct linear_state *state, const choice_key *key, int64_t weight_stride, const float *bias,
-                  const choice **out)
+                  choice **out)
 {
     const cublaslt *lt = &state->lt;
     const size_t workspace_bytes = WORKSPACE_BYTES;
@@ -255,6 +260,7 @@ static int choose(struct linear_state *state, const choice_key *key, int64_t wei
         status = LT_NOT_SUPPORTED;
     if (status == LT_SUCCESS) {
         choice *kept = &state->choices[state->num_choices++ % MAX_CHOICES];
+        destroy_call(lt, &kept->made);
         kept->key = *key;
         kept->algorithm = result.algorithm;
         kept->workspace_bytes = result.workspace_bytes;
@@ -266,7 +272,26 @@ static int choose(struct linear_state *state, const choice_key *key, int64_t wei
     return status;
 }
 
-static const choice *find_choice(const struct linear_state *state, const choice_key *key)
+/* Makes the kept call one of so many rows, with these weights. */
+static int describe(const cublaslt *lt, choice *kept, int64_t rows, int64_t weight_stride, const float *bias)
+{
+    int status = LT_SUCCESS;
+    if (kept->made.product == NULL || kept->rows != rows || kept->weight_stride != weight_stride) {
+        destroy_call(lt, &kept->made);
+        status = make_call(lt, &kept->key, rows, weight_stride, bias, &kept->made);
+    }
+    else if (kept->bias != bias) {
+        status = lt->MatmulDescSetAttribute(kept->made.product, LT_PRODUCT_BIAS, &bias, sizeof bias);
+    }
+    if (status != LT_SUCCESS)
+        destroy_call(lt, &kept->made);
+    kept->rows = rows;
+    kept->weight_stride = weight_stride;
+    kept->bias = bias;
+    return status;
+}
+
+static choice *find_choice(struct linear_state *state, const choice_key *key)
 {
     const int count = state->num_choices < MAX_CHOICES ? state->num_choices : MAX_CHOICES;
     for (int i = 0; i < count; i++) {
@@ -280,6 +305,8 @@ void cuda_linear_destroy(struct linear_state *state)
 {
     if (state == NULL)
         return;
+    for (int i = 0; i < state->num_choices && i < MAX_CHOICES; i++)
+        destroy_call(&state->lt, &state->choices[i].made);
     if (state->handle != NULL)
         state->lt.Destroy(state->handle);
     if (state->workspace != NULL)
@@ -334,17 +361,16 @@ btx_status cuda_linear(const btx_pass *pass, const btx_linear *weights, const vo
     key.dtype = weights->dtype;
     key.bias = bias != NULL;
     key.accumulate = accumulate != 0;
-    const choice *chosen = find_choice(state, &key);
-    call made = {NULL, NULL, NULL, NULL};
+    choice *chosen = find_choice(state, &key);
     int status = chosen != NULL ? LT_SUCCESS : choose(state, &key, weight_stride, bias, &chosen);
     if (status == LT_SUCCESS)
-        status = make_call(&state->lt, &key, rows, weight_stride, bias, &made);
+        status = describe(&state->lt, chosen, rows, weight_stride, bias);
     if (status == LT_SUCCESS)
-        status = state->lt.Matmul(state->handle, made.product, &one,
+        status = state->lt.Matmul(state->handle, chosen->made.product, &one,
                                   (const char *)weights->packed + (size_t)pass->layer_begin * weights->layer_stride,
-                                  made.weight, x, made.x, &beta, out, made.out, out, made.out, &chosen->algorithm,
-                                  state->workspace, chosen->workspace_bytes, executor->stream);
-    destroy_call(&state->lt, &made);
+                                  chosen->made.weight, x, chosen->made.x, &beta, out, chosen->made.out, out,
+                                  chosen->made.out, &chosen->algorithm, state->workspace, chosen->workspace_bytes,
+                                  executor->stream);
     if (status == LT_NOT_SUPPORTED || status == LT_INVALID_VALUE)
         return cuda_linear_general(pass, weights, x, accumulate, out, error);
     if (status != LT_SUCCESS)

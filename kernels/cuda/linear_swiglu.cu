@@ -192,12 +192,12 @@ static unsigned divide_up(int64_t a, int64_t b)
 template <int TILES, int WARPS, int STAGES>
 static btx_status launch(const btx_pass *pass, const btx_linear *weights, const void *x, void *out, btx_error *error)
 {
-    const cuda_executor *executor = executor_of(pass);
+    cuda_executor *executor = executor_of(pass);
     const int64_t rows = btx_pass_rows(pass), dim = weights->out_dim / 2, out_stride = operand_stride(dim);
     const int bytes = STAGES * (32 * TILES + 64 * WARPS) * STRIDE * 2;
-    BTX_CUDA_TRY(
-        cudaFuncSetAttribute(swiglu_kernel<TILES, WARPS, STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "preparing swiglu_kernel");
+    btx_status status = cuda_prepare(executor, (const void *)swiglu_kernel<TILES, WARPS, STAGES>, bytes, error);
+    if (status != BTX_OK)
+        return status;
     BTX_LAUNCH((swiglu_kernel<TILES, WARPS, STAGES>),
                dim3(divide_up(out_stride, 32 * WARPS), divide_up(rows, 32 * TILES), (unsigned)num_layers_of(pass)),
                64 * WARPS, bytes, executor->stream, (const __nv_bfloat16 *)x, (const unsigned char *)weights->packed,
@@ -223,7 +223,7 @@ static btx_status launch_best(const btx_pass *pass, const btx_linear *weights, c
 btx_status cuda_linear_swiglu(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
                               btx_error *error)
 {
-    const cuda_executor *executor = executor_of(pass);
+    cuda_executor *executor = executor_of(pass);
     const int64_t rows = btx_pass_rows(pass), dim = weights->out_dim / 2, out_stride = operand_stride(dim);
 #ifndef BTX_EMULATE
     if (weights->dtype == BTX_BF16 && executor->encode_tensor_map != NULL)

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(tile_shape<WARPGROUPS, COLUMNS, STAGES>::THREA
 }
 
 /* A map of a bf16 tensor of these sizes, the innermost first, strides in elements but for the first, which is 1. */
-static btx_status encode(const cuda_executor *executor, const void *data, int dims, const int64_t *sizes,
+static btx_status encode(cuda_executor *executor, const void *data, int dims, const int64_t *sizes,
                          const int64_t *strides, const int *box, CUtensorMap *map, btx_error *error)
 {
     cuuint64_t size[4], stride[3];
@@ -176,7 +176,7 @@ template <int WARPGROUPS, int COLUMNS, int STAGES>
 static btx_status launch(const btx_pass *pass, const btx_linear *weights, const void *x, void *out, btx_error *error)
 {
     using shape = tile_shape<WARPGROUPS, COLUMNS, STAGES>;
-    const cuda_executor *executor = executor_of(pass);
+    cuda_executor *executor = executor_of(pass);
     const int64_t layers = num_layers_of(pass), rows = btx_pass_rows(pass), dim = weights->out_dim / 2;
     const int64_t depth = operand_stride(weights->in_dim), out_stride = operand_stride(dim);
     const int64_t layer_stride = (int64_t)(weights->layer_stride / sizeof(__nv_bfloat16));
@@ -195,9 +195,9 @@ static btx_status launch(const btx_pass *pass, const btx_linear *weights, const 
         status = encode(executor, out, 3, out_size, out_strides, out_box, &out_map, error);
     if (status != BTX_OK)
         return status;
-    BTX_CUDA_TRY(cudaFuncSetAttribute(swiglu_sm90_kernel<WARPGROUPS, COLUMNS, STAGES>,
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shape::BYTES),
-                 "preparing swiglu_sm90_kernel");
+    status = cuda_prepare(executor, (const void *)swiglu_sm90_kernel<WARPGROUPS, COLUMNS, STAGES>, shape::BYTES, error);
+    if (status != BTX_OK)
+        return status;
     BTX_LAUNCH((swiglu_sm90_kernel<WARPGROUPS, COLUMNS, STAGES>),
                (unsigned)(num_tiles < executor->num_processors ? num_tiles : executor->num_processors), shape::THREADS,
                shape::BYTES, executor->stream, x_map, weight_map, out_map, (int)depth, (int)rows, (int)dim,

@@ -88,6 +88,7 @@ typedef struct plan_slot {
 
 #define BTX_PLAN_SLOTS 4
 #define BTX_MAX_MARKS 80
+#define BTX_MAX_PREPARED 32
 
 typedef struct cuda_executor {
     int32_t device;
@@ -107,6 +108,9 @@ typedef struct cuda_executor {
     int timed, num_marks;
     cudaEvent_t marks[BTX_MAX_MARKS + 1]; /* Owned, made when first needed. */
     btx_stage mark_stage[BTX_MAX_MARKS + 1];
+    /* Kernels that may use all the dynamic shared memory they ever ask for. */
+    const void *prepared[BTX_MAX_PREPARED];
+    int num_prepared;
     struct linear_state *linear; /* Owned: cuBLASLt's handle, memory and chosen algorithms (linear.cu) */
 } cuda_executor;
 
@@ -119,6 +123,10 @@ btx_status cuda_fail(cudaError_t failure, const char *what, btx_error *error);
         if (failure_ != cudaSuccess)                                                                                   \
             return cuda_fail(failure_, what, error);                                                                   \
     } while (0)
+
+/* Allows a kernel most bytes of dynamic shared memory, once per executor. most must not depend on the call: other
+ * executors of the device set the same attribute. */
+btx_status cuda_prepare(cuda_executor *executor, const void *kernel, int most, btx_error *error);
 
 /* After a launch. */
 #define BTX_CUDA_CHECK(what) BTX_CUDA_TRY(cudaPeekAtLastError(), what)

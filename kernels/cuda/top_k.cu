@@ -152,14 +152,14 @@ __global__ void __launch_bounds__(THREADS) top_k_kernel(const device_plan plan, 
 
 btx_status cuda_top_k(const btx_pass *pass, int32_t num_parts, float *mass, int32_t *positions, btx_error *error)
 {
-    const cuda_executor *executor = executor_of(pass);
+    cuda_executor *executor = executor_of(pass);
     const device_plan &plan = executor->plan;
-    int32_t resident = plan.max_prior < RESIDENT ? plan.max_prior : RESIDENT;
     const int32_t room = (executor->shared_limit - 12288) / (int32_t)sizeof(unsigned);
-    resident = resident < room ? resident : room;
+    const int32_t most = RESIDENT < room ? RESIDENT : room, resident = plan.max_prior < most ? plan.max_prior : most;
     const int bytes = resident * (int)sizeof(unsigned);
-    BTX_CUDA_TRY(cudaFuncSetAttribute(top_k_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                 "preparing top_k_kernel");
+    btx_status status = cuda_prepare(executor, (const void *)top_k_kernel, most * (int)sizeof(unsigned), error);
+    if (status != BTX_OK)
+        return status;
     BTX_LAUNCH(top_k_kernel, dim3((unsigned)plan.num_steps, (unsigned)num_layers_of(pass)), THREADS, bytes,
                executor->stream, plan, num_parts, resident, mass, positions);
     BTX_CUDA_CHECK("launching top_k_kernel");
