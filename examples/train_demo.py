@@ -20,9 +20,10 @@ import torch
 import yaml
 
 from bottlenecked import CacheProcessor, backbones
+from bottlenecked.evaluation.statistics import share
 from bottlenecked.integrations.transformers import attach
 from bottlenecked.training.data import load_examples
-from bottlenecked.training.tasks import RegisterTask, exact_match, save_backbone, synthesize, tiny_backbone, wilson
+from bottlenecked.training.tasks import RegisterTask, exact_match, save_backbone, synthesize, tiny_backbone
 
 COMMAND = (sys.executable, "-m", "bottlenecked")
 TASK = RegisterTask(steps=(3, 6))
@@ -107,9 +108,8 @@ def main() -> int:
         ("with it", attach(model, processor, tokenizer)),
     ):
         with attachment:
-            right = sum(exact_match(model, examples))
-        low, high = wilson(right, TEST)
-        print(f"{name:20} {right / TEST:.3f} [{low:.3f}, {high:.3f}]", flush=True)
+            right = exact_match(model, examples)
+        print(f"{name:20} {share(right)}", flush=True)
 
     title("the same checkpoint in `generate`")
     used = ("--model", str(trained / "backbone"), "--processor", str(trained / "processor"))

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +21,6 @@ from bottlenecked.training.tasks import (
     synthesize,
     task_tokenizer,
     tiny_backbone,
-    wilson,
 )
 
 from .test_cli import fails, run
@@ -183,7 +181,6 @@ def test_probes_ask_for_the_name_of_what_is_looked_up(name: str) -> None:
         (lambda: tiny_backbone(head_dim=16), "head_dim is 16, but it must be from 32"),
         (lambda: tiny_backbone(heads=3), "heads is 3"),
         (lambda: tiny_backbone(layers=0), "layers is 0"),
-        (lambda: wilson(0, 0), "nothing to take a share of"),
     ],
 )
 def test_refused(make: Any, match: str) -> None:
@@ -298,16 +295,3 @@ def test_exact_match_decodes_greedily(tmp_path: Path, tokenizer: Any) -> None:
     early = [tokenizer.eos_token_id in a.tokens[:-1] for a in answers]
     assert exact_match(model, answers, batch_size=4) == [not e for e in early]
     assert not all(early)
-
-
-def test_wilson() -> None:
-    low, high = wilson(50, 100)
-    assert (round(low, 4), round(high, 4)) == (0.4038, 0.5962)
-    assert wilson(0, 10)[0] == 0
-    assert wilson(10, 10)[1] == pytest.approx(1)
-    inside = 0
-    counts = np.random.default_rng(0).binomial(40, 0.3, 2000)
-    for k in counts:
-        a, b = wilson(int(k), 40)
-        inside += a <= 0.3 <= b
-    assert 0.93 < inside / 2000 < 0.97

@@ -376,17 +376,6 @@ def _environment(wanted: Any, forced: Any, width: int) -> Any:
     return Environment()
 
 
-def wilson(successes: int, count: int) -> tuple[float, float]:
-    """The 95% Wilson score interval of a share, for independent trials. ValueError for a count below 1."""
-    if count < 1:
-        raise ValueError("there is nothing to take a share of")
-    z, share = 1.959964, successes / count
-    middle = share + z * z / (2 * count)
-    spread = z * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
-    scale = 1 + z * z / count
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
-
-
 def save_backbone(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
     """A tiny backbone and its tokenizer, as `backbones.load` reads them."""
     model.save_pretrained(Path(directory))
@@ -419,5 +408,4 @@ __all__ = [
     "synthesize",
     "task_tokenizer",
     "tiny_backbone",
-    "wilson",
 ]
