@@ -394,8 +394,8 @@ struct btx_backend {
 
     /* Where the memory is not the host's; all NULL where it is. A boundary is
      *
-     *     begin, executor_run (each stage's operations, then mark), executor_run (the write, then mark),
-     *     and where there is a report: synchronize, download
+     *     begin, executor_run (mass and top-k, each then mark), executor_run (each further stage's operations, then
+     *     mark), executor_run (the write, then mark), and where there is a report: synchronize, download
      *
      * all called by one thread. Operations are ordered on begin's stream and need not be done when they return; the
      * plan is the host's and goes when the call returns. */
