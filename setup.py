@@ -2,20 +2,24 @@
 
 Environment: BOTTLENECKED_WERROR=1 makes warnings errors; BOTTLENECKED_SANITIZE=address,undefined adds sanitizers.
 The CUDA backend is built where there is an nvcc (CUDA_HOME, else the PATH), for the architectures that
-BOTTLENECKED_CUDA_ARCHS lists ("90a", "80,86"; empty: without CUDA). BOTTLENECKED_EMULATE=1 compiles its kernels for the
-host instead, for tests (tests/emulation/).
+BOTTLENECKED_CUDA_ARCHS lists ("90a", "80,86"; empty: without CUDA). What ptxas said of a kernel's registers lies beside
+its object, in build/temp.*/kernels/cuda/*.ptxas.txt, for tests/test_cuda_build.py. BOTTLENECKED_EMULATE=1 compiles the
+kernels for the host instead, for tests (tests/emulation/).
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 header = Path(__file__).with_name("csrc") / "btx.h"
 version = re.search(r'#define BTX_VERSION "([^"]+)"', header.read_text())
@@ -52,6 +56,11 @@ def find_nvcc() -> str | None:
     return shutil.which(Path(home, "bin", "nvcc") if home else "nvcc")
 
 
+def version_of(nvcc: str) -> str:
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    return "nvcc " + next(iter(re.findall(r"\bV\d[\d.]*", told)), "of an unknown version")
+
+
 def find_libraries(nvcc: str) -> list[str]:
     """The linker's options for CUDA's libraries, as nvcc itself would give them: it may be a wrapper from anywhere."""
     plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
@@ -60,6 +69,7 @@ def find_libraries(nvcc: str) -> list[str]:
 
 architectures = os.environ.get("BOTTLENECKED_CUDA_ARCHS", CUDA_ARCHITECTURES).replace(" ", "")
 nvcc = None if emulate or sanitize or not architectures else find_nvcc()
+nvcc_version = "" if nvcc is None else version_of(nvcc)
 if nvcc is not None:
     sources += glob("kernels/cuda/*.cu")
     depends += glob("kernels/cuda/*.h") + glob("kernels/cuda/*.cuh")
@@ -84,7 +94,7 @@ def cuda_command() -> list[str]:
         # Without exceptions, type information and guarded statics nothing of the C++ library is needed.
         host_args = "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics"
         return [
-            *[nvcc, "-std=c++17", "-O3", "-c", "--threads=2", "-Icsrc", f"-Xcompiler={host_args}"],
+            *[nvcc, "-std=c++17", "-O3", "-c", "-Xptxas=-v", "-Icsrc", f"-Xcompiler={host_args}"],
             f'-DBTX_CUDA_ARCHITECTURES="{architectures}"',
             *map(generate_code, architectures.split(",")),
         ]
@@ -95,22 +105,45 @@ def cuda_command() -> list[str]:
     ]
 
 
+# Of what `-Xptxas -v` prints, what is of interest to tests/test_cuda_build.py alone.
+ABOUT_KERNELS = re.compile(r"ptxas info\s*:(?! \(C\d+\))|\s+\d+ bytes stack frame,")
+
+
 class BuildExtension(build_ext):
     """Knows .cu and .cpp files too. Their objects are made side by side, and kept until something they need changes."""
 
     def build_extension(self, ext: Extension) -> None:
         foreign = [source for source in ext.sources if source.endswith((".cu", ".cpp"))]
         ext.sources = [source for source in ext.sources if source not in foreign]
-        ext.depends += foreign
+        # With CUDA and without are two extensions of the same sources.
+        options = Path(self.build_temp, "options.txt")
+        options.parent.mkdir(parents=True, exist_ok=True)
+        if not options.exists() or options.read_text() != repr((macros, link_args)):
+            options.write_text(repr((macros, link_args)))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects += pool.map(self.compile_foreign, foreign)
+        ext.depends += [*foreign, *ext.extra_objects, str(options)]
         super().build_extension(ext)
 
     def compile_foreign(self, source: str) -> str:
         target = Path(self.build_temp, source).with_suffix(".o")
-        if not target.exists() or target.stat().st_mtime < max(map(os.path.getmtime, [source, "setup.py", *depends])):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.spawn([*cuda_command(), source, "-o", str(target)])
+        command = [*cuda_command(), source, "-o", str(target)]
+        # Other architectures, or another compiler, make other objects.
+        report, head = target.with_suffix(".ptxas.txt"), f"{nvcc_version}: {shlex.join(command)}\n"
+        is_same = nvcc is None or (report.exists() and report.read_text().startswith(head))
+        newest = max(map(os.path.getmtime, [source, "setup.py", *depends]))
+        if is_same and target.exists() and target.stat().st_mtime >= newest:
+            return str(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if nvcc is None:
+            self.spawn(command)
+            return str(target)
+        report.unlink(missing_ok=True)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        sys.stderr.write("".join(line for line in done.stderr.splitlines(True) if not ABOUT_KERNELS.match(line)))
+        if done.returncode != 0:
+            raise CompileError(f"{shlex.join(command)} failed with exit status {done.returncode}")
+        report.write_text(head + done.stderr)
         return str(target)
 
 
