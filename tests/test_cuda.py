@@ -934,7 +934,7 @@ def test_smollm2_answers_as_on_the_cpu(smollm2: tuple[Any, Any], question: str) 
     host_model, tokenizer = smollm2
     device_model = copy.deepcopy(host_model).to(DEVICE)
     config = CacheProcessorConfig(
-        **backbones.describe(host_model.config.to_dict()),
+        **backbones.describe({**host_model.config.to_dict(), "architectures": [type(host_model).__name__]}),
         processor_dim=64,
         processor_heads=4,
         processor_mlp_dim=96,
