@@ -505,3 +505,30 @@ def test_two_threads_are_measured_together() -> None:
     assert two.threads == 2
     # Where there are two cores they do more, and where there is one, not less by much.
     assert two.float32_flops > 0.5 * one.float32_flops
+
+
+# --- benchmarks.gpu, its quick shapes on the CPU --------------------------------------------------------------
+
+
+def test_decoding_that_is_not_stocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attached forward that computes something else, where stock repeats its own tokens."""
+    from benchmarks.gpu import decode as gpu_decode
+    from benchmarks.gpu.context import Context as GpuContext
+    from bottlenecked.integrations import transformers as integration
+
+    context = GpuContext("cpu", True, 5, set())
+    setting = context.setting("llama-3.2-1b", 2, 40, 30)
+    model = gpu_decode.make("tiny", "cpu")
+    identity = gpu_decode.processor(context, model, setting, 0.0)
+    with torch.no_grad():
+        ids = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(0))
+        stock = gpu_decode.Loop(context, model, ids, model.prepare_inputs_for_generation, 13)
+        expected = stock.run()[1]
+        assert gpu_decode.check(stock, setting, identity, expected) == {"stock_repeats": True}
+
+        gather = integration._gather
+        monkeypatch.setattr(
+            integration, "_gather", lambda n, parts, layer, query: gather(n, parts, layer, query.neg_())
+        )
+        with pytest.raises(SystemExit, match=r"other tokens than stock, from token 0 on.* apart; stock repeats"):
+            gpu_decode.check(stock, setting, identity, expected)
