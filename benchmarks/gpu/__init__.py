@@ -5,6 +5,7 @@ compiled.py   the same beside both under torch.compile
 mass.py       the attention mass alone, beside its bound
 decode.py     whole decoding in a CUDA graph, with a boundary every 30 tokens, against stock; the capture alone
 memory.py     device memory that all of it takes
+profile.py    a boundary by kernel, and the host's time to enqueue it
 timing.py     device events, cold caches, interleaved repeats
 peaks.py      rates of this card, measured in the same run; exp_peak.cu is the loop of exponentials
 
