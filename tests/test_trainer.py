@@ -373,6 +373,32 @@ def test_keys_or_values_only(edit: str, kept: slice, tmp_path: Path) -> None:
         assert not bias[others].any()
 
 
+def test_a_part_of_the_backbone_is_trained() -> None:
+    model = tiny.model()
+    config = configuration()
+    parts = ("model.layers.1.", "lm_head")
+    trainer = BackboneTrainer(model, tiny.tokenizer(), dataset(), dataset(5, 100), config, trained=parts)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != name.startswith(parts), name
+
+
+def test_a_constant_edit(tmp_path: Path) -> None:
+    """The same for every row, whatever it holds; where it is told to leave the keys alone, it does."""
+    config, tensors = exported(tmp_path, constant=True, edit="values")
+    half = config.kv_width // 2
+    for layer in range(3):
+        assert not tensors[f"layers.{layer}.out_proj.weight"].any()
+        bias = tensors[f"layers.{layer}.out_proj.bias"]
+        assert not bias[:half].any()
+        assert bias[half:].all()
+    module = CacheProcessorModule.from_pretrained(tmp_path / "processor")
+    edits = module(torch.randn(3, 6, config.kv_width))
+    assert torch.equal(edits, edits[:, :1].expand_as(edits))
+    assert bool(edits.any())
+
+
 def test_a_subset_of_layers(tmp_path: Path) -> None:
     _, tensors = exported(tmp_path, layers=(1,))
     assert [bool(tensors[f"layers.{i}.out_proj.weight"].any()) for i in range(3)] == [False, True, False]

@@ -141,6 +141,8 @@ class ProcessorConfig(_Optimization):
     Ablations that any checkpoint can express, so that its Processor runs everywhere:
 
     edit: "both", "keys" or "values": the others' rows of `out_proj` stay zero.
+    constant: every row gets the same edit, a learned vector per layer: the weights of `out_proj` stay zero, and its
+        biases alone say something.
     layers: those that are rewritten, or null for all: the others' `out_proj` stays zero.
     only_prompt: rewrite the prompt and no later step: min_step_length becomes 65536.
     top_k 0 is consolidation only; rewrite_prompt false leaves the prompt alone.
@@ -164,6 +166,7 @@ class ProcessorConfig(_Optimization):
     timing: str = _choice("post", "pre")
     min_step_length: int = _number(1, 1, MAX_DIMENSION)
     edit: str = _choice("both", "keys", "values")
+    constant: bool = False
     layers: tuple[int, ...] | None = None
     only_prompt: bool = False
     write: str = _choice("all", "recalled")

@@ -148,22 +148,27 @@ def probe(
     return findings
 
 
-def conclusion(findings: Sequence[Finding]) -> str:
-    """What the findings mean for training, in a few plain sentences."""
+def lacking(findings: Sequence[Finding]) -> list[str]:
+    """What the task's own "probes" ask for and the rows do not hold well."""
     required: dict[str, list[Finding]] = {}
     for finding in findings:
         if finding.required:
             required.setdefault(finding.what.partition(", from ")[0], []).append(finding)
-    if required:
-        # One row that tells it is enough.
-        lacking = [what for what, places in required.items() if all(f.verdict != "held" for f in places)]
-        if not lacking:
+    # One row that tells it is enough.
+    return [what for what, places in required.items() if all(f.verdict != "held" for f in places)]
+
+
+def conclusion(findings: Sequence[Finding]) -> str:
+    """What the findings mean for training, in a few plain sentences."""
+    if any(finding.required for finding in findings):
+        lost = lacking(findings)
+        if not lost:
             return (
                 "The rows hold what this task needs moved. If the backbone also does well what a single look-up can, "
                 "training a Processor is worth its time."
             )
         return (
-            f"The rows do not hold, or not well: {'; '.join(lacking)}. A Processor cannot move what no row tells: "
+            f"The rows do not hold, or not well: {'; '.join(lost)}. A Processor cannot move what no row tells: "
             "train the backbone further, or from another seed, and probe again before training a Processor."
         )
     judged = [f for f in findings if f.what.startswith("end of a step")] or list(findings)
@@ -386,4 +391,4 @@ def _cross_validated(x: Floats, labels: Ints, folds: Ints) -> Ints:
     return told
 
 
-__all__ = ["Accuracy", "Finding", "conclusion", "probe"]
+__all__ = ["Accuracy", "Finding", "conclusion", "lacking", "probe"]

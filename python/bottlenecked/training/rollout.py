@@ -135,7 +135,7 @@ def rollout(
                     ended = [s.fed[n - 1] for s in active]
                     mass = None if mass is None else mass[:, : len(active)]
                     with torch.autocast(prior.device.type, dtype=autocast, enabled=autocast is not None):
-                        _rewrite(processor, prior, ended, mass, variant)
+                        rewrite(processor, prior, ended, mass, variant)
                 prior = prior.view(backbone.num_layers, len(active), -1, backbone.kv_width)
             goes_on = any(len(s.fed) > n + 1 for s in active)
             output = backbone.forward(
@@ -205,7 +205,7 @@ class _Store:
         self.rows.flatten(1, 2).index_copy_(1, index, output.kv.to(self.rows.dtype))
 
 
-def _rewrite(
+def rewrite(
     processor: CacheProcessorModule,
     cache: Tensor,
     ended: Sequence[tuple[int, int]],
@@ -306,4 +306,4 @@ class _Tally:
         return Losses(self.sums.view(-1, 2).cpu(), torch.tensor(self.counts).view(-1, 2))
 
 
-__all__ = ["FIRST", "METHOD", "REST", "Losses", "Variant", "count_targets", "rollout", "supervised"]
+__all__ = ["FIRST", "METHOD", "REST", "Losses", "Variant", "count_targets", "rewrite", "rollout", "supervised"]

@@ -351,6 +351,7 @@ class BackboneTrainer(Trainer):
     """Stage 1: supervised fine-tuning of `model` on the answers, in place; full, or by LoRA adapters.
 
     model: of transformers, float32. tokenizer: exported with it. Others as for `Trainer`.
+    trained: with method "full", how the names of the parameters begin that are trained; default: all are.
     Raises NotImplementedError for a model that cannot be trained for, ImportError where peft is needed and missing.
     """
 
@@ -368,6 +369,7 @@ class BackboneTrainer(Trainer):
         accelerator: Accelerator | None = None,
         curriculum: Dataset | None = None,
         backbone_name: str | None = None,
+        trained: tuple[str, ...] = ("",),
     ) -> None:
         accelerator = make_accelerator() if accelerator is None else accelerator
         self.model, self.tokenizer = model.to(accelerator.device), tokenizer
@@ -376,7 +378,8 @@ class BackboneTrainer(Trainer):
         if config.sft.method == "lora":
             self._adapted = _adapt(model, config)
         else:
-            model.requires_grad_(True)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith(trained))
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         backbone = PackedBackbone(model)
         super().__init__(backbone, parameters, data, held_back, config, config.sft, output, accelerator, curriculum)
@@ -615,9 +618,10 @@ def _silence(processor: CacheProcessorModule, settings: ProcessorConfig) -> None
         kept[:, width // 2 :] = 0
     elif settings.edit == "values":
         kept[:, : width // 2] = 0
-    if bool(kept.all()):
+    weights = torch.zeros_like(kept) if settings.constant else kept
+    if bool(weights.all()):
         return
-    for name, mask in (("out_proj_weight", kept[..., None]), ("out_proj_bias", kept)):
+    for name, mask in (("out_proj_weight", weights[..., None]), ("out_proj_bias", kept)):
         parameter = processor.get_parameter(name)
         mask = mask.to(parameter)
         with torch.no_grad():

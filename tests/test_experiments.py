@@ -1,0 +1,453 @@
+"""experiments/: equal compute, what every variant trains and reads, scores that generation agrees with, resuming."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from bottlenecked.integrations.transformers import attach  # noqa: E402
+from bottlenecked.module import CacheProcessorModule  # noqa: E402
+from bottlenecked.training.data import Dataset, Example, load_examples, write_lines  # noqa: E402
+from bottlenecked.training.packed import PackedBackbone  # noqa: E402
+from bottlenecked.training.rollout import rollout, supervised  # noqa: E402
+from bottlenecked.training.tasks import (  # noqa: E402
+    RegisterTask,
+    exact_match,
+    save_backbone,
+    synthesize,
+    task_tokenizer,
+    tiny_backbone,
+)
+from bottlenecked.training.trainer import ProcessorTrainer  # noqa: E402
+from experiments import lab as labs  # noqa: E402
+from experiments import plan as plans  # noqa: E402
+from experiments import report, tasks, variants  # noqa: E402
+from experiments.__main__ import main  # noqa: E402
+from experiments.decode import decode  # noqa: E402
+from experiments.tasks import TaskLab  # noqa: E402
+from experiments.text import TextLab  # noqa: E402
+from experiments.variants import Schedule  # noqa: E402
+from tests import tiny  # noqa: E402
+
+SMALL: dict[str, Any] = {
+    "title": "A small one",
+    "task": {"name": "registers", "registers": 2, "steps": [2, 4]},
+    "longer": {"steps": [5, 6]},
+    "seeds": [0, 1, 2],
+    "backbones": 2,
+    "examples": {
+        "train": 120,
+        "curriculum": 60,
+        "backbone_curriculum": 60,
+        "held_back": 20,
+        "test": 40,
+        "longer": 20,
+    },
+    "backbone": {
+        "sft": {"iterations": 10, "batch_size": 8, "learning_rate": 4e-3},
+        "curriculum_iterations": 4,
+        "least_look_ups": 0.0,
+    },
+    "budget": {"variant": "processor", "iterations": 8, "curriculum_iterations": 3},
+    "training": {"batch_size": 8, "warmup": 2},
+    "processor": {"dim": 32, "heads": 2, "mlp_dim": 48, "top_k": 4, "recent_window": 4, "rewrite_prompt": False},
+    "pairs": [["processor", "random"]],
+    "variants": {
+        "sft": {"kind": "untouched"},
+        "sft2": {"kind": "fine-tuned", "learning_rate": [1e-3, 3e-3]},
+        "pause": {"kind": "fine-tuned", "learning_rate": 1e-3, "options": {"pauses": 2}},
+        "processor": {"kind": "processor", "learning_rate": 3e-3},
+        "random": {"kind": "processor", "learning_rate": 3e-3, "options": {"selection": "random"}},
+        "shift": {"kind": "processor", "learning_rate": 3e-3, "options": {"constant": True}},
+        "every": {"kind": "processor", "learning_rate": 3e-3, "options": {"every": 5, "recent_window": 5}},
+        "prompt": {
+            "kind": "processor",
+            "learning_rate": 3e-3,
+            "options": {"rewrite_prompt": True, "only_prompt": True, "recent_window": 32},
+        },
+        "lora": {"kind": "lora", "learning_rate": 1e-3},
+        "layer": {"kind": "layer", "learning_rate": 1e-3},
+        "k-2": {"kind": "processor", "label": "2", "group": "top_k", "learning_rate": 3e-3, "options": {"top_k": 2}},
+    },
+}
+
+
+def plan(path: Path, **changes: Any) -> plans.Plan:
+    return plans.make("small", SMALL | changes, path / "build", path / "results")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> plans.Plan:
+    return plan(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> TaskLab:
+    return TaskLab(plan(tmp_path_factory.mktemp("lab")))
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    path = tmp_path_factory.mktemp("data") / "task.jsonl"
+    write_lines(list(synthesize(RegisterTask(registers=2, steps=(2, 5)), 60)), path)
+    return load_examples([path], task_tokenizer(), max_length=256)
+
+
+# --- variants ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in SMALL["variants"] if n != "sft"])
+def test_a_variant_trains_what_it_says_and_nothing_else(lab: TaskLab, examples: Dataset, name: str) -> None:
+    variant, model = variants.make(lab, name), tiny_backbone()
+    trainer = variant.trainer(model, Schedule(4, 0, 1e-2), 0, data=examples)
+    assert trainer is not None
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(3):
+        trainer.step()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    if isinstance(trainer, ProcessorTrainer):
+        assert not changed
+        moved = {n for n, p in trainer.processor.named_parameters() if p.grad is not None and bool(p.grad.any())}
+        assert moved == {"out_proj_bias", "gate"} if name == "shift" else moved > {"out_proj_weight", "in_proj_weight"}
+    elif name == "layer":
+        assert changed
+        assert all(n.startswith("model.layers.1.") for n in changed)
+    elif name == "lora":
+        assert changed
+        assert all("lora" in n for n in changed)
+    else:
+        assert {n.split(".")[2] for n in changed if "layers" in n} == {"0", "1"}
+    if name in ("lora", "layer"):  # within half a rank, or half a column of the MLP
+        wanted = variants.processor_parameters(lab, tiny_backbone())
+        assert variant.parameters(trainer) == pytest.approx(wanted, abs=1300 if name == "lora" else 3 * 64)
+    if name == "shift":
+        assert variant.parameters(trainer) == 2 * (128 + 1)
+
+
+def test_an_added_layer_is_an_identity_at_first(examples: Dataset) -> None:
+    model = tiny_backbone()
+    before = supervised(PackedBackbone(model), list(examples.examples)).sums
+    variants.insert_layer(model, 1, 40000)
+    assert torch.equal(supervised(PackedBackbone(model), list(examples.examples)).sums, before)
+    with pytest.raises(ValueError, match=r"24,896 parameters or more, but 20,000"):
+        variants.insert_layer(tiny_backbone(), 1, 20000)
+
+
+def test_pauses_stand_behind_every_step_and_are_not_written(examples: Dataset) -> None:
+    one = examples.examples[0]
+    paused = variants.with_pauses(one, 61, 3)
+    assert [t for t in paused.tokens if t != 61] == list(one.tokens)
+    kept = [m for t, m in zip(paused.tokens, paused.loss_mask, strict=True) if t != 61]
+    assert kept == list(one.loss_mask)
+    for (begin, end), (b, e) in zip(one.segments, paused.segments, strict=True):
+        added = () if end == len(one.tokens) else (61,) * 3
+        assert paused.tokens[b:e] == one.tokens[begin:end] + added
+    assert not any(m for t, m in zip(paused.tokens, paused.loss_mask, strict=True) if t == 61)
+
+
+def test_steps_can_be_cut_anew(examples: Dataset) -> None:
+    for one in examples.examples:
+        cut = variants.recut(one, 5)
+        assert cut.segments[0] == one.segments[0]
+        assert [e - b for b, e in cut.segments[1:-1]] == [5] * (len(cut.segments) - 2)
+        assert 1 <= cut.segments[-1][1] - cut.segments[-1][0] <= 5
+        assert cut.segments[-1][1] == len(one.tokens)
+        assert all(a[1] == b[0] for a, b in zip(cut.segments, cut.segments[1:], strict=False))
+
+
+def test_unknown_kinds_and_options_are_refused(tmp_path: Path) -> None:
+    for entry, words in (
+        ({"kind": "magic"}, "'magic', but it must be one of untouched"),
+        ({"kind": "fine-tuned", "options": {"pause": 3}}, "pause is no option of FineTuned: use pauses"),
+        ({"kind": "processor", "options": {"topk": 3}}, "topk is no option of Processor"),
+    ):
+        lab = TaskLab(plan(tmp_path, variants=SMALL["variants"] | {"wrong": entry}))
+        with pytest.raises(ValueError, match=words):
+            variants.make(lab, "wrong")
+    for changes, words in (
+        ({"training": {"batchsize": 3}}, "batchsize is no field"),
+        ({"baseline": "nobody"}, "'nobody' is named, but"),
+        ({"backbones": 4}, "backbones is 4"),
+        ({"text": {}}, "a task or a text, one of the two"),
+        ({"task": {"name": "sorting"}}, "task.name is 'sorting', but it must be registers or chain"),
+        ({"budget": {"hours": 3}}, "budget.hours is no field: use variant"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plan(tmp_path, **changes)
+    with_all = plan(tmp_path, task=SMALL["task"] | {"names": 26})
+    with pytest.raises(ValueError, match="pauses need a token"):
+        variants.make(TaskLab(with_all), "pause")
+
+
+def test_every_experiment_that_is_here_can_be_read(tmp_path: Path) -> None:
+    for name in plans.names():
+        read = plans.load(name, build=tmp_path, results=tmp_path)
+        for variant, entry in read.variants.items():
+            assert entry.kind in variants.KINDS, variant
+            if read.task is not None:
+                variants.make(TaskLab(read), variant)
+    with pytest.raises(FileNotFoundError, match=r"no experiment 'nothing': use .*gsm8k, registers"):
+        plans.load("nothing")
+
+
+# --- scores -----------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_greedy_decoding(lab: TaskLab, examples: Dataset) -> None:
+    """Of a model that has learned something: some answers are right and others wrong."""
+    few = Dataset([e for e in examples.examples if e.num_steps <= 3], digest="few")
+    variant, model = variants.make(lab, "sft2"), tiny_backbone()
+    trainer = variant.trainer(model, Schedule(150, 0, 1e-2), 0, data=few)
+    assert trainer is not None
+    for _ in range(150):
+        trainer.step()
+    scored = variant.right(model, trainer, examples)
+    assert 0 < sum(scored) < len(scored)
+    assert scored == exact_match(model.eval(), examples.examples)
+    assert labs.unpack(labs.score(scored)) == scored
+
+
+def test_packed_outcomes_keep_leading_zeros() -> None:
+    for right in ([False] * 9, [False, True], [True] + [False] * 8, [True] * 4, [False]):
+        assert labs.unpack(labs.score(right)) == right
+
+
+def test_everyone_gets_the_reference_compute(tmp_path: Path) -> None:
+    half = plan(tmp_path, variants=SMALL["variants"] | {"half": {"kind": "lora", "learning_rate": 1, "share": 0.5}})
+    of = {
+        "processor": labs.Cost(0.1, 0.2),
+        "sft2": labs.Cost(0.05, 0.1),
+        "random": labs.Cost(0.2, 0.2),
+        "half": labs.Cost(0.05, 0.1),
+    }
+    assert labs.schedule(half, "processor", of, 1.0) == Schedule(8, 3, 1.0)
+    assert labs.schedule(half, "sft2", of, 1.0) == Schedule(16, 6, 1.0)
+    assert labs.schedule(half, "random", of, 1.0) == Schedule(2 + 5, 2, 1.0)
+    assert labs.schedule(half, "half", of, 1.0) == Schedule(8, 3, 1.0)
+
+
+def test_costs_measured_later_are_in_the_first_ones_seconds(lab: TaskLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = lab.plan.results / "costs.json"
+    seconds = {"curriculum": 2.0, "after": 4.0}
+    labs.write(path, {"machine": {}, "variants": {n: seconds for n in SMALL["variants"] if n not in ("sft", "random")}})
+    measured = {"processor": {"curriculum": 1.0, "after": 8.0}, "random": {"curriculum": 3.0, "after": 4.0}}
+    monkeypatch.setattr(labs, "_measure", lambda lab, names: {name: dict(measured[name]) for name in names})
+    assert labs.costs(lab)["random"] == labs.Cost(6.0, 2.0)
+    assert labs.costs(lab)["processor"] == labs.Cost(2.0, 4.0)
+    path.unlink()
+
+
+# --- a whole experiment -----------------------------------------------------------------------------------------
+
+
+def test_an_experiment_goes_on_where_it_stopped(
+    small: plans.Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In parts, with a backbone that fails; then nothing is trained again, and the files say what there is."""
+    kept = ("sft", "sft2", "processor", "random", "k-2")  # the others are trained above
+    small = dataclasses.replace(small, variants={name: small.variants[name] for name in kept})
+    monkeypatch.setattr(plans, "load", lambda name, **where: small)
+    monkeypatch.setattr(labs, "_ROUNDS", 4)
+    monkeypatch.setattr(labs, "_CURVE", 2)
+    monkeypatch.setattr(tasks, "_EDITS", 12)
+    monkeypatch.setattr(tasks, "probe", lambda *arguments, **options: [])  # needs more examples
+    lost = iter([[], ["a name"], []])
+    monkeypatch.setattr(tasks, "lacking", lambda findings: next(lost))
+    assert main(["small", "--only", "sft", "sft2", "processor", "--seeds", "0"]) == 0, capsys.readouterr().err
+    found = json.loads((small.results.parent / "small.json").read_text())
+    assert found["seeds"] == [0]
+    assert not found["complete"]
+    assert found["gain_over_equal_compute_sft"]["interval"] == "over problems of one backbone"
+    assert "**Partial" in (small.results.parent / "small.md").read_text()
+    assert main(["small"]) == 0, capsys.readouterr().err
+    found = json.loads((small.results.parent / "small.json").read_text())
+    assert found["complete"]
+    assert found["n"] == 40
+    assert found["seeds"] == [0, 2]
+    assert found["backbones"]["failed"]["1"]["lacking"] == ["a name"]
+    gain = found["gain_over_equal_compute_sft"]
+    assert gain["low"] <= gain["mean"] <= gain["high"]
+    assert gain["interval"] == "over backbones"
+    for name in ("accuracy", "steps", "compute", "edits", "top_k"):
+        assert (small.results.parent / f"small-{name}.svg").stat().st_size > 1000
+    text = (small.results.parent / "small.md").read_text()
+    assert "Partial" not in text
+    assert text.count("\n| ") >= len(kept) + 1 + 1
+    outcome = json.loads((small.results / "0-processor.json").read_text())
+    assert outcome["edits"]["agree"] == outcome["edits"]["problems"] == 12
+    assert np.shape(outcome["edits"]["relative"])[0] == 2  # layers; this model ends lines where it likes
+    assert np.all(np.array(outcome["edits"]["relative"]) > 0)
+
+    stamps = {p: p.stat().st_mtime_ns for p in small.results.iterdir()}
+    assert main(["small"]) == 0
+    assert {p: p.stat().st_mtime_ns for p in small.results.iterdir()} == stamps
+    # An outcome of another backbone cannot be paired.
+    changed = json.loads((small.results / "0-sft2.json").read_text()) | {"backbone": "another"}
+    (small.results / "0-sft2.json").write_text(json.dumps(changed))
+    assert main(["small", "--report"]) == 1
+    assert "another backbone" in capsys.readouterr().err
+
+
+def test_a_training_that_was_stopped_goes_on(lab: TaskLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labs, "_CURVE", 4)
+    monkeypatch.setattr(labs, "costs", lambda lab: {name: labs.Cost(1.0, 1.0) for name in lab.plan.variants})
+    _, whole, record = labs.trained(lab, 0, "processor", 3e-3)
+    expected = {n: p.detach().clone() for n, p in whole.parameters.items()}
+    whole.checkpoint.unlink()
+    steps, step = 0, type(whole).step
+
+    def stopping(self: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(type(whole), "step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        labs.trained(lab, 0, "processor", 3e-3)
+    _, again, of_again = labs.trained(lab, 0, "processor", 3e-3)
+    assert steps == 6 + 4  # from the checkpoint after four
+    assert of_again["curve"] == record["curve"]
+    for name, parameter in again.parameters.items():
+        assert torch.equal(parameter, expected[name])
+
+
+def test_a_variant_can_go_on_with_anothers_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {
+        "half": {"kind": "lora", "learning_rate": 1e-2, "share": 0.5},
+        "on-half": {"kind": "processor", "learning_rate": 1e-2, "share": 0.5, "base": "half"},
+    }
+    lab = TaskLab(plan(tmp_path, variants=SMALL["variants"] | more))
+    monkeypatch.setattr(labs, "costs", lambda lab: {name: labs.Cost(1.0, 1.0) for name in lab.plan.variants})
+    model, trainer, record = labs.trained(lab, 0, "on-half", 1e-2)
+    assert record["iterations"] == 4
+    adapted, _, _ = labs.trained(lab, 0, "half", 1e-2)
+    held_back = list(lab.held_back.examples)
+    merged, apart = (supervised(PackedBackbone(m), held_back).sums for m in (model, adapted))
+    assert torch.allclose(merged, apart, rtol=1e-4)
+    assert not torch.allclose(merged, supervised(PackedBackbone(lab.backbone(0)), held_back).sums, rtol=1e-4)
+    assert isinstance(trainer, ProcessorTrainer)
+
+
+def test_intervals_over_backbones_are_students() -> None:
+    found = report.over_backbones([0.1, 0.2, 0.3])
+    assert found.value == pytest.approx(0.2)
+    assert found.high - found.value == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+
+
+# --- generation -------------------------------------------------------------------------------------------------
+
+
+PROMPTS = [[5, 9, 1], [7, 8, 11, 4, 9, 20, 41, 5, 2], [12]]
+
+
+def stock(model: Any, **attached: Any) -> list[list[int]]:
+    """What transformers generates, each prompt by itself."""
+    made = []
+    for prompt in PROMPTS:
+        with attach(model, attached["processor"]) if attached else contextlib.nullcontext():
+            made.append(model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt) :])
+    return [row.tolist() for row in made]
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 0}, {"rewrite_prompt": False}], ids=str)
+def test_decoding_is_that_of_transformers(changes: dict[str, Any]) -> None:
+    model = tiny.model()
+    options: dict[str, Any] = {"line_ends": tiny.NEWLINES, "end": 10**6, "max_new_tokens": 40}
+    assert decode(PackedBackbone(model), PROMPTS, **options) == stock(model)
+    processor = tiny.processor(**changes)
+    module = CacheProcessorModule(processor.config, {n: np.asarray(w) for n, w in processor.weights.items()})
+    rewritten = decode(PackedBackbone(model), PROMPTS, processor=module, **options)
+    assert rewritten == stock(model, processor=processor)
+    assert rewritten != stock(model)
+
+
+def test_decoding_ends_reads_pauses_and_cuts_steps_as_told() -> None:
+    model = tiny.model()
+    backbone = PackedBackbone(model)
+    options: dict[str, Any] = {"line_ends": tiny.NEWLINES, "max_new_tokens": 12}
+    plain = decode(backbone, PROMPTS, end=10**6, **options)
+    end = plain[1][5]
+    assert decode(backbone, PROMPTS, end=end, **options)[1] == plain[1][: plain[1].index(end)]
+    # A pause is read behind the prompt and every line, and written nowhere.
+    paused = decode(backbone, PROMPTS[:1], end=10**6, pause=50, pauses=2, **options)[0]
+    context = [*PROMPTS[0], 50, 50]
+    for token in paused:
+        assert token == int(model(torch.tensor([context])).logits[0, -1].argmax())
+        context += [token] + [50, 50] * (token in tiny.NEWLINES)
+
+
+@pytest.mark.parametrize("options", [{"every": 3}, {"only_prompt": True}, {}], ids=str)
+def test_decoding_is_that_of_training(options: dict[str, Any]) -> None:
+    """Whatever ends a step: fed the text that was generated, the roll-out finds each of its tokens the likeliest."""
+    backbone, processor = PackedBackbone(tiny.model()), tiny.processor(rewrite_prompt=True)
+    module = CacheProcessorModule(processor.config, {n: np.asarray(w) for n, w in processor.weights.items()})
+    made = decode(backbone, PROMPTS, line_ends=tiny.NEWLINES, end=10**6, max_new_tokens=20, processor=module, **options)
+    for prompt, answer_tokens in zip(PROMPTS, made, strict=True):
+        tokens, start = [*prompt, *answer_tokens], len(prompt)
+        ends = [i + 1 for i in range(start, len(tokens)) if tokens[i] in tiny.NEWLINES and i + 1 < len(tokens)]
+        cuts = [start, *ends, len(tokens)]
+        of = Example(
+            tuple(tokens),
+            ((0, start), *itertools.pairwise(cuts)),
+            tuple(i >= start for i in range(len(tokens))),
+            "made",
+        )
+        if options:
+            of = variants.recut(of, options.get("every", len(tokens)))
+        rows: list[Any] = []
+        rollout(backbone, module, [of], logits=rows)
+        assert [int(row.argmax()) for _, _, row in sorted(rows, key=lambda row: row[1])] == answer_tokens
+
+
+def test_an_experiment_on_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From files to outcomes, with the tiny model in the place of a real one."""
+    task = RegisterTask(registers=2, steps=(2, 4))
+    for name, count, seed in (("train", 60, 0), ("test", 10, 1)):
+        records = [{key: r[key] for key in ("question", "answer")} for r in synthesize(task, count, seed=seed)]
+        write_lines(records, tmp_path / f"{name}.jsonl")
+    save_backbone(tiny_backbone(), tmp_path / "model")
+    text = {
+        "model": str(tmp_path / "model"),
+        "train": "train.jsonl",
+        "test": "test.jsonl",
+        "max_new_tokens": 12,
+        "pause_token": "z",
+    }
+    values = {key: SMALL[key] for key in ("title", "training", "processor", "pairs")} | {
+        "text": text,
+        "seeds": [0],
+        "backbones": 1,
+        "examples": {"held_back": 10},
+        "backbone": {"sft": {"iterations": 8, "batch_size": 8, "learning_rate": 3e-3}},
+        "budget": {"iterations": 4, "curriculum_iterations": 0},
+        "variants": {
+            n: SMALL["variants"][n] for n in ("sft", "sft2", "pause", "processor", "random", "every", "prompt")
+        },
+    }
+    made = plans.make("small", values, tmp_path / "build", tmp_path / "results", tmp_path)
+    monkeypatch.setattr(plans, "load", lambda name, **where: made)
+    monkeypatch.setattr(labs, "_ROUNDS", 4)
+    monkeypatch.setattr(labs, "_CURVE", 2)
+    assert main(["small", "--data", str(tmp_path)]) == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "results/small.json").read_text())
+    assert found["n"] == 10
+    assert found["complete"]
+    answers = json.loads((tmp_path / "build/small/answers/0-processor.json").read_text())["answers"]
+    assert len(answers) == 10
+    curve = json.loads((tmp_path / "results/small/backbone-0.json").read_text())["cross_entropy"]
+    assert list(curve) == [str(i) for i in range(1, 9)]
+    assert TextLab(made).pause_token == task_tokenizer().convert_tokens_to_ids("z")
