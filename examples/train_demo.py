@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -67,7 +68,8 @@ def title(text: str) -> None:
 
 def run(*arguments: str) -> None:
     print("$ bottlenecked", *arguments, flush=True)
-    subprocess.run((*COMMAND, *arguments), check=True)
+    # A model this small is no faster with two threads, and much slower where the cores have other work too.
+    subprocess.run((*COMMAND, *arguments), check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def main() -> int:
