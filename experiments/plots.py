@@ -60,7 +60,9 @@ def _accuracy(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcom
     axes.set_yticks(range(len(rows)), [row["label"] for row in reversed(rows)])
     axes.set_xlabel("whole answers right (dots: backbones, 95% over problems; line: mean)")
     axes.set_xlim(0, 1)
-    axes.figure.set_size_inches(6.4, 1 + 0.32 * len(rows))
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_size_inches(6.4, 1 + 0.32 * len(rows))
     return True
 
 

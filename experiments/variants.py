@@ -109,7 +109,7 @@ class FineTuned(Variant):
     The token is the lab's `pause_token`; its embedding is learned from what weights it has.
     """
 
-    known = ("pauses",)
+    known: tuple[str, ...] = ("pauses",)
     method = "full"
     trained: tuple[str, ...] = ("",)
 
