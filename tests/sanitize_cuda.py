@@ -4,11 +4,25 @@ Every kernel and both of its ends: head sizes of the fast and the general paths,
 all dtypes, tails, no prior, more recalled than there is. Each tensor is an allocation of its own (the caller sets
 PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that a step beyond it is seen. What comes out is compared with the CPU backend,
 loosely: test_cuda.py does that well.
+
+memcheck, racecheck and synccheck run all of it as it is. initcheck cannot: run like that, it reports every read of what
+a product wrote, since it seems to miss the bulk stores from shared memory with which cuBLASLt's kernels for sm_90, and
+our linear_swiglu_sm90.cu, write their results. So initcheck runs with `--no-library`, where products are those of
+linear_general.cu and linear_swiglu.cu, with ordinary stores (BOTTLENECKED_CUDA_PRODUCTS=general; test_cuda.py tests
+that path too). Then every report is a mistake of ours. Two kinds of kernels are left unjudged, cuBLASLt's and
+swiglu_sm90_kernel; that those write all of their results is what test_cuda.py compares.
+
+The case "control" tells whether that is still needed: a product of torch.matmul's, so cuBLAS's, and an elementwise
+kernel that reads it, nothing of ours. While initcheck reports it, initcheck does not see what products write. Where it
+is clean on a device with sm_90 kernels, `--no-library` has become unnecessary there. It decides nothing else.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -46,6 +60,9 @@ CAPTURES = {
     "capture, columns": CaptureShape(40, heads=5, head_dim=20, layout="column_major", dtype="float16"),
     "capture, no tokens": CaptureShape(0, padding=3, dtype="bfloat16"),
 }
+
+CONTROL = "control"
+ALL = (*CAPTURES, *CASES)
 
 
 def on_device(case: Case, device: str) -> Case:
@@ -116,18 +133,54 @@ def run_capture(name: str, shape: CaptureShape, backend: str, device: str) -> No
     print(f"{name}: done", flush=True)
 
 
-def main(arguments: list[str]) -> int:
-    """arguments: names of cases; none: all. "cpu" among them: on the CPU, to try this out."""
-    backend, device = ("cpu", "cpu") if "cpu" in arguments else ("cuda", "cuda:0")
-    for name in [name for name in arguments if name != "cpu"] or [*CAPTURES, *CASES]:
-        if name in CAPTURES:
+def run_control(device: str) -> None:
+    """A product of the kind the Processor's are, bf16 to float32 [layers, rows, columns], by PyTorch alone."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(2, rows, 256, generator=generator).bfloat16() for rows in (100, 512))
+    if device == "cpu":
+        product = x.float() @ weight.float().mT
+    else:
+        product = torch.bmm(x.to(device), weight.to(device).mT, out_dtype=torch.float32)
+    expected = x.float() @ weight.float().mT + 1
+    if not torch.allclose((product + 1).cpu(), expected, rtol=1e-3, atol=1e-2):
+        raise SystemExit("control: PyTorch's product is wrong")
+    print("control: done", flush=True)
+
+
+def part_of(names: Sequence[str], part: str) -> list[str]:
+    """Of "2/4" every fourth name, from the second on: all parts together are all names, each once."""
+    index, _, parts = part.partition("/")
+    if not (index.isdecimal() and parts.isdecimal() and 1 <= int(index) <= int(parts)):
+        raise SystemExit(f"--part {part}: 1/4 to 4/4, or the like")
+    return list(names[int(index) - 1 :: int(parts)])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"all but control, unless named: {', '.join(ALL)}")
+    parser.add_argument("--part", metavar="I/N", help="of the cases, every N-th from the I-th on")
+    parser.add_argument("--no-library", action="store_true", help="products without cuBLASLt, see above")
+    parser.add_argument("--cpu", action="store_true", help="on the CPU, to try this out")
+    options = parser.parse_args(arguments)
+    names = options.cases or list(ALL)
+    if unknown := [name for name in names if name not in (*ALL, CONTROL)]:
+        parser.error(f"no such case: {', '.join(unknown)}")
+    if options.part is not None:
+        names = part_of(names, options.part)
+    if options.no_library:
+        os.environ["BOTTLENECKED_CUDA_PRODUCTS"] = "general"  # read where a workspace is made
+    backend, device = ("cpu", "cpu") if options.cpu else ("cuda", "cuda:0")
+    for name in names:
+        if name == CONTROL:
+            run_control(device)
+        elif name in CAPTURES:
             run_capture(name, CAPTURES[name], backend, device)
-            continue
-        for weight_dtype in ("bfloat16", "float32") if name in ("paged", "wide", "float32") else ("bfloat16",):
-            run(name, CASES[name], weight_dtype, backend, device)
+        else:
+            for weight_dtype in ("bfloat16", "float32") if name in ("paged", "wide", "float32") else ("bfloat16",):
+                run(name, CASES[name], weight_dtype, backend, device)
     print("all done")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

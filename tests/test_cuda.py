@@ -638,6 +638,28 @@ def test_repeated_shapes_allocate_nothing() -> None:
 
 @needs_cuda
 @pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
+def test_general_products(weight_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sanitize_cuda.py runs under initcheck: no product is cuBLASLt's or sm_90a's, and they are as right."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    monkeypatch.setenv("BOTTLENECKED_CUDA_PRODUCTS", "general")
+    check_against_cpu(LLAMA, weight_dtype)
+    device = on_device(make_case(LLAMA))
+    bound = bind(device, device.processor(BACKEND, weight_dtype))
+    bound.rewrite(device.events, device.block_table)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        bound.rewrite(device.events, device.block_table)
+        torch.cuda.synchronize()
+    names = [event.name for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    gated = sum("swiglu_kernel" in name or "swiglu_f32_kernel" in name for name in names)
+    assert gated > 0, names
+    assert sum("product_kernel" in name for name in names) == 5 * gated, names
+    assert not any("sm90" in name and "swiglu" in name for name in names)
+
+
+@needs_cuda
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
 def test_a_boundary_is_few_launches(weight_dtype: str) -> None:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from . import sanitize_cuda
 from .emulation.mutants import KERNELS, MUTANTS, build_unchanged, judge
 
 ROOT = Path(__file__).parent.parent
@@ -66,3 +67,22 @@ def test_mutants_are_of_these_kernels() -> None:
     """What they replace is still there."""
     for mutant in MUTANTS:
         mutant.apply(KERNELS, write=False)
+
+
+def test_parts_to_sanitize_are_every_case_once() -> None:
+    """benchmarks/run_gpu.sh has a process for each."""
+    parts = [sanitize_cuda.part_of(sanitize_cuda.ALL, f"{i}/4") for i in range(1, 5)]
+    assert sorted(name for part in parts for name in part) == sorted(sanitize_cuda.ALL)
+    for wrong in ("0/4", "5/4", "4", "a/b", "/"):
+        with pytest.raises(SystemExit):
+            sanitize_cuda.part_of(sanitize_cuda.ALL, wrong)
+
+
+def test_what_is_sanitized_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the CPU: a case of every kind."""
+    monkeypatch.setenv("BOTTLENECKED_CUDA_PRODUCTS", "")  # is put back
+    assert sanitize_cuda.main(["--cpu", "--no-library", "control", "no prior", "capture, columns"]) == 0
+    assert os.environ["BOTTLENECKED_CUDA_PRODUCTS"] == "general"
+    assert capsys.readouterr().out.splitlines()[-1] == "all done"
+    with pytest.raises(SystemExit):
+        sanitize_cuda.main(["--cpu", "no such case"])

@@ -43,13 +43,9 @@ static int is_vector(const btx_tensor *view, int64_t lanes)
     return vector;
 }
 
-btx_status cuda_capture_queries(int32_t device_index, const btx_tensor *query, const btx_tensor *slots,
-                                const btx_tensor *block_to_page, const btx_tensor *pages, void *stream,
-                                btx_error *error)
+static btx_status launch(const btx_tensor *query, const btx_tensor *slots, const btx_tensor *block_to_page,
+                         const btx_tensor *pages, cudaStream_t stream, btx_error *error)
 {
-    if (slots->shape[0] == 0)
-        return BTX_OK;
-    BTX_CUDA_TRY(cudaSetDevice(device_index), "choosing the device");
     const int64_t size = query->dtype == BTX_F32 ? 4 : 2, lanes = 16 / size;
     const int vector = is_vector(query, lanes) && is_vector(pages, lanes);
     const int64_t unit = vector ? lanes : 1;
@@ -71,11 +67,26 @@ btx_status cuda_capture_queries(int32_t device_index, const btx_tensor *query, c
     views.head_dim = (int32_t)(query->shape[2] / unit);
     const dim3 grid((unsigned)slots->shape[0]);
     if (vector)
-        BTX_LAUNCH((capture_kernel<uint4>), grid, THREADS, 0, (cudaStream_t)stream, views);
+        BTX_LAUNCH((capture_kernel<uint4>), grid, THREADS, 0, stream, views);
     else if (size == 4)
-        BTX_LAUNCH((capture_kernel<unsigned>), grid, THREADS, 0, (cudaStream_t)stream, views);
+        BTX_LAUNCH((capture_kernel<unsigned>), grid, THREADS, 0, stream, views);
     else
-        BTX_LAUNCH((capture_kernel<unsigned short>), grid, THREADS, 0, (cudaStream_t)stream, views);
+        BTX_LAUNCH((capture_kernel<unsigned short>), grid, THREADS, 0, stream, views);
     BTX_CUDA_CHECK("launching capture_kernel");
     return BTX_OK;
+}
+
+btx_status cuda_capture_queries(int32_t device_index, const btx_tensor *query, const btx_tensor *slots,
+                                const btx_tensor *block_to_page, const btx_tensor *pages, void *stream,
+                                btx_error *error)
+{
+    device_scope scope;
+    if (slots->shape[0] == 0)
+        return BTX_OK;
+    btx_status status = cuda_enter_device(device_index, &scope, error);
+    if (status != BTX_OK)
+        return status;
+    status = launch(query, slots, block_to_page, pages, (cudaStream_t)stream, error);
+    cuda_leave_device(device_index, &scope);
+    return status;
 }

@@ -54,12 +54,7 @@ btx_status cuda_prepare(cuda_executor *executor, const void *kernel, int most, b
     return BTX_OK;
 }
 
-/* The device of the calls between entering and leaving; the caller's is put back. */
-typedef struct device_scope {
-    int previous;
-} device_scope;
-
-static btx_status enter_device(int32_t device, device_scope *scope, btx_error *error)
+btx_status cuda_enter_device(int32_t device, device_scope *scope, btx_error *error)
 {
     int count = 0;
     scope->previous = -1;
@@ -73,7 +68,7 @@ static btx_status enter_device(int32_t device, device_scope *scope, btx_error *e
     return BTX_OK;
 }
 
-static void leave_device(int32_t device, const device_scope *scope)
+void cuda_leave_device(int32_t device, const device_scope *scope)
 {
     if (scope->previous >= 0 && scope->previous != device)
         cudaSetDevice(scope->previous);
@@ -92,11 +87,11 @@ btx_status cuda_allocate(int32_t device, size_t bytes, void **memory, btx_error 
 {
     device_scope scope;
     *memory = NULL;
-    btx_status status = enter_device(device, &scope, error);
+    btx_status status = cuda_enter_device(device, &scope, error);
     if (status != BTX_OK)
         return status;
     cudaError_t failure = cudaMalloc(memory, bytes > 0 ? bytes : 1);
-    leave_device(device, &scope);
+    cuda_leave_device(device, &scope);
     if (failure == cudaErrorMemoryAllocation) {
         cudaGetLastError();
         return btx_fail(error, BTX_OUT_OF_MEMORY, "out of device memory: cuda:%d has no %zu bytes left", (int)device,
@@ -115,11 +110,11 @@ void cuda_release(void *memory)
 btx_status cuda_upload(int32_t device, void *memory, const void *from, size_t bytes, btx_error *error)
 {
     device_scope scope;
-    btx_status status = enter_device(device, &scope, error);
+    btx_status status = cuda_enter_device(device, &scope, error);
     if (status != BTX_OK)
         return status;
     cudaError_t failure = cudaMemcpy(memory, from, bytes, cudaMemcpyHostToDevice);
-    leave_device(device, &scope);
+    cuda_leave_device(device, &scope);
     BTX_CUDA_TRY(failure, "copying to the device");
     return BTX_OK;
 }
@@ -213,7 +208,7 @@ void cuda_executor_destroy(void *memory)
     btx_error ignored;
     if (executor == NULL)
         return;
-    enter_device(executor->device, &scope, &ignored); /* a lost device is left all the same */
+    cuda_enter_device(executor->device, &scope, &ignored); /* a lost device is left all the same */
     for (int i = 0; i < BTX_PLAN_SLOTS; i++) {
         if (executor->slots[i].in_use)
             cudaEventSynchronize(executor->slots[i].done);
@@ -225,7 +220,7 @@ void cuda_executor_destroy(void *memory)
             cudaEventDestroy(executor->marks[i]);
     }
     cuda_linear_destroy(executor->linear);
-    leave_device(executor->device, &scope);
+    cuda_leave_device(executor->device, &scope);
     cudaGetLastError();
     free(executor);
 }
@@ -274,9 +269,24 @@ static btx_status fill_sm90a(cuda_executor *executor, btx_error *error)
 }
 #endif
 
+/* Whether products are to be plain arithmetic and plain stores: neither cuBLASLt's nor those of linear_swiglu_sm90.cu.
+ * Slower, and for tools that do not see bulk stores (tests/sanitize_cuda.py). */
+static btx_status wants_general_products(int *general, btx_error *error)
+{
+    const char *products = getenv("BOTTLENECKED_CUDA_PRODUCTS");
+    *general = products != NULL && strcmp(products, "general") == 0;
+    if (products == NULL || products[0] == '\0' || *general)
+        return BTX_OK;
+    return btx_fail(error, BTX_INVALID_ARGUMENT, "BOTTLENECKED_CUDA_PRODUCTS is \"%.100s\", which is not \"general\"",
+                    products);
+}
+
 static btx_status fill_executor(cuda_executor *executor, btx_error *error)
 {
-    int major = 0, minor = 0;
+    int major = 0, minor = 0, general = 0;
+    btx_status status = wants_general_products(&general, error);
+    if (status != BTX_OK)
+        return status;
     BTX_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, executor->device),
                  "asking for the device's architecture");
     BTX_CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, executor->device),
@@ -288,10 +298,14 @@ static btx_status fill_executor(cuda_executor *executor, btx_error *error)
         cudaDeviceGetAttribute(&executor->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, executor->device),
         "asking for the device's shared memory");
 #ifndef BTX_EMULATE
-    btx_status status = fill_sm90a(executor, error);
+    status = fill_sm90a(executor, error);
     if (status != BTX_OK)
         return status;
 #endif
+    if (general) {
+        executor->encode_tensor_map = NULL;
+        return BTX_OK;
+    }
     return cuda_linear_create(executor->device, &executor->linear, error);
 }
 
@@ -300,17 +314,17 @@ btx_status cuda_executor_create(int32_t device, int32_t num_threads, void **out,
     device_scope scope;
     (void)num_threads; /* the caller's own is enough to launch */
     *out = NULL;
-    btx_status status = enter_device(device, &scope, error);
+    btx_status status = cuda_enter_device(device, &scope, error);
     if (status != BTX_OK)
         return status;
     cuda_executor *executor = (cuda_executor *)calloc(1, sizeof *executor);
     if (executor == NULL) {
-        leave_device(device, &scope);
+        cuda_leave_device(device, &scope);
         return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for an executor");
     }
     executor->device = device;
     status = fill_executor(executor, error);
-    leave_device(device, &scope);
+    cuda_leave_device(device, &scope);
     if (status != BTX_OK) {
         cuda_executor_destroy(executor);
         return status;
@@ -333,14 +347,14 @@ btx_status cuda_executor_run(void *memory, int64_t num_units, btx_unit_function 
 {
     cuda_executor *executor = (cuda_executor *)memory;
     device_scope scope;
-    btx_status status = enter_device(executor->device, &scope, error);
+    btx_status status = cuda_enter_device(executor->device, &scope, error);
     if (status != BTX_OK)
         return status;
     for (int64_t unit = 0; unit < num_units && status == BTX_OK; unit++)
         status = fn(context, unit, 0, error);
     btx_error ignored;
     btx_status recorded = mark_done(executor, status == BTX_OK ? error : &ignored);
-    leave_device(executor->device, &scope);
+    cuda_leave_device(executor->device, &scope);
     return status == BTX_OK ? recorded : status;
 }
 
@@ -583,11 +597,11 @@ btx_status cuda_begin(void *memory, const btx_plan *plan, void *stream, int time
 {
     cuda_executor *executor = (cuda_executor *)memory;
     device_scope scope;
-    btx_status status = enter_device(executor->device, &scope, error);
+    btx_status status = cuda_enter_device(executor->device, &scope, error);
     if (status != BTX_OK)
         return status;
     status = begin_on_device(executor, plan, (cudaStream_t)stream, timed, error);
-    leave_device(executor->device, &scope);
+    cuda_leave_device(executor->device, &scope);
     return status;
 }
 
@@ -610,13 +624,13 @@ btx_status cuda_download(void *memory, void *to, const void *from, size_t bytes,
 {
     cuda_executor *executor = (cuda_executor *)memory;
     device_scope scope;
-    btx_status status = enter_device(executor->device, &scope, error);
+    btx_status status = cuda_enter_device(executor->device, &scope, error);
     if (status != BTX_OK)
         return status;
     cudaError_t failure = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, executor->stream);
     if (failure == cudaSuccess)
         failure = cudaStreamSynchronize(executor->stream);
-    leave_device(executor->device, &scope);
+    cuda_leave_device(executor->device, &scope);
     BTX_CUDA_TRY(failure, "copying from the device");
     return BTX_OK;
 }
@@ -649,11 +663,11 @@ btx_status cuda_synchronize(void *memory, double *stage_seconds, btx_error *erro
     device_scope scope;
     if (executor->slot == NULL)
         return BTX_OK;
-    btx_status status = enter_device(executor->device, &scope, error);
+    btx_status status = cuda_enter_device(executor->device, &scope, error);
     if (status != BTX_OK)
         return status;
     status = synchronize_on_device(executor, stage_seconds, error);
-    leave_device(executor->device, &scope);
+    cuda_leave_device(executor->device, &scope);
     return status;
 }
 

@@ -2,7 +2,8 @@
  *
  * cuBLASLt is opened when the first executor is made: the copy that is in the process already (PyTorch's), then that of
  * the nvidia-cublas wheel beside this extension, then the system's. The algorithm of a product is asked for once per
- * bucket of rows, and kept with what describes the latest call; what there is none for goes to linear_general.cu. */
+ * bucket of rows, and kept with what describes the latest call; what there is none for goes to linear_general.cu, and
+ * everything where BOTTLENECKED_CUDA_PRODUCTS=general asks for it. */
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -352,6 +353,8 @@ btx_status cuda_linear(const btx_pass *pass, const btx_linear *weights, const vo
     const int64_t weight_stride = (int64_t)(weights->layer_stride / element_size(weights->dtype));
     const float *bias = weights->bias != NULL ? weights->bias + pass->layer_begin * weights->out_dim : NULL;
     const float one = 1.0f, beta = accumulate ? 1.0f : 0.0f;
+    if (state == NULL)
+        return cuda_linear_general(pass, weights, x, accumulate, out, error);
     choice_key key;
     memset(&key, 0, sizeof key); /* padding too: keys are compared as bytes */
     key.out_dim = weights->out_dim;

@@ -1,5 +1,5 @@
 /* linear_general.cu - a product by plain arithmetic: what cuBLASLt has no algorithm for (a few rows of a few columns),
- * and what the tests without a GPU run. */
+ * what the tests without a GPU run, and every product under BOTTLENECKED_CUDA_PRODUCTS=general. */
 #include "operations.cuh"
 
 #define THREADS 256

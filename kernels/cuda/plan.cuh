@@ -96,7 +96,7 @@ typedef struct cuda_executor {
     int32_t shared_limit;       /* bytes of shared memory a block may ask for */
     int32_t compute_capability; /* 90 for 9.0 */
     int32_t sm90a;              /* the device runs what was compiled for sm_90a */
-    void *encode_tensor_map;    /* the driver's cuTensorMapEncodeTiled, NULL without sm90a or where it has none */
+    void *encode_tensor_map;    /* the driver's cuTensorMapEncodeTiled; NULL: not to be had, or not to be used */
     cudaStream_t stream;        /* of the call under way, or the latest */
     int capturing, captured;
     plan_slot slots[BTX_PLAN_SLOTS];
@@ -111,7 +111,8 @@ typedef struct cuda_executor {
     /* Kernels that may use all the dynamic shared memory they ever ask for. */
     const void *prepared[BTX_MAX_PREPARED];
     int num_prepared;
-    struct linear_state *linear; /* Owned: cuBLASLt's handle, memory and chosen algorithms (linear.cu) */
+    /* Owned: cuBLASLt's handle, memory and chosen algorithms (linear.cu); NULL: linear_general.cu does all products. */
+    struct linear_state *linear;
 } cuda_executor;
 
 /* Turns a failed call into a status and a sentence; what says what was being done. */
@@ -123,6 +124,14 @@ btx_status cuda_fail(cudaError_t failure, const char *what, btx_error *error);
         if (failure_ != cudaSuccess)                                                                                   \
             return cuda_fail(failure_, what, error);                                                                   \
     } while (0)
+
+/* The device of the calls between entering and leaving; the caller's is put back. */
+typedef struct device_scope {
+    int previous;
+} device_scope;
+
+btx_status cuda_enter_device(int32_t device, device_scope *scope, btx_error *error);
+void cuda_leave_device(int32_t device, const device_scope *scope);
 
 /* Allows a kernel most bytes of dynamic shared memory, once per executor. most must not depend on the call: other
  * executors of the device set the same attribute. */

@@ -840,6 +840,12 @@ extern "C" {
 __attribute__((visibility("default"))) void btx_emulation_fail(const char *faults);
 /* Forgets errors, the sticky one as well, and faults. Work not yet done is dropped. */
 __attribute__((visibility("default"))) void btx_emulation_reset(void);
+/* So many devices, which are all the same one, and which of them the calling thread's is now; at first one. */
+__attribute__((visibility("default"))) void btx_emulation_devices(int count, int current);
+/* The calling thread's. */
+__attribute__((visibility("default"))) int btx_emulation_current_device(void);
+/* Kernels launched since btx_emulation_devices by threads whose device this was. */
+__attribute__((visibility("default"))) int64_t btx_emulation_launches_on(int device);
 /* Kernels launched since the process began. */
 __attribute__((visibility("default"))) int64_t btx_emulation_launches(void);
 /* Memory, streams and events that are not freed. */

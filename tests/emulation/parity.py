@@ -29,6 +29,7 @@ BACKEND = "cuda"
 EXAMPLES = int(os.environ.get("BOTTLENECKED_EMULATION_EXAMPLES", "15"))
 EMULATION = ctypes.CDLL(_core.__file__)
 EMULATION.btx_emulation_launches.restype = ctypes.c_int64
+EMULATION.btx_emulation_launches_on.restype = ctypes.c_int64
 EMULATION.btx_emulation_live.restype = ctypes.c_int64
 EMULATION.btx_emulation_calls.restype = ctypes.c_int64
 
@@ -168,6 +169,31 @@ def test_attention_mass_alone() -> None:
 @given(shape=capture.capture_shapes, missing=st.booleans())
 def test_capture(shape: CaptureShape, missing: bool) -> None:
     capture.check_capture(BACKEND, replace(shape, missing=missing))
+
+
+def test_products_that_do_not_exist_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOTTLENECKED_CUDA_PRODUCTS", "fast")
+    with pytest.raises(bottleneck_ext.InvalidArgumentError, match='PRODUCTS is "fast"'):
+        bottleneck_ext.Workspace(1, BACKEND)
+    for right in ("", "general"):
+        monkeypatch.setenv("BOTTLENECKED_CUDA_PRODUCTS", right)
+        bottleneck_ext.Workspace(1, BACKEND)
+
+
+@pytest.mark.parametrize("what", ["boundary", "capture"])
+def test_the_callers_device_stays(what: str) -> None:
+    """Of two devices the caller's code has chosen the second; the work is the first one's."""
+    EMULATION.btx_emulation_devices(2, 1)
+    try:
+        if what == "boundary":
+            cases.check_parity(SMALL, BACKEND, "bfloat16")
+        else:
+            capture.check_capture(BACKEND, CaptureShape(9))
+        assert EMULATION.btx_emulation_launches_on(0) > 0
+        assert EMULATION.btx_emulation_launches_on(1) == 0
+        assert EMULATION.btx_emulation_current_device() == 1
+    finally:
+        EMULATION.btx_emulation_devices(1, 0)
 
 
 # --- a device that is slow -------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-/* runtime.cpp - CUDA's runtime as far as kernels/cuda/ needs it, on the host: one device, and one queue for all
- * streams.
+/* runtime.cpp - CUDA's runtime as far as kernels/cuda/ needs it, on the host: one device, of which tests may see
+ * several, and one queue for all streams.
  *
  * Work is done when it is called for, or, deferred, when somebody waits for any of it: in order, all of it. */
 #include <chrono>
@@ -55,7 +55,9 @@ struct runtime {
     cudaError_t sticky = cudaSuccess, last = cudaSuccess;
     char message[2048] = "";
     int64_t launches = 0, launches_of_seed = 0;
-    size_t max_shared = 227 << 10; /* an H100's */
+    int num_devices = 1;
+    std::map<int, int64_t> launches_by_device; /* since the devices were numbered */
+    size_t max_shared = 227 << 10;             /* an H100's */
     uint64_t seed = 1;
 
     runtime()
@@ -92,6 +94,8 @@ struct runtime {
         }
     }
 };
+
+static thread_local int current_device = 0;
 
 static runtime &state(void)
 {
@@ -269,6 +273,7 @@ void launch(const char *name, const void *kernel, dim3 grid, dim3 block, size_t 
         name, grid, block, shared_bytes, call, arguments, all.seed * 1000003 + (uint64_t)all.launches_of_seed};
     all.launches++;
     all.launches_of_seed++;
+    all.launches_by_device[current_device]++;
     function &counted = all.functions["launch"];
     cudaError_t planned = cudaSuccess;
     counted.count++;
@@ -551,21 +556,24 @@ cudaError_t cudaGetDeviceCount(int *count)
 {
     *count = 0;
     CALLED(cudaErrorNoDevice);
-    *count = 1;
+    *count = state().num_devices;
     return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int *device)
 {
     CALLED(cudaErrorInitializationError);
-    *device = 0;
+    *device = current_device;
     return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device)
 {
     CALLED(cudaErrorInvalidDevice);
-    return device == 0 ? cudaSuccess : remember(cudaErrorInvalidDevice);
+    if (device < 0 || device >= state().num_devices)
+        return remember(cudaErrorInvalidDevice);
+    current_device = device;
+    return cudaSuccess;
 }
 
 /* Few processors, so that what is divided among them is more than one block's work each. */
@@ -589,13 +597,13 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device)
 {
     CALLED(cudaErrorInvalidDevice);
     *properties = emulated();
-    return device == 0 ? cudaSuccess : remember(cudaErrorInvalidDevice);
+    return device >= 0 && device < state().num_devices ? cudaSuccess : remember(cudaErrorInvalidDevice);
 }
 
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device)
 {
     CALLED(cudaErrorInvalidDevice);
-    if (device != 0)
+    if (device < 0 || device >= state().num_devices)
         return remember(cudaErrorInvalidDevice);
     switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock:
@@ -753,6 +761,25 @@ void btx_emulation_reset(void)
     all.message[0] = '\0';
     for (auto &[name, own] : all.functions)
         own.faults.clear();
+}
+
+void btx_emulation_devices(int count, int current)
+{
+    std::lock_guard<std::recursive_mutex> lock(state().mutex);
+    state().num_devices = count;
+    state().launches_by_device.clear();
+    current_device = current;
+}
+
+int btx_emulation_current_device(void)
+{
+    return current_device;
+}
+
+int64_t btx_emulation_launches_on(int device)
+{
+    std::lock_guard<std::recursive_mutex> lock(state().mutex);
+    return state().launches_by_device[device];
 }
 
 int64_t btx_emulation_launches(void)

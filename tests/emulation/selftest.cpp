@@ -546,6 +546,11 @@ static void test_runtime(void)
     float milliseconds = -1.0f;
     CHECK(cudaGetDeviceCount(&count) == cudaSuccess && count == 1);
     CHECK(cudaSetDevice(1) == cudaErrorInvalidDevice && cudaGetLastError() == cudaErrorInvalidDevice);
+    btx_emulation_devices(2, 0);
+    CHECK(cudaGetDeviceCount(&count) == cudaSuccess && count == 2 && cudaSetDevice(1) == cudaSuccess);
+    CHECK(cudaGetDevice(&count) == cudaSuccess && count == 1 && btx_emulation_current_device() == 1);
+    CHECK(cudaSetDevice(2) == cudaErrorInvalidDevice && cudaGetLastError() == cudaErrorInvalidDevice);
+    btx_emulation_devices(1, 0);
     CHECK(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking) == cudaSuccess);
     CHECK(cudaEventCreate(&begin) == cudaSuccess && cudaEventCreate(&end) == cudaSuccess);
     CHECK(cudaMalloc(&value, sizeof *value) == cudaSuccess && cudaMallocHost(&host, sizeof *host) == cudaSuccess);
