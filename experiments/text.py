@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 
 from bottlenecked import backbones
 from bottlenecked.boundary import newline_token_ids
-from bottlenecked.evaluation.answers import NOTHING, equal, extract
 from bottlenecked.training.augment import augment_file
 from bottlenecked.training.config import TrainingConfig
 from bottlenecked.training.data import Dataset, load_examples, read_lines, write_lines
@@ -26,6 +26,13 @@ from .variants import FineTuned, Processor, Variant
 
 _TOGETHER = 64  # problems decoded at a time
 _NO_LIMIT = 1 << 30  # tokens: no test problem is left out
+
+
+def judged(texts: Sequence[str], gold: Sequence[str]) -> list[bool]:
+    """Whether the last number of each text is that of the right answer."""
+    from bottlenecked.evaluation.answers import NOTHING, equal, extract
+
+    return [one != NOTHING and equal(right, one) for one, right in zip(extract(texts), extract(gold), strict=True)]
 
 
 class TextLab(lab.Lab):
@@ -107,9 +114,7 @@ class TextLab(lab.Lab):
             texts += self._answers(variant, model, trainer, self._test.examples[begin : begin + _TOGETHER])
         kept = self.plan.build / "answers" / f"{seed}-{name}.json"
         lab.write(kept, {"answers": texts})
-        right = [
-            one != NOTHING and equal(gold, one) for one, gold in zip(extract(texts), extract(self._gold), strict=True)
-        ]
+        right = judged(texts, self._gold)
         return {"test": lab.score(right), "decoding_seconds": time.perf_counter() - began}
 
     def _answers(self, variant: Variant, model: Any, trainer: Trainer | None, examples: Any) -> list[str]:

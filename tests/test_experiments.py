@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from bottlenecked.training.trainer import ProcessorTrainer  # noqa: E402
 from experiments import lab as labs  # noqa: E402
 from experiments import plan as plans  # noqa: E402
 from experiments import report, tasks, variants  # noqa: E402
+from experiments import text as text_experiments  # noqa: E402
 from experiments.__main__ import main  # noqa: E402
 from experiments.decode import decode  # noqa: E402
 from experiments.tasks import TaskLab  # noqa: E402
@@ -80,6 +82,15 @@ SMALL: dict[str, Any] = {
         "k-2": {"kind": "processor", "label": "2", "group": "top_k", "learning_rate": 3e-3, "options": {"top_k": 2}},
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are too small for two, which would wait for one another on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def plan(path: Path, **changes: Any) -> plans.Plan:
@@ -442,6 +453,10 @@ def test_an_experiment_on_a_text(
     monkeypatch.setattr(plans, "load", lambda name, **where: made)
     monkeypatch.setattr(labs, "_ROUNDS", 4)
     monkeypatch.setattr(labs, "_CURVE", 2)
+    # How a number is read is tested where that is done.
+    monkeypatch.setattr(
+        text_experiments, "judged", lambda texts, gold: [a == b for a, b in zip(texts, gold, strict=True)]
+    )
     assert main(["small", "--data", str(tmp_path)]) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "results/small.json").read_text())
     assert found["n"] == 10
