@@ -1,4 +1,4 @@
-"""The `bottlenecked` command: info, init, generate, serve, bench.
+"""The `bottlenecked` command: info, init, generate, serve, bench; training's and evaluation's are added to it.
 
 Standard output carries the answer only (text or one JSON object); everything else goes to standard error. An
 error of the user's making is one sentence there and a non-zero exit status: 2 for the command line itself, 1
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .evaluation.cli import commands as evaluation_commands
 from .training.cli import commands as training_commands
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(training_commands)
+app.add_typer(evaluation_commands)
 
 _PACKAGES = ("numpy", "safetensors", "torch", "transformers", "gguf", "vllm")
 _CHAT_HINT = "the tokenizer has no chat template"

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+
+try:
+    from scipy import stats
+except ImportError as error:
+    raise ImportError(f"this needs scipy: pip install 'bottlenecked[eval]' ({error})") from None
 
 _LEVEL = 0.95
 _RESAMPLES = 9999

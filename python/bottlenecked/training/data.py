@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -158,7 +158,7 @@ def load_examples(
         raise ValueError(f"max_length is {max_length}, but it must be 2 or more tokens")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token: set tokenizer.eos_token")
-    template = _resolve_template(template, tokenizer)
+    template = resolve_template(template, tokenizer)
     boundary = BoundaryConfig() if boundary is None else boundary
     ids = boundary.token_ids or newline_token_ids(tokenizer)
     if not ids:
@@ -174,7 +174,7 @@ def load_examples(
     records = [r for path, content in zip(paths, contents, strict=True) for r in _records(path, content, keep_marks)]
     if not records:
         raise ValueError(f"{_names(paths)} holds no examples")
-    prompts = _encode_prompts(records, tokenizer, template)
+    prompts = encode_prompts(records, tokenizer, template)
     answers, offsets = _encode_answers(records, tokenizer)
     detector = BoundaryDetector(boundary, token_ids=ids)
     packer, too_long = _Packer(), 0
@@ -342,7 +342,7 @@ class _Record:
 def _records(path: Path, content: bytes, keep_marks: bool) -> Iterator[_Record]:
     for line, values in read_lines(path, content):
         name = f"{path}:{line}"
-        messages, answer = _conversation(name, values)
+        messages, answer = read_conversation(name, values)
         forced = _forced(name, values.get("forced", []), answer)
         if not keep_marks and _MARK.search(answer):
             if forced:
@@ -356,8 +356,11 @@ def _records(path: Path, content: bytes, keep_marks: bool) -> Iterator[_Record]:
         yield _Record(path, line, messages, answer, forced, source)
 
 
-def _conversation(name: str, values: dict[str, Any]) -> tuple[list[dict[str, str]], str]:
-    """The prompt's messages and the answer."""
+def read_conversation(name: str, values: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
+    """The prompt's messages and the answer of one line in either form. name: of the line, for messages.
+
+    Raises ValueError for a line that lacks a key, an empty question, or half of a surrogate pair.
+    """
     if "messages" in values:
         messages = values["messages"]
         if not isinstance(messages, list) or not all(
@@ -404,7 +407,17 @@ def _forced(name: str, ranges: Any, answer: str) -> list[tuple[int, int]]:
 # --- tokens -----------------------------------------------------------------------------------------------------
 
 
-def _resolve_template(template: str, tokenizer: Any) -> str:
+class Conversation(Protocol):
+    """name: for messages. messages: the prompt's."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def messages(self) -> Sequence[Mapping[str, str]]: ...
+
+
+def resolve_template(template: str, tokenizer: Any) -> str:
+    """What "auto" is for this tokenizer, or `template` itself. ValueError where it is none or lacks a chat template."""
     if template == "auto":
         return "chat" if tokenizer.chat_template else PLAIN_TEMPLATE
     if template == "chat":
@@ -415,7 +428,11 @@ def _resolve_template(template: str, tokenizer: Any) -> str:
     return template
 
 
-def _encode_prompts(records: Sequence[_Record], tokenizer: Any, template: str) -> list[list[int]]:
+def encode_prompts(records: Sequence[Conversation], tokenizer: Any, template: str) -> list[list[int]]:
+    """Token ids of each prompt, up to where the answer begins. template: as `resolve_template` returns it.
+
+    Raises ValueError, naming the record, where it does not fit the template or has no tokens.
+    """
     if template == "chat":
         texts = []
         for record in records:
@@ -619,11 +636,15 @@ def _refuse(name: str, message: str) -> NoReturn:
 
 __all__ = [
     "PLAIN_TEMPLATE",
+    "Conversation",
     "Dataset",
     "Example",
     "batches",
+    "encode_prompts",
     "load_examples",
     "num_batches",
+    "read_conversation",
     "read_lines",
+    "resolve_template",
     "write_lines",
 ]

@@ -326,49 +326,84 @@ def exact_match(model: Any, examples: Sequence[Example], *, batch_size: int = 12
     model: a transformers model with eos_token_id and pad_token_id in its generation_config; a Processor works
         where one is attached.
     """
-    import torch
-    from transformers import LogitsProcessorList
-
-    pad = model.generation_config.pad_token_id
     done: list[bool] = []
     for begin in range(0, len(examples), batch_size):
         batch = examples[begin : begin + batch_size]
         cuts = [example.segments[0][1] for example in batch]
-        width, answer_width = max(cuts), max(len(e.tokens) - cut for e, cut in zip(batch, cuts, strict=True))
-        ids = torch.full((len(batch), width), pad)
-        mask = torch.zeros_like(ids)
-        wanted = torch.full((len(batch), answer_width), pad)
-        ours = torch.zeros(len(batch), answer_width, dtype=torch.bool)
-        forced = torch.zeros_like(ours)
-        for row, (example, cut) in enumerate(zip(batch, cuts, strict=True)):
-            length = len(example.tokens) - cut
-            ids[row, width - cut :] = torch.tensor(example.tokens[:cut])
-            mask[row, width - cut :] = 1
-            wanted[row, :length] = torch.tensor(example.tokens[cut:])
-            ours[row, :length] = torch.tensor(example.loss_mask[cut:])
-            forced[row, :length] = ~ours[row, :length]
-
-        output = model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=answer_width,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([_environment(wanted, forced, width)]),
-        )[:, width:].cpu()
-        made = torch.nn.functional.pad(output, (0, answer_width - output.shape[1]), value=-1)
-        done += ((made == wanted) | ~ours).all(1).tolist()
+        prompts = [example.tokens[:cut] for example, cut in zip(batch, cuts, strict=True)]
+        answers = [example.tokens[cut:] for example, cut in zip(batch, cuts, strict=True)]
+        masks = [example.loss_mask[cut:] for example, cut in zip(batch, cuts, strict=True)]
+        given = [[None if m else t for t, m in zip(*row, strict=True)] for row in zip(answers, masks, strict=True)]
+        made = decode(model, prompts, max_new_tokens=max(map(len, answers)), given=given)
+        done += [is_exact(*row) for row in zip(answers, masks, made, strict=True)]
     return done
 
 
-def _environment(wanted: Any, forced: Any, width: int) -> Any:
-    """A logits processor: where `forced` [rows, columns] is set, `wanted` comes; columns begin behind `width`."""
+def is_exact(answer: Sequence[int], mask: Sequence[bool], made: Sequence[int]) -> bool:
+    """Whether the tokens of `answer` that the model has to produce (mask) are those of `made`."""
+    padded = [*made, *[-1] * (len(answer) - len(made))]
+    return all(a == m or not ours for a, m, ours in zip(answer, padded, mask, strict=False))
+
+
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_tokens: Sequence[int] | None = None,
+    given: Sequence[Sequence[int | None]] | None = None,
+) -> list[list[int]]:
+    """Greedy decoding of a batch: the new tokens of each row, up to its end-of-text token or `max_new_tokens`.
+
+    model: a transformers model; a Processor works where one is attached.
+    end_tokens: what ends a text; None: those of the model's generation_config.
+    given: per row, for its first new tokens, one that comes whatever the model says, or None: the model's own.
+    """
+    import torch
+    from transformers import LogitsProcessorList
+
+    settings = model.generation_config
+    ends = settings.eos_token_id if end_tokens is None else list(end_tokens)
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    pad = settings.pad_token_id if settings.pad_token_id is not None else next(iter(ends), 0)
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    processors = LogitsProcessorList()
+    if given is not None and any(token is not None for row in given for token in row):
+        wanted = torch.full((len(prompts), max_new_tokens), -1)
+        for i, row_given in enumerate(given):
+            tokens = [-1 if token is None else token for token in row_given[:max_new_tokens]]
+            wanted[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        processors.append(_environment(wanted, width))
+    output = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        logits_processor=processors,
+    )
+    rows: list[list[int]] = output[:, width:].tolist()
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+
+def _environment(wanted: Any, width: int) -> Any:
+    """A logits processor: `wanted` [rows, columns] comes where it is not negative; columns begin behind `width`."""
     import torch
     from transformers import LogitsProcessor
 
     class Environment(LogitsProcessor):  # type: ignore[misc]
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             column = input_ids.shape[1] - width
-            rows = forced[:, column].nonzero().flatten()
+            rows = (wanted[:, column] >= 0).nonzero().flatten()
             scores[rows] = -torch.inf
             scores[rows, wanted[rows, column].to(scores.device)] = 0
             return scores
@@ -403,7 +438,9 @@ def _check_range(name: str, value: tuple[int, int], least: int) -> None:
 __all__ = [
     "ChainTask",
     "RegisterTask",
+    "decode",
     "exact_match",
+    "is_exact",
     "save_backbone",
     "synthesize",
     "task_tokenizer",
