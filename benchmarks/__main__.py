@@ -45,10 +45,8 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
 
 def about(context: Context) -> Figure:
     """What ran, on what, and how fast that is on one thread and on all that are used."""
-    options = {
-        key: str(value) if key == "output" and value is not None else value
-        for key, value in dataclasses.asdict(context.options).items()
-    }
+    # Where it is written to says nothing of what ran.
+    options = {key: value for key, value in dataclasses.asdict(context.options).items() if key != "output"}
     peaks = {str(n): dataclasses.asdict(context.peaks(n)) for n in sorted({1, context.options.threads})}
     return {"case": "machine", **machine.describe(), "options": options, "peaks": peaks}
 
