@@ -827,11 +827,11 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
     plan_of_longest.num_steps = 1;
     /* Of all units that as many steps or fewer make the largest. */
     int64_t max_layers = run->layers_per_unit, rows = max_layers * chunk_rows, prior = max_layers * chunk_prior;
-    if (backend->layers_per_pass == 0) {
+    if (backend->layers_per_pass == 0 && config == NULL) {
         const int64_t steps = largest_unit(run, size->num_steps, size->row_limit);
         max_layers = layers_of_unit(run, 1, size->row_limit);
         rows = steps * size->max_rows;
-        prior = chunk_prior == 0 ? 0 : steps * size->max_positions;
+        prior = steps * size->max_positions;
         chunk_rows = (rows + max_layers - 1) / max_layers;
     }
     const int64_t all_rows = plan->num_layers * size->total_rows, all_steps = plan->num_layers * size->num_steps;

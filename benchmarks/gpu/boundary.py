@@ -11,7 +11,7 @@ plain                our algorithm in eager PyTorch, a module per layer
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from benchmarks import checks
 from benchmarks.baselines.naive import Naive
 from benchmarks.baselines.plain import Plain
 from benchmarks.gpu import peaks
-from benchmarks.gpu.context import MIN_REPEATS, Context, attempt, attention_bytes, cache_bytes, key
+from benchmarks.gpu.context import MIN_REPEATS, Context, attention_bytes, key, over
 from benchmarks.gpu.timing import Graph
 from benchmarks.harness import OURS, Contender, Figure, figure, say
 from benchmarks.inputs import DTYPES, Inputs, Setting
@@ -53,17 +53,12 @@ GRID = [
 
 
 def run(context: Context) -> Iterator[Figure]:
-    yield from over(context, GRID[:2] if context.quick else GRID, "boundary")
+    yield from over(
+        context, "boundary", GRID[:2] if context.quick else GRID, functools.partial(measure, context, "boundary")
+    )
 
 
-def over(context: Context, grid: Iterable[tuple[str, int, int, int]], case: str) -> Iterator[Figure]:
-    for shape, batch, prior, step in grid:
-        setting = context.setting(shape, batch, prior, step)
-        if context.due(case, setting, 2 * cache_bytes(setting) + (2 << 30)):
-            yield attempt(case, setting, functools.partial(measure, context, setting, case))
-
-
-def measure(context: Context, setting: Setting, case: str) -> Figure:
+def measure(context: Context, case: str, setting: Setting) -> Figure:
     """case: "boundary", or "compiled", where the baselines are compiled."""
     inputs = context.inputs(setting)
     bound = inputs.bind()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +93,16 @@ def attempt(case: str, setting: Setting, measure: Callable[[], Figure]) -> Figur
             say(traceback.format_exc())
         say(f"  {case}, {setting}: refused: {error}")
         return {"case": case, "refused": f"{setting}: {type(error).__name__}: {error}"[:2000]}
+
+
+def over(
+    context: Context, case: str, grid: Iterable[tuple[str, int, int, int]], measure: Callable[[Setting], Figure]
+) -> Iterator[Figure]:
+    """A case's figures of whole boundaries. grid: (shape, batch, prior, step)."""
+    for shape, batch, prior, step in grid:
+        setting = context.setting(shape, batch, prior, step)
+        if context.due(case, setting, 2 * cache_bytes(setting) + (2 << 30)):
+            yield attempt(case, setting, functools.partial(measure, setting))
 
 
 def key(case: str, setting: Setting) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import floors
-from benchmarks.gpu.context import Context, attempt, cache_bytes, key
+from benchmarks.gpu.context import Context, cache_bytes, key, over
 from benchmarks.harness import Figure
 from benchmarks.inputs import Inputs, Setting
 from bottlenecked.processor import CacheProcessor
@@ -26,10 +26,7 @@ GRID = [
 
 
 def run(context: Context) -> Iterator[Figure]:
-    for shape, batch, prior, step in GRID[:1] if context.quick else GRID:
-        setting = context.setting(shape, batch, prior, step)
-        if context.due("memory", setting, 2 * cache_bytes(setting) + (2 << 30)):
-            yield attempt("memory", setting, functools.partial(measure, context, setting))
+    yield from over(context, "memory", GRID[:1] if context.quick else GRID, functools.partial(measure, context))
 
 
 def measure(context: Context, setting: Setting) -> Figure:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.context import Context, attempt, cache_bytes, key
+from benchmarks.gpu.context import Context, key, over
 from benchmarks.harness import OURS, Figure, figure, say
 from benchmarks.inputs import Setting
 
@@ -22,10 +22,7 @@ CALLS = 5
 
 
 def run(context: Context) -> Iterator[Figure]:
-    for shape, batch, prior, step in GRID[:1] if context.quick else GRID:
-        setting = context.setting(shape, batch, prior, step)
-        if context.due("profile", setting, 2 * cache_bytes(setting) + (2 << 30)):
-            yield attempt("profile", setting, functools.partial(measure, context, setting))
+    yield from over(context, "profile", GRID[:1] if context.quick else GRID, functools.partial(measure, context))
 
 
 def measure(context: Context, setting: Setting) -> Figure:

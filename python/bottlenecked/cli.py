@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .evaluation.cli import commands as evaluation_commands
+from .messages import loading, sentence
 from .training.cli import commands as training_commands
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory: use a smaller model, Processor or --dtype")
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        return _fail(_sentence(error))
+        return _fail(sentence(error))
     except Exception as error:
         # What the command-line library raises for a wrong command line; its name differs between versions.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
@@ -490,12 +491,8 @@ def load_backbone(model: str, dtype: DType, *, option: str) -> tuple[Any, Any]:
 
     backbones.locate(model)
     quiet_libraries()
-    try:
+    with loading(f"{option} {model}"):
         return backbones.load(model, dtype=dtype.value)
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # whatever the libraries that read the files raise
-        raise ValueError(f"{option} {model} cannot be loaded: {_sentence(error)}") from None
 
 
 def quiet_libraries() -> None:
@@ -583,13 +580,6 @@ def _encodes(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _sentence(error: BaseException) -> str:
-    """One line, whatever the error brought along."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _fail(message: str) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .. import backbones
+from ..messages import loading
 from .problems import Problem
 
 if TYPE_CHECKING:
@@ -175,12 +176,8 @@ class Transformers:
         if self._loaded is None or self._loaded[0] != system.model:
             self._loaded = None  # not two models at a time
             gc.collect()
-            try:
+            with loading(system.model):
                 model, tokenizer = backbones.load(system.model, dtype=self.settings.dtype)  # type: ignore[arg-type]
-            except (ImportError, MemoryError):
-                raise
-            except Exception as error:  # whatever the libraries that read the files raise
-                raise ValueError(f"{system.model} cannot be loaded: {error}") from None
             model.to(self.device)
             self._loaded = (system.model, model, tokenizer)
         if self._system != system:
@@ -261,7 +258,7 @@ class VLLM:
             os.environ.setdefault(name, value)
         from vllm import LLM
 
-        from ..integrations.vllm.serve import smollm2_directory
+        from ..integrations.vllm.serve import CONNECTOR, smollm2_directory
 
         directory = str(smollm2_directory()) if system.model == "smollm2" else system.model
         settings: dict[str, Any] = {
@@ -274,9 +271,7 @@ class VLLM:
         }
         if system.processor is not None:
             settings["kv_transfer_config"] = {
-                "kv_connector": "BottleneckedConnector",
-                "kv_connector_module_path": "bottlenecked.integrations.vllm.connector",
-                "kv_role": "kv_both",
+                **CONNECTOR,
                 "kv_connector_extra_config": {
                     "processor": str(system.processor.resolve()),
                     "weight_dtype": self.settings.weight_dtype,

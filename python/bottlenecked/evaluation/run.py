@@ -23,6 +23,7 @@ from typing import Any, Literal
 from .. import backbones
 from ..boundary import newline_token_ids
 from ..config import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE, BoundaryConfig, CacheProcessorConfig
+from ..messages import loading
 from ..training.config import differences
 from ..training.data import Dataset, load_examples
 from .answers import FLEXIBLE, STRICT, equal, extract
@@ -253,12 +254,8 @@ def _describe(system: System, settings: Settings) -> dict[str, Any]:
 
 def _load_tokenizer(model: str) -> Any:
     backbones.locate(model)
-    try:
+    with loading(f"the tokenizer of {model}"):
         return backbones.load_tokenizer(model)
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # whatever the libraries that read the files raise
-        raise ValueError(f"the tokenizer of {model} cannot be loaded: {error}") from None
 
 
 def _encode(

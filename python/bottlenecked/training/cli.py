@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..messages import loading
+
 if TYPE_CHECKING:
     from .data import Dataset
 
@@ -299,12 +301,8 @@ def load_tokenizer(backbone: str) -> Any:
 
     backbones.locate(backbone)
     cli.quiet_libraries()
-    try:
+    with loading(f"the tokenizer of {backbone}"):
         return backbones.load_tokenizer(backbone)
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # whatever the libraries that read the files raise
-        raise ValueError(f"the tokenizer of {backbone} cannot be loaded: {error}") from None
 
 
 def unescape(template: str) -> str:

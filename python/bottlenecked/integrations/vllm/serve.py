@@ -14,16 +14,17 @@ from ...backbones import load, locate
 from ...config import CacheProcessorConfig
 
 _SERVER = "vllm.entrypoints.openai.api_server"
+# Of --kv-transfer-config: what has vLLM load the connector.
+CONNECTOR = {
+    "kv_connector": "BottleneckedConnector",
+    "kv_connector_module_path": "bottlenecked.integrations.vllm.connector",
+    "kv_role": "kv_both",
+}
 
 
 def transfer_flags(processor: str | os.PathLike[str]) -> list[str]:
     """--kv-transfer-config for this Processor, key by key: vLLM adds what a user gives in the same way."""
-    values = {
-        "kv_connector": "BottleneckedConnector",
-        "kv_connector_module_path": "bottlenecked.integrations.vllm.connector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config.processor": Path(processor).resolve(),
-    }
+    values = {**CONNECTOR, "kv_connector_extra_config.processor": Path(processor).resolve()}
     return [f"--kv-transfer-config.{key}={value}" for key, value in values.items()]
 
 
