@@ -116,7 +116,8 @@ def model(setting: Setting, dtype: torch.dtype) -> PreTrainedModel:
         head_dim=shape.head_dim,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a billion random numbers take the host long
+        return LlamaForCausalLM(config).to(dtype)
 
 
 def problems(setting: Setting) -> list[Example]:
