@@ -1017,15 +1017,24 @@ static void fill_report(btx_report *report, const boundary_run *run, const char 
 
 /* The report of a boundary on another device, which is waited for. The write has been called for, so every failure but
  * the device's own refusal leaves the caches as nobody knows. */
+/* A device's array to its place in run->fetched: what lies between arrays, for alignment, was never written. */
+static btx_status fetch(const boundary_run *run, const void *array, int64_t count, btx_error *error)
+{
+    char *to = run->fetched + ((const char *)array - (const char *)run->positions);
+    return run->backend->download(run->executor, to, array, (size_t)(count * run->plan->num_layers) * 4, error);
+}
+
 static btx_status fetch_report(btx_report *report, const boundary_run *run, btx_error *error)
 {
-    const btx_backend *backend = run->backend;
-    const size_t bytes = (size_t)(run->staged - (const char *)run->positions);
-    btx_status status = backend->synchronize(run->executor, report->stage_seconds, error);
+    btx_status status = run->backend->synchronize(run->executor, report->stage_seconds, error);
     if (status == BTX_INVALID_ARGUMENT)
         return status;
     if (status == BTX_OK)
-        status = backend->download(run->executor, run->fetched, run->positions, bytes, error);
+        status = fetch(run, run->positions, run->plan->total_rows, error);
+    if (status == BTX_OK)
+        status = fetch(run, run->delta_norm, run->plan->num_steps, error);
+    if (status == BTX_OK)
+        status = fetch(run, run->row_norm, run->plan->num_steps, error);
     if (status != BTX_OK)
         return BTX_REBUILD_NEEDED;
     fill_report(report, run, run->fetched);

@@ -2,21 +2,24 @@
  * sizes 64 and 128: the matrix units work on the next scores while exponentials are taken of the last.
  *
  * The right side of a product is read from shared memory, where it lies in rows of 64 elements, swizzled (hopper.cuh);
- * a head of 128 is two such tiles. The left side stays in registers. */
+ * a head of 128 is two such tiles. The left side stays in registers.
+ *
+ * A block works on several splits or ranges, where there are enough for all multiprocessors: fetching the queries, and
+ * waiting for the first keys, took half of the time when it had one of 512 keys. What a split or a range adds up to
+ * does not depend on the block that it fell to. */
 #ifndef BTX_EMULATE
 #include "hopper.cuh"
 #include "operations.cuh"
 #include "scores.cuh"
 
-#define SPLIT_THREADS 256 /* two warpgroups of 64 queries */
-#define SPLIT_KEYS 128    /* of a tile: two products */
+#define SPLIT_KEYS 128 /* of a tile: two products */
 #define SPLIT_STAGES 3
 #define MASS_ROWS 256 /* queries that stay in shared memory, at most */
 
 /* Blocks of the second kernel: their warpgroups have 64 keys at a time, and so many are on a multiprocessor that some
  * take exponentials while others wait for their products. */
 template <int D> struct mass_block {
-    static constexpr int threads = D == 64 ? 128 : 256, keys = 128, per_processor = D == 64 ? 4 : 2;
+    static constexpr int threads = D == 64 ? 128 : 256, keys = 128, per_processor = D == 64 ? 5 : 2;
 };
 
 static_assert(BTX_LSE_MIN_KEYS % SPLIT_KEYS == 0, "splits consist of whole tiles");
@@ -37,6 +40,43 @@ __device__ static inline void load_swizzled_row(T *shared, int tile_rows, int ro
         else {
             for (int j = 0; j < 8; j++)
                 to[j] = global[(8 * chunk + j) * stride];
+        }
+    }
+}
+
+/* Keys [first, end) of a step to a tile of TILE_ROWS, swizzled or padded; rows behind them repeat the last. A lane
+ * finds where one of its warp's keys lies, and then the lanes fetch 16 bytes each, a key's one after another: as few
+ * requests to the second-level cache as there are lines. */
+template <typename T, int D, int TILE_ROWS, int TILE_THREADS, bool SWIZZLED>
+__device__ static inline void load_key_tile(const device_plan &plan, const device_step &step, const device_view &view,
+                                            int32_t kv_head, int32_t first, int32_t end, T *tile)
+{
+    constexpr int CHUNKS = D / 8, ROWS = TILE_ROWS / (TILE_THREADS / BTX_WARP); /* of a key; of a warp */
+    constexpr int AT_ONCE = BTX_WARP / CHUNKS;                                  /* keys of all lanes */
+    static_assert(BTX_WARP % CHUNKS == 0 && ROWS <= BTX_WARP && ROWS % AT_ONCE == 0, "lanes share evenly");
+    const int lane = threadIdx.x % BTX_WARP, warp_row = threadIdx.x / BTX_WARP * ROWS, chunk = lane % CHUNKS;
+    const int32_t mine = min(first + warp_row + lane % ROWS, end - 1);
+    const int64_t offset = kv_offset(plan, step, view, mine) + kv_head * view.stride[2];
+    const T *data = (const T *)view.data;
+    const auto place = [&](int row) {
+        return SWIZZLED ? tile + (chunk / 8 * TILE_ROWS + row) * 64 + (chunk % 8 ^ row % 8) * 8
+                        : tile + row * padded<D>::stride + chunk * 8;
+    };
+    if (view.vector) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i += AT_ONCE) {
+            const int row = i + lane / CHUNKS;
+            copy_async_16(place(warp_row + row), data + __shfl_sync(BTX_ALL_LANES, offset, row) + 8 * chunk);
+        }
+    }
+    else {
+#pragma unroll 1
+        for (int i = 0; i < ROWS; i += AT_ONCE) {
+            const int row = i + lane / CHUNKS;
+            const T *from = data + __shfl_sync(BTX_ALL_LANES, offset, row);
+            T *to = place(warp_row + row);
+            for (int j = 0; j < 8; j++)
+                to[j] = from[(8 * chunk + j) * view.stride[3]];
         }
     }
 }
@@ -118,109 +158,130 @@ __device__ static inline void normalize(partial_sum &row)
 }
 #endif
 
-/* Queries on the left. Block: a split, 128 rows of a KV head, a layer. */
-template <typename T, int D>
-__global__ void __launch_bounds__(SPLIT_THREADS, 2)
-    lse_sm90_kernel(const device_plan plan, const int32_t layer_begin, const int32_t row_blocks, partial_sum *partials)
+/* Blocks of the first kernel: a warpgroup has 64 queries. Shared memory has room for two with tiles of 128 elements. */
+template <int D, int GROUPS> struct split_block {
+    static constexpr int rows = 64 * GROUPS, threads = BTX_WARPGROUP * GROUPS;
+    static constexpr int per_processor = D == 64 && GROUPS == 1 ? 4 : 2;
+};
+
+/* Queries on the left. Block: per_block splits, some rows of a KV head, a layer. */
+template <typename T, int D, int GROUPS>
+__global__ void __launch_bounds__(split_block<D, GROUPS>::threads, split_block<D, GROUPS>::per_processor)
+    lse_sm90_kernel(const device_plan plan, const int32_t layer_begin, const int32_t row_blocks,
+                    const int32_t per_block, partial_sum *partials)
 {
 #ifdef BTX_SM90A
-    constexpr int TILE = SPLIT_KEYS * D;
+    constexpr int TILE = SPLIT_KEYS * D, ROWS = split_block<D, GROUPS>::rows;
     extern __shared__ __align__(1024) unsigned char shared[];
     T *tiles = (T *)shared; /* first the queries, padded, then SPLIT_STAGES tiles of keys */
-    const device_tile split = plan.splits[blockIdx.x];
-    const device_step step = plan.steps[split.step];
-    const int32_t kv_head = blockIdx.y / row_blocks, first_row = blockIdx.y % row_blocks * 128;
-    const int32_t num_rows = step.num_window * plan.group;
-    if (first_row >= num_rows)
-        return;
+    const int32_t kv_head = blockIdx.y / row_blocks, first_row = blockIdx.y % row_blocks * ROWS;
     const device_layer &layer = plan.layers[layer_begin + blockIdx.z];
     const int warp = threadIdx.x / BTX_WARP, lane = threadIdx.x % BTX_WARP;
-
-    load_queries<T, D>(plan, step, layer.queries, kv_head, first_row, 128, tiles);
-    copy_async_commit();
-    copy_async_wait<0>();
-    __syncthreads();
-    unsigned query[D / 16][4];
-#pragma unroll
-    for (int k = 0; k < D / 16; k++)
-        load_left<T, D>(query[k], tiles, warp * 16, k * 16);
-    __syncthreads();
-
-    const int32_t r = first_row + warp * 16 + lane / 4;        /* and r + 8 */
-    const int32_t num_keys = step.num_prior + step.num_window; /* rows behind the window's are to see no more either */
-    const int32_t last_key[2] = {min(step.num_prior + r / plan.group, num_keys - 1),
-                                 min(step.num_prior + (r + 8) / plan.group, num_keys - 1)};
-    partial_sum row[2] = {{LOWEST, 0.0f}, {LOWEST, 0.0f}};
-    const int32_t begin = split.index * step.keys_per_split;
-    const int32_t end = min(begin + step.keys_per_split, num_keys);
-    const device_view &view = layer.keys;
-    const T *view_data = (const T *)view.data + kv_head * view.stride[2];
-    const int64_t element_stride = view.stride[3];
-    const int vector = view.vector, tile_row = threadIdx.x / 2, part = threadIdx.x % 2;
-    /* Two threads fetch a key; scores of what lies behind the last are masked. */
-    const auto load = [&](int32_t key, int stage) {
-        if (key + tile_row < end)
-            load_swizzled_row<T, D>(tiles + stage * TILE, SPLIT_KEYS, tile_row,
-                                    view_data + kv_offset(plan, step, view, key + tile_row), element_stride, vector,
-                                    part);
-        copy_async_commit();
-    };
-    /* All keys of the split. Later tiles keep the first one's reference, unless that overflows: then once more. */
-    const auto pass = [&](auto first, auto later) {
-        load(begin, 0);
-        load(begin + SPLIT_KEYS, 1);
-        int stage = 0;
-        for (int32_t key = begin; key < end; key += SPLIT_KEYS) {
-            float score[32];
-            copy_async_wait<1>();
-            fence_async_proxy();
-            __syncthreads();
-            const T *tile = tiles + stage * TILE;
-            start_scores<T, D>(score, query, tile, SPLIT_KEYS, 0);
-            /* The stage that was read last turn is free: everyone has passed the barrier. */
-            load(key + 2 * SPLIT_KEYS, stage == 0 ? SPLIT_STAGES - 1 : stage - 1);
-            stage = stage == SPLIT_STAGES - 1 ? 0 : stage + 1;
-            wgmma_wait<0>();
-            wgmma_hold(score);
-            if (key == begin)
-                add_tile<decltype(first)::value>(score, key + lane % 4 * 2, last_key, step.num_prior, plan.scale_log2,
-                                                 row);
-            else
-                add_tile<decltype(later)::value>(score, key + lane % 4 * 2, last_key, step.num_prior, plan.scale_log2,
-                                                 row);
-            if (key + 64 >= end)
-                continue;
-            start_scores<T, D>(score, query, tile, SPLIT_KEYS, 64);
-            wgmma_wait<0>();
-            wgmma_hold(score);
-            add_tile<decltype(later)::value>(score, key + 64 + lane % 4 * 2, last_key, step.num_prior, plan.scale_log2,
-                                             row);
-        }
-        copy_async_wait<0>();
-    };
-    pass(constant<FIRST>(), constant<LATER>());
-    if (__syncthreads_or(!(row[0].sum < INFINITY) || !(row[1].sum < INFINITY))) {
-        row[0].largest = row[1].largest = LOWEST;
-        row[0].sum = row[1].sum = 0.0f;
-        pass(constant<RUNNING>(), constant<RUNNING>());
-    }
+    const int32_t r = first_row + warp * 16 + lane / 4; /* and r + 8 */
     partials += blockIdx.z * partials_of_layer(plan);
+
+    int32_t next_split = blockIdx.x * per_block;
+    const int32_t last_split = min(next_split + per_block, plan.num_splits);
+    while (next_split < last_split) {
+        /* All that are of one step. */
+        const device_tile split = plan.splits[next_split];
+        const device_step step = plan.steps[split.step];
+        const int32_t num_splits = min(last_split - next_split, step.num_splits - split.index);
+        const int32_t num_rows = step.num_window * plan.group;
+        next_split += num_splits;
+        if (first_row >= num_rows)
+            continue;
+        __syncthreads(); /* everyone is done with the tiles */
+        load_queries<T, D>(plan, step, layer.queries, kv_head, first_row, ROWS, tiles);
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+        unsigned query[D / 16][4];
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        normalize(row[h]);
-        merge_lanes(row[h], 1);
-        merge_lanes(row[h], 2);
-        if (lane % 4 == 0 && r + h * 8 < num_rows)
-            partials[partial_index(plan, step, split.index, kv_head, r + h * 8)] = row[h];
+        for (int k = 0; k < D / 16; k++)
+            load_left<T, D>(query[k], tiles, warp * 16, k * 16);
+        __syncthreads();
+
+        const int32_t num_keys = step.num_prior + step.num_window; /* rows behind the window's see no more either */
+        const int32_t last_key[2] = {min(step.num_prior + r / plan.group, num_keys - 1),
+                                     min(step.num_prior + (r + 8) / plan.group, num_keys - 1)};
+        partial_sum row[2];
+        const auto load = [&](int32_t key, int32_t end,
+                              int stage) { /* scores of what lies behind end are masked */
+                                           if (key < end)
+                                               load_key_tile<T, D, SPLIT_KEYS, split_block<D, GROUPS>::threads, true>(
+                                                   plan, step, layer.keys, kv_head, key, end, tiles + stage * TILE);
+                                           copy_async_commit();
+        };
+        const auto add = [&](auto reference, const float (&score)[32], int32_t key) {
+            add_tile<decltype(reference)::value>(score, key + lane % 4 * 2, last_key, step.num_prior, plan.scale_log2,
+                                                 row);
+        };
+        /* Keys from begin on, of count splits. A split's later tiles keep its first one's reference; true where that
+         * overflowed. */
+        const auto pass = [&](int32_t index, int32_t count, auto first, auto later) {
+            const int32_t begin = index * step.keys_per_split;
+            const int32_t end = min(begin + count * step.keys_per_split, num_keys);
+            int32_t split_begin = begin;
+            bool overflowed = false;
+            load(begin, end, 0);
+            load(begin + SPLIT_KEYS, end, 1);
+            int stage = 0;
+            for (int32_t key = begin; key < end; key += SPLIT_KEYS) {
+                float score[32];
+                copy_async_wait<1>();
+                fence_async_proxy();
+                __syncthreads();
+                const T *tile = tiles + stage * TILE;
+                start_scores<T, D>(score, query, tile, SPLIT_KEYS, 0);
+                /* The stage that was read last turn is free: everyone has passed the barrier. */
+                load(key + 2 * SPLIT_KEYS, end, stage == 0 ? SPLIT_STAGES - 1 : stage - 1);
+                stage = stage == SPLIT_STAGES - 1 ? 0 : stage + 1;
+                wgmma_wait<0>();
+                wgmma_hold(score);
+                if (key == split_begin) {
+                    row[0].largest = row[1].largest = LOWEST;
+                    row[0].sum = row[1].sum = 0.0f;
+                    add(first, score, key);
+                }
+                else {
+                    add(later, score, key);
+                }
+                if (key + 64 < end) {
+                    start_scores<T, D>(score, query, tile, SPLIT_KEYS, 64);
+                    wgmma_wait<0>();
+                    wgmma_hold(score);
+                    add(later, score, key + 64);
+                }
+                if (key + SPLIT_KEYS < split_begin + step.keys_per_split && key + SPLIT_KEYS < end)
+                    continue;
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    overflowed |= !(row[h].sum < INFINITY);
+                    normalize(row[h]);
+                    merge_lanes(row[h], 1);
+                    merge_lanes(row[h], 2);
+                    if (lane % 4 == 0 && r + h * 8 < num_rows)
+                        partials[partial_index(plan, step, index, kv_head, r + h * 8)] = row[h];
+                }
+                split_begin += step.keys_per_split;
+                index++;
+            }
+            copy_async_wait<0>();
+            return overflowed;
+        };
+        const bool overflowed = pass(split.index, num_splits, constant<FIRST>(), constant<LATER>());
+        if (__syncthreads_or(overflowed))
+            pass(split.index, num_splits, constant<RUNNING>(), constant<RUNNING>());
     }
 #endif
 }
 
-/* Keys on the left, the KV head's queries on the right. Block: a range of keys, a KV head, a layer. mass
+/* Keys on the left, the KV head's queries on the right. Block: per_block ranges of keys, a KV head, a layer. mass
  * [layers, num_kv_heads, total_prior]. capacity: rows of queries that shared memory holds, a multiple of 64. */
 template <typename T, int D>
 __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_processor)
-    mass_sm90_kernel(const device_plan plan, const int32_t layer_begin, const int32_t capacity,
+    mass_sm90_kernel(const device_plan plan, const int32_t layer_begin, const int32_t capacity, const int32_t per_block,
                      const partial_sum *partials, float *mass)
 {
 #ifdef BTX_SM90A
@@ -228,88 +289,101 @@ __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_pro
     extern __shared__ __align__(1024) unsigned char shared[];
     T *queries = (T *)shared, *keys = queries + capacity * D;
     float *lse = (float *)(keys + MASS_KEYS * STRIDE);
-    const device_tile range = plan.ranges[blockIdx.x];
-    const device_step step = plan.steps[range.step];
     const int32_t kv_head = blockIdx.y, layer_index = layer_begin + blockIdx.z;
     const device_layer &layer = plan.layers[layer_index];
     const int warp = threadIdx.x / BTX_WARP, lane = threadIdx.x % BTX_WARP;
-    const int32_t begin = range.index * step.keys_per_range;
-    const int32_t end = min(begin + step.keys_per_range, step.num_prior);
-    const int32_t all_rows = step.num_window * plan.group;
-    const float weight = plan.mass_scale / (float)step.num_window;
     partials += blockIdx.z * partials_of_layer(plan);
-    mass += ((int64_t)blockIdx.z * plan.num_kv_heads + kv_head) * plan.total_prior + step.prior_offset;
+    mass += ((int64_t)blockIdx.z * plan.num_kv_heads + kv_head) * plan.total_prior;
 
-    for (int32_t first_row = 0; first_row < all_rows; first_row += capacity) {
-        const int32_t num_rows = (min(capacity, all_rows - first_row) + 63) / 64 * 64, num_blocks = num_rows / 64;
-        for (int32_t row = threadIdx.x / 2; row < num_rows; row += mass_block<D>::threads / 2) {
-            const device_view &view = layer.queries;
-            const int32_t r = first_row + row, part = threadIdx.x % 2;
-            if (r < all_rows) {
-                const int32_t head = kv_head * plan.group + r % plan.group;
-                const T *from =
-                    (const T *)view.data + query_offset(plan, step, view, r / plan.group) + head * view.stride[2];
-                load_swizzled_row<T, D>(queries, num_rows, row, from, view.stride[3], view.vector, part);
+    int32_t next_range = blockIdx.x * per_block;
+    const int32_t last_range = min(next_range + per_block, plan.num_ranges);
+    while (next_range < last_range) {
+        /* All that are of one step: their keys follow one another. */
+        const device_tile range = plan.ranges[next_range];
+        const device_step step = plan.steps[range.step];
+        const int32_t begin = range.index * step.keys_per_range;
+        const int32_t num_ranges =
+            min(last_range - next_range, (step.num_prior - begin + step.keys_per_range - 1) / step.keys_per_range);
+        const int32_t end = min(begin + num_ranges * step.keys_per_range, step.num_prior);
+        const int32_t all_rows = step.num_window * plan.group;
+        const float weight = plan.mass_scale / (float)step.num_window;
+        float *of_step = mass + step.prior_offset;
+        const auto load = [&](int32_t key) {
+            load_key_tile<T, D, MASS_KEYS, mass_block<D>::threads, false>(plan, step, layer.keys, kv_head, key, end,
+                                                                          keys);
+        };
+        next_range += num_ranges;
+        for (int32_t first_row = 0; first_row < all_rows; first_row += capacity) {
+            const int32_t num_rows = (min(capacity, all_rows - first_row) + 63) / 64 * 64, num_blocks = num_rows / 64;
+            for (int32_t row = threadIdx.x / 2; row < num_rows; row += mass_block<D>::threads / 2) {
+                const device_view &view = layer.queries;
+                const int32_t r = first_row + row, part = threadIdx.x % 2;
+                if (r < all_rows) {
+                    const int32_t head = kv_head * plan.group + r % plan.group;
+                    const T *from =
+                        (const T *)view.data + query_offset(plan, step, view, r / plan.group) + head * view.stride[2];
+                    load_swizzled_row<T, D>(queries, num_rows, row, from, view.stride[3], view.vector, part);
+                }
+                else {
+                    for (int i = part; i < D; i += 2)
+                        queries[(i / 64 * num_rows + row) * 64 + i % 64] = from_f32<T>(0.0f);
+                }
             }
-            else {
-                for (int i = part; i < D; i += 2)
-                    queries[(i / 64 * num_rows + row) * 64 + i % 64] = from_f32<T>(0.0f);
-            }
-        }
-        load_keys<T, D>(plan, step, layer.keys, kv_head, begin, min(begin + MASS_KEYS, end), keys);
-        copy_async_commit();
-        load_lse(plan, step, range.step, layer_index, partials, kv_head, first_row, num_rows, lse);
-        for (int32_t key = begin; key < end; key += MASS_KEYS) {
-            constexpr int PARTS = MASS_KEYS * 2 / mass_block<D>::threads; /* of 64 keys, that a warpgroup has */
-            unsigned left[PARTS][D / 16][4];
-            copy_async_wait<0>();
-            fence_async_proxy();
-            __syncthreads();
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) {
-#pragma unroll
-                for (int k = 0; k < D / 16; k++)
-                    load_left<T, D>(left[p][k], keys, (p * mass_block<D>::threads / 32 + warp) * 16, k * 16);
-            }
-            __syncthreads();
-            const int32_t next = key + MASS_KEYS;
-            if (next < end)
-                load_keys<T, D>(plan, step, layer.keys, kv_head, next, min(next + MASS_KEYS, end), keys);
+            load(begin);
             copy_async_commit();
+            load_lse(plan, step, range.step, layer_index, partials, kv_head, first_row, num_rows, lse);
+            for (int32_t key = begin; key < end; key += MASS_KEYS) {
+                constexpr int PARTS = MASS_KEYS * 2 / mass_block<D>::threads; /* of 64 keys, that a warpgroup has */
+                unsigned left[PARTS][D / 16][4];
+                copy_async_wait<0>();
+                fence_async_proxy();
+                __syncthreads();
+#pragma unroll
+                for (int p = 0; p < PARTS; p++) {
+#pragma unroll
+                    for (int k = 0; k < D / 16; k++)
+                        load_left<T, D>(left[p][k], keys, (p * mass_block<D>::threads / 32 + warp) * 16, k * 16);
+                }
+                __syncthreads();
+                const int32_t next = key + MASS_KEYS;
+                if (next < end)
+                    load(next);
+                copy_async_commit();
 
 #pragma unroll
-            for (int p = 0; p < PARTS; p++) {
-                float total[2] = {};
-                /* While one warpgroup waits for its products, others of the multiprocessor take exponentials. */
+                for (int p = 0; p < PARTS; p++) {
+                    float total[2] = {};
+                    /* While one warpgroup waits for its products, others of the multiprocessor take exponentials. */
 #pragma unroll 1
-                for (int block = 0; block < num_blocks; block++) {
-                    const float *of_block = lse + block * 64 + lane % 4 * 2;
-                    float score[32];
-                    start_scores<T, D>(score, left[p], queries, num_rows, block * 64);
-                    wgmma_wait<0>();
-                    wgmma_hold(score);
+                    for (int block = 0; block < num_blocks; block++) {
+                        const float *of_block = lse + block * 64 + lane % 4 * 2;
+                        float score[32];
+                        start_scores<T, D>(score, left[p], queries, num_rows, block * 64);
+                        wgmma_wait<0>();
+                        wgmma_hold(score);
 #pragma unroll
-                    for (int n = 0; n < 8; n++) {
-                        const float2 of_columns = *(const float2 *)(const void *)(of_block + n * 8);
+                        for (int n = 0; n < 8; n++) {
+                            const float2 of_columns = *(const float2 *)(const void *)(of_block + n * 8);
 #pragma unroll
-                        for (int h = 0; h < 2; h++) {
-                            total[h] += exp2_fast(fmaf(score[n * 4 + 2 * h], plan.scale_log2, -of_columns.x));
-                            total[h] += exp2_fast(fmaf(score[n * 4 + 2 * h + 1], plan.scale_log2, -of_columns.y));
+                            for (int h = 0; h < 2; h++) {
+                                total[h] += exp2_fast(fmaf(score[n * 4 + 2 * h], plan.scale_log2, -of_columns.x));
+                                total[h] += exp2_fast(fmaf(score[n * 4 + 2 * h + 1], plan.scale_log2, -of_columns.y));
+                            }
                         }
                     }
-                }
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float sum = total[h];
-                    sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 1);
-                    sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 2);
-                    const int32_t at = key + (p * mass_block<D>::threads / 32 + warp) * 16 + h * 8 + lane / 4;
-                    if (lane % 4 == 0 && at < end)
-                        mass[at] = first_row == 0 ? sum * weight : mass[at] + sum * weight;
+                    for (int h = 0; h < 2; h++) {
+                        float sum = total[h];
+                        sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 1);
+                        sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 2);
+                        const int32_t at = key + (p * mass_block<D>::threads / 32 + warp) * 16 + h * 8 + lane / 4;
+                        if (lane % 4 == 0 && at < end)
+                            of_step[at] = first_row == 0 ? sum * weight : of_step[at] + sum * weight;
+                    }
                 }
             }
+            __syncthreads();
         }
-        __syncthreads();
     }
 #endif
 }
@@ -317,21 +391,48 @@ __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_pro
 /* ---- launches -----------------------------------------------------------------------------------------------------
  */
 
+/* How many of a step's splits or ranges a block works on: as many as leave every place on the device some blocks in
+ * turn, so that all end at about the same time. blocks: of one each; most: of a step. */
+static int32_t per_block_of(const cuda_executor *executor, int64_t blocks, int per_processor, int64_t most)
+{
+    const int64_t per_block = blocks / ((int64_t)executor->num_processors * per_processor * 3);
+    return (int32_t)(per_block < 1 ? 1 : per_block < most ? per_block : most);
+}
+
+template <typename T, int D, int GROUPS>
+static btx_status launch_lse(cuda_executor *executor, int32_t layer_begin, int32_t num_layers, partial_sum *partials,
+                             btx_error *error)
+{
+    const device_plan &plan = executor->plan;
+    const int64_t rows = (int64_t)plan.max_window * plan.group;
+    const int32_t row_blocks = (int32_t)((rows + split_block<D, GROUPS>::rows - 1) / split_block<D, GROUPS>::rows);
+    const int query_bytes = split_block<D, GROUPS>::rows * padded<D>::stride * 2;
+    const int key_bytes = SPLIT_STAGES * SPLIT_KEYS * D * 2, bytes = query_bytes > key_bytes ? query_bytes : key_bytes;
+    btx_status status = cuda_prepare(executor, (const void *)lse_sm90_kernel<T, D, GROUPS>, bytes, error);
+    if (status != BTX_OK)
+        return status;
+    const int32_t head_blocks = plan.num_kv_heads * row_blocks;
+    const int32_t per_block = per_block_of(executor, (int64_t)plan.num_splits * head_blocks * num_layers,
+                                           split_block<D, GROUPS>::per_processor, plan.most_splits);
+    const int32_t blocks = (plan.num_splits + per_block - 1) / per_block;
+    BTX_LAUNCH((lse_sm90_kernel<T, D, GROUPS>), dim3(blocks, head_blocks, num_layers),
+               (split_block<D, GROUPS>::threads), bytes, executor->stream, plan, layer_begin, row_blocks, per_block,
+               partials);
+    BTX_CUDA_CHECK("launching lse_sm90_kernel");
+    return BTX_OK;
+}
+
 template <typename T, int D>
 static btx_status launch(cuda_executor *executor, int32_t layer_begin, int32_t num_layers, partial_sum *partials,
                          float *mass, btx_error *error)
 {
     const device_plan &plan = executor->plan;
     const int64_t rows = (int64_t)plan.max_window * plan.group;
-    const int32_t row_blocks = (int32_t)((rows + 127) / 128);
-    const int query_bytes = 128 * padded<D>::stride * 2, key_bytes = SPLIT_STAGES * SPLIT_KEYS * D * 2;
-    const int lse_bytes = query_bytes > key_bytes ? query_bytes : key_bytes;
-    btx_status status = cuda_prepare(executor, (const void *)lse_sm90_kernel<T, D>, lse_bytes, error);
+    btx_status status = rows <= split_block<D, 1>::rows
+                            ? launch_lse<T, D, 1>(executor, layer_begin, num_layers, partials, error)
+                            : launch_lse<T, D, 2>(executor, layer_begin, num_layers, partials, error);
     if (status != BTX_OK)
         return status;
-    BTX_LAUNCH((lse_sm90_kernel<T, D>), dim3(plan.num_splits, plan.num_kv_heads * row_blocks, num_layers),
-               SPLIT_THREADS, lse_bytes, executor->stream, plan, layer_begin, row_blocks, partials);
-    BTX_CUDA_CHECK("launching lse_sm90_kernel");
     int32_t capacity = (int32_t)((rows + 63) / 64 * 64);
     capacity = capacity < MASS_ROWS ? capacity : MASS_ROWS;
     const int row_bytes = D * 2 + 4, mass_key_bytes = mass_block<D>::keys * padded<D>::stride * 2;
@@ -340,8 +441,11 @@ static btx_status launch(cuda_executor *executor, int32_t layer_begin, int32_t n
         cuda_prepare(executor, (const void *)mass_sm90_kernel<T, D>, MASS_ROWS * row_bytes + mass_key_bytes, error);
     if (status != BTX_OK)
         return status;
-    BTX_LAUNCH((mass_sm90_kernel<T, D>), dim3(plan.num_ranges, plan.num_kv_heads, num_layers), mass_block<D>::threads,
-               mass_bytes, executor->stream, plan, layer_begin, capacity, partials, mass);
+    const int32_t per_block = per_block_of(executor, (int64_t)plan.num_ranges * plan.num_kv_heads * num_layers,
+                                           mass_block<D>::per_processor, plan.most_ranges);
+    const int32_t blocks = (plan.num_ranges + per_block - 1) / per_block;
+    BTX_LAUNCH((mass_sm90_kernel<T, D>), dim3(blocks, plan.num_kv_heads, num_layers), mass_block<D>::threads,
+               mass_bytes, executor->stream, plan, layer_begin, capacity, per_block, partials, mass);
     BTX_CUDA_CHECK("launching mass_sm90_kernel");
     return BTX_OK;
 }

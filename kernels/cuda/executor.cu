@@ -397,7 +397,7 @@ static int64_t keys_per_range(int64_t num_prior)
 /* Where the parts of a plan lie in its block. */
 typedef struct plan_layout {
     size_t refused, layers, steps, blocks, pages, row_step, splits, ranges, bytes;
-    int64_t num_blocks, num_splits, num_ranges, split_rows;
+    int64_t num_blocks, num_splits, num_ranges, most_splits, most_ranges, split_rows;
     int64_t max_window, max_prior;
 } plan_layout;
 
@@ -418,7 +418,10 @@ static plan_layout lay_out(const btx_plan *plan)
         layout.num_blocks += (step->step_end - 1) / plan->block_size - step->sequence_begin / plan->block_size + 1;
         layout.num_splits += splits;
         layout.split_rows += splits * step->num_window;
-        layout.num_ranges += (step->num_prior + keys_per_range(step->num_prior) - 1) / keys_per_range(step->num_prior);
+        const int64_t ranges = (step->num_prior + keys_per_range(step->num_prior) - 1) / keys_per_range(step->num_prior);
+        layout.num_ranges += ranges;
+        layout.most_splits = splits > layout.most_splits ? splits : layout.most_splits;
+        layout.most_ranges = ranges > layout.most_ranges ? ranges : layout.most_ranges;
         layout.max_window = step->num_window > layout.max_window ? step->num_window : layout.max_window;
         layout.max_prior = step->num_prior > layout.max_prior ? step->num_prior : layout.max_prior;
     }
@@ -496,6 +499,8 @@ static device_plan make_plan(const btx_plan *plan, const plan_layout *layout, co
     made.num_steps = (int32_t)plan->num_steps;
     made.num_splits = (int32_t)layout->num_splits;
     made.num_ranges = (int32_t)layout->num_ranges;
+    made.most_splits = (int32_t)layout->most_splits;
+    made.most_ranges = (int32_t)layout->most_ranges;
     made.split_rows = (int32_t)layout->split_rows;
     made.max_window = (int32_t)layout->max_window;
     made.max_prior = (int32_t)layout->max_prior;

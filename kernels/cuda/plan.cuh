@@ -65,6 +65,7 @@ typedef struct device_plan {
     int64_t total_prior;
     int32_t total_rows, num_steps;
     int32_t num_splits, num_ranges;
+    int32_t most_splits, most_ranges; /* of a step */
     int32_t split_rows; /* sum over steps of window rows times splits */
     int32_t max_window, max_prior;
     int32_t num_kv_heads, group, head_dim; /* group: query heads of a KV head */
