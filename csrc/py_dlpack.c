@@ -54,7 +54,8 @@ struct dl_exchange_api {
     void (*managed_tensor_allocator)(void);
     int (*managed_tensor_from_object)(void *object, dl_managed_tensor_versioned **out); /* 0, or -1: Python error set */
     void (*managed_tensor_to_object)(void);
-    void (*tensor_from_object)(void);
+    /* Without an owner: for as long as the object lives and nobody changes it. May be NULL. */
+    int (*tensor_from_object)(void *object, dl_tensor *out);
     int (*current_work_stream)(int32_t device_type, int32_t device_id, void **out);
 };
 
@@ -201,38 +202,81 @@ static void release_managed(dl_managed_tensor_versioned *managed)
         managed->deleter(managed);
 }
 
+/* Whether the object may be asked through list->exchange. -1: a Python error is set. */
+static int may_exchange(module_state *state, borrowed_list *list, PyObject *object)
+{
+    if (find_exchange(state, list, object) < 0)
+        return -1;
+    if (list->exchange == NULL || !list->exchange_has_gradients)
+        return list->exchange != NULL;
+    PyObject *requires_grad = PyObject_GetAttr(object, state->requires_grad_name);
+    int no_gradient = requires_grad == Py_False;
+    Py_XDECREF(requires_grad);
+    return requires_grad == NULL ? -1 : no_gradient;
+}
+
+/* After a failure of the exchange: 0 where __dlpack__ is to be asked, -1 where the Python error is to be told. */
+static int forgive_exchange(void)
+{
+    if (PyErr_ExceptionMatches(PyExc_MemoryError) || !PyErr_ExceptionMatches(PyExc_Exception))
+        return -1;
+    PyErr_Clear();
+    return 0;
+}
+
+static int is_for_exchange(const borrowed_list *list, const dl_tensor *tensor)
+{
+    btx_dtype dtype;
+    const int32_t device = tensor->device.type;
+    return read_dtype(tensor, &dtype) && (device == DL_CPU || (device == DL_CUDA && list->stream == NULL));
+}
+
 /* Exports through the C exchange API. *out stays NULL where __dlpack__ is to be asked. -1: a Python error is set. */
 static int exchange_tensor(module_state *state, borrowed_list *list, PyObject *object,
                            dl_managed_tensor_versioned **out)
 {
-    btx_dtype dtype;
-    if (find_exchange(state, list, object) < 0)
-        return -1;
-    if (list->exchange == NULL)
-        return 0;
-    if (list->exchange_has_gradients) {
-        PyObject *requires_grad = PyObject_GetAttr(object, state->requires_grad_name);
-        int no_gradient = requires_grad == Py_False;
-        Py_XDECREF(requires_grad);
-        if (requires_grad == NULL)
-            return -1;
-        if (!no_gradient)
-            return 0;
-    }
+    int may = may_exchange(state, list, object);
+    if (may <= 0)
+        return may;
     if (list->exchange->managed_tensor_from_object(object, out) != 0) {
         *out = NULL;
-        if (PyErr_ExceptionMatches(PyExc_MemoryError) || !PyErr_ExceptionMatches(PyExc_Exception))
-            return -1;
-        PyErr_Clear();
-        return 0;
+        return forgive_exchange();
     }
-    const dl_managed_tensor_versioned *managed = *out;
-    const int32_t device = managed->tensor.device.type;
-    if (managed->version.major != 1 || !read_dtype(&managed->tensor, &dtype) ||
-        (device != DL_CPU && (device != DL_CUDA || list->stream != NULL))) {
+    if ((*out)->version.major != 1 || !is_for_exchange(list, &(*out)->tensor)) {
         release_managed(*out);
         *out = NULL;
     }
+    return 0;
+}
+
+/* What DLPack says of a tensor, checked. */
+static int fill_view(module_state *state, btx_tensor *view, const dl_tensor *tensor, int read_only, const char *name,
+                     Py_ssize_t index)
+{
+    if (tensor->ndim < 0 || tensor->ndim > BTX_MAX_DIMS)
+        return refuse(state->invalid_argument_error, name, index, "has %d dimensions; at most %d are used",
+                      (int)tensor->ndim, BTX_MAX_DIMS);
+    *view = (btx_tensor){.num_dims = tensor->ndim, .read_only = read_only};
+    if (!read_dtype(tensor, &view->dtype))
+        return refuse(state->invalid_argument_error, name, index,
+                      "its dtype (DLPack code %d, %d bits) is none of float32, float16, bfloat16, int32, int64",
+                      (int)tensor->dtype.code, (int)tensor->dtype.bits);
+    if (tensor->device.type == DL_CUDA)
+        view->device = (btx_device){BTX_CUDA, tensor->device.id};
+    else if (tensor->device.type != DL_CPU && tensor->device.type != DL_CUDA_HOST)
+        return refuse(state->unsupported_error, name, index, "is on DLPack device type %d; CPU and CUDA are supported",
+                      (int)tensor->device.type);
+    int64_t stride = 1;
+    for (int32_t d = tensor->ndim - 1; d >= 0; d--) {
+        view->shape[d] = tensor->shape[d];
+        view->stride[d] = tensor->strides != NULL ? tensor->strides[d] : stride;
+        if (tensor->strides == NULL)
+            stride *= tensor->shape[d];
+    }
+    view->data = tensor->data == NULL ? NULL : (char *)tensor->data + tensor->byte_offset;
+    if (view->data != NULL && (uintptr_t)view->data % btx_dtype_size(view->dtype) != 0)
+        return refuse(state->invalid_argument_error, name, index,
+                      "its data are not aligned to %zu bytes; copy the tensor", btx_dtype_size(view->dtype));
     return 0;
 }
 
@@ -272,32 +316,26 @@ int borrow_tensor(module_state *state, borrowed_list *list, Py_ssize_t i, PyObje
         tensor = &managed->tensor;
         read_only = (managed->flags & DL_FLAG_READ_ONLY) != 0;
     }
+    return fill_view(state, view, tensor, read_only, name, index);
+}
 
-    if (tensor->ndim < 0 || tensor->ndim > BTX_MAX_DIMS)
-        return refuse(state->invalid_argument_error, name, index, "has %d dimensions; at most %d are used",
-                      (int)tensor->ndim, BTX_MAX_DIMS);
-    *view = (btx_tensor){.num_dims = tensor->ndim, .read_only = read_only};
-    if (!read_dtype(tensor, &view->dtype))
-        return refuse(state->invalid_argument_error, name, index,
-                      "its dtype (DLPack code %d, %d bits) is none of float32, float16, bfloat16, int32, int64",
-                      (int)tensor->dtype.code, (int)tensor->dtype.bits);
-    if (tensor->device.type == DL_CUDA)
-        view->device = (btx_device){BTX_CUDA, tensor->device.id};
-    else if (tensor->device.type != DL_CPU && tensor->device.type != DL_CUDA_HOST)
-        return refuse(state->unsupported_error, name, index, "is on DLPack device type %d; CPU and CUDA are supported",
-                      (int)tensor->device.type);
-    int64_t stride = 1;
-    for (int32_t d = tensor->ndim - 1; d >= 0; d--) {
-        view->shape[d] = tensor->shape[d];
-        view->stride[d] = tensor->strides != NULL ? tensor->strides[d] : stride;
-        if (tensor->strides == NULL)
-            stride *= tensor->shape[d];
+int look_at_tensor(module_state *state, borrowed_list *list, Py_ssize_t i, PyObject *object, int read_only,
+                   const char *name, Py_ssize_t index)
+{
+    dl_tensor tensor;
+    int may = may_exchange(state, list, object);
+    if (may < 0)
+        return -1;
+    if (may && list->exchange->tensor_from_object != NULL) {
+        if (list->exchange->tensor_from_object(object, &tensor) != 0) {
+            if (forgive_exchange() < 0)
+                return -1;
+        }
+        else if (is_for_exchange(list, &tensor)) {
+            return fill_view(state, &list->views[i], &tensor, read_only, name, index);
+        }
     }
-    view->data = tensor->data == NULL ? NULL : (char *)tensor->data + tensor->byte_offset;
-    if (view->data != NULL && (uintptr_t)view->data % btx_dtype_size(view->dtype) != 0)
-        return refuse(state->invalid_argument_error, name, index,
-                      "its data are not aligned to %zu bytes; copy the tensor", btx_dtype_size(view->dtype));
-    return 0;
+    return borrow_tensor(state, list, i, object, name, index);
 }
 
 void *current_stream(module_state *state, borrowed_list *list, PyObject *object)

@@ -69,6 +69,10 @@ void borrowed_list_clear(borrowed_list *list);
  * none) say in the message which argument it was. */
 int borrow_tensor(module_state *state, borrowed_list *list, Py_ssize_t i, PyObject *object, const char *name,
                   Py_ssize_t index);
+/* The same, many times faster, where its type offers to tell what the tensor is without exporting it. For objects that
+ * the caller keeps alive; whether it may be written is then not told: read_only says so. */
+int look_at_tensor(module_state *state, borrowed_list *list, Py_ssize_t i, PyObject *object, int read_only,
+                   const char *name, Py_ssize_t index);
 
 /* py_types.c */
 extern PyType_Spec kv_cache_spec, query_cache_spec, processor_spec, linear_spec, workspace_spec;

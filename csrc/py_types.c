@@ -1,6 +1,6 @@
 /* py_types.c - KVCache, QueryCache, Workspace, Processor, Linear, attention_mass, select_top_k.
  *
- * A cache object keeps the Python tensors it was given, and the views they had then. Each call borrows the tensors
+ * A cache object keeps the Python tensors it was given, and the views they had then. Each call looks at the tensors
  * anew and refuses those that moved or changed shape, so that memory freed or resized behind our back is never
  * touched. */
 #include <stdlib.h>
@@ -123,16 +123,19 @@ static void cache_dealloc(PyObject *object)
 }
 
 /* Borrows the tensors (a tuple of num_layers times the number of names) and views each as
- * [num_blocks, block_size, heads, head_dim]. */
+ * [num_blocks, block_size, heads, head_dim]. then: what they were when they were bound; NULL: now. */
 static int borrow_layers(module_state *state, PyObject *tensors, Py_ssize_t num_layers, const char *const *names,
-                         int heads_first, PyObject *stream, borrowed_list *list)
+                         int heads_first, const btx_tensor *then, PyObject *stream, borrowed_list *list)
 {
     Py_ssize_t size = PyTuple_Size(tensors);
     if (size < 0 || borrowed_list_init(list, size, stream) < 0)
         return -1;
     for (Py_ssize_t i = 0; i < size; i++) {
         btx_tensor *view = &list->views[i];
-        if (borrow_tensor(state, list, i, PyTuple_GetItem(tensors, i), names[i / num_layers], i % num_layers) < 0)
+        PyObject *tensor = PyTuple_GetItem(tensors, i);
+        const char *name = names[i / num_layers];
+        if (then == NULL ? borrow_tensor(state, list, i, tensor, name, i % num_layers) < 0
+                         : look_at_tensor(state, list, i, tensor, then[i].read_only, name, i % num_layers) < 0)
             return -1;
         if (view->num_dims != 4) {
             PyErr_Format(state->invalid_argument_error, "%s of layer %zd have %d dimensions; they must have 4",
@@ -159,7 +162,7 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *tensors, PyObject *tabl
         PyErr_Format(state->invalid_argument_error, "%s: no layers; pass one tensor per layer", names[0]);
         goto cleanup;
     }
-    if (borrow_layers(state, tensors, num_layers, names, heads_first, NULL, &borrowed) < 0)
+    if (borrow_layers(state, tensors, num_layers, names, heads_first, NULL, NULL, &borrowed) < 0)
         goto cleanup;
     self = (cache_object *)new_instance(type);
     if (self == NULL)
@@ -180,7 +183,7 @@ cleanup:
 static int cache_borrow(module_state *state, cache_object *self, PyObject *stream, borrowed_list *list,
                         const char *const *names)
 {
-    if (borrow_layers(state, self->tensors, self->num_layers, names, self->heads_first, stream, list) < 0)
+    if (borrow_layers(state, self->tensors, self->num_layers, names, self->heads_first, self->views, stream, list) < 0)
         return -1;
     return check_unmoved(state, list, self->views, self->num_layers, names);
 }
@@ -503,8 +506,9 @@ static PyObject *query_cache_capture(PyObject *object, PyObject *args, PyObject 
     tensors[3] = PyTuple_GetItem(self->tensors, layer);
     if (parse_stream(stream, &native_stream, &number) < 0 || borrowed_list_init(&borrowed, 4, number) < 0)
         goto cleanup;
-    for (Py_ssize_t i = 0; i < 4; i++) {
-        if (borrow_tensor(state, &borrowed, i, tensors[i], tensor_names[i], i == 3 ? layer : -1) < 0)
+    for (Py_ssize_t i = 0; i < 4; i++) { /* all but the last are only read */
+        if (look_at_tensor(state, &borrowed, i, tensors[i], i == 3 && self->views[layer].read_only, tensor_names[i],
+                           i == 3 ? layer : -1) < 0)
             goto cleanup;
     }
     if (!same_view(&borrowed.views[3], &self->views[layer])) {

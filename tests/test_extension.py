@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -630,6 +631,12 @@ class ManagedTensor(ctypes.Structure):
     ]
 
 
+class PlainTensor(ctypes.Structure):
+    """DLTensor."""
+
+    _fields_ = ManagedTensor._fields_[4:]
+
+
 class ExchangeAPI(ctypes.Structure):
     """DLPackExchangeAPI, as far as it is used."""
 
@@ -649,27 +656,51 @@ class Exchange:
 
     `devices` are those whose stream was asked for.
 
-    fails: the C function raises an exception. changes: of the exported ManagedTensor.
+    fails: the C function raises an exception. changes: of the exported ManagedTensor. views: changes of what is told
+    without an export, which counts in `viewed`; None: that is not offered; "fails": it raises an exception.
     """
 
-    def __init__(self, *, versions: tuple[int, ...] = (1,), fails: bool = False, **changes: object) -> None:
-        self.exported = self.deleted = self.asked = 0
+    def __init__(
+        self,
+        *,
+        versions: tuple[int, ...] = (1,),
+        fails: bool = False,
+        views: dict[str, object] | Literal["fails"] | None = None,
+        **changes: object,
+    ) -> None:
+        self.exported = self.deleted = self.asked = self.viewed = 0
         self.devices: list[tuple[int, int]] = []
         self.alive: list[object] = []  # what C points to
         changes = {"flags": 0, "device": (1, 0), "version": (1, 3)} | changes
 
-        def from_object(array: Exchange.Array, out: int) -> int:
-            array = array.array
+        def describe(array: np.ndarray, tensor: ManagedTensor | PlainTensor, changes: dict[str, object]) -> None:
             shape = (ctypes.c_int64 * array.ndim)(*array.shape)
             strides = (ctypes.c_int64 * array.ndim)(*(stride // 4 for stride in array.strides))
-            managed = ManagedTensor(data=array.ctypes.data, ndim=array.ndim, dtype=(2, 32, 1, 0))
-            managed.shape, managed.strides = ctypes.addressof(shape), ctypes.addressof(strides)
-            managed.deleter = ctypes.cast(deleter, ctypes.c_void_p)
-            for name, value in changes.items():
-                setattr(managed, name, value)
-            self.alive += [shape, strides, managed]
+            self.alive += [shape, strides]
+            described = {
+                "data": array.ctypes.data,
+                "device": (1, 0),
+                "ndim": array.ndim,
+                "dtype": (2, 32, 1, 0),
+                "shape": ctypes.addressof(shape),
+                "strides": ctypes.addressof(strides),
+                "byte_offset": 0,
+            }
+            for name, value in (described | changes).items():
+                setattr(tensor, name, value)
+
+        def from_object(array: Exchange.Array, out: int) -> int:
+            managed = ManagedTensor(deleter=ctypes.cast(deleter, ctypes.c_void_p))
+            describe(array.array, managed, changes)
+            self.alive.append(managed)
             self.exported += 1
             ctypes.c_void_p.from_address(out).value = ctypes.addressof(managed)
+            return 0
+
+        def view_object(array: Exchange.Array, out: int) -> int:
+            assert isinstance(views, dict)
+            describe(array.array, PlainTensor.from_address(out), views)
+            self.viewed += 1
             return 0
 
         def delete(managed: int) -> None:
@@ -681,15 +712,18 @@ class Exchange:
             return 0
 
         # A callback of ctypes cannot raise; appending to what is no list does.
-        function = ctypes.pythonapi.PyList_Append
-        if not fails:
-            function = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)(from_object)
+        raising = ctypes.pythonapi.PyList_Append
+        callback = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)
+        function = raising if fails else callback(from_object)
+        view = raising if views == "fails" else callback(view_object)
         deleter = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(delete)
         stream = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)(current_stream)
-        self.alive += [function, deleter, stream]
+        self.alive += [function, view, deleter, stream]
         previous = None
         for version in sorted(versions):
             api = ExchangeAPI((version, 0), previous, None, ctypes.cast(function, ctypes.c_void_p))
+            if views is not None:
+                api.tensor_from_object = ctypes.cast(view, ctypes.c_void_p)
             api.current_work_stream = ctypes.cast(stream, ctypes.c_void_p)
             self.alive.append(api)
             previous = ctypes.addressof(api)
@@ -719,6 +753,54 @@ def test_the_c_exchange_api_is_used_where_it_is_offered(case: Case) -> None:
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
     assert exchange.asked == 0
     assert exchange.exported == exchange.deleted == 4  # two layers, when bound and when rewritten
+
+
+@pytest.mark.parametrize(
+    ("views", "exported", "viewed"),
+    [
+        ({}, 2, 2),
+        ("fails", 4, 0),
+        ({"device": (4, 0)}, 4, 2),  # OpenCL: whatever it is, the export tells
+        ({"dtype": (5, 64, 1, 0)}, 4, 2),
+    ],
+    ids=str,
+)
+def test_bound_tensors_are_looked_at_without_exporting_them(
+    case: Case, views: dict[str, object] | Literal["fails"], exported: int, viewed: int
+) -> None:
+    expected = make_case(SHAPE)
+    expected.rewrite(expected.processor())
+    exchange = Exchange(views=views)
+    case.keys = [exchange.Array(k) for k in case.keys]
+    case.rewrite(case.processor())
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, expected.pools, strict=True))
+    assert (exchange.exported, exchange.deleted, exchange.viewed, exchange.asked) == (exported, exported, viewed, 0)
+
+
+@pytest.mark.parametrize(
+    ("views", "match"),
+    [
+        ({"data": 64}, "keys of layer 0 moved or changed shape"),
+        ({"byte_offset": 4}, "keys of layer 0 moved or changed shape"),
+        ({"byte_offset": 1}, "keys of layer 0: its data are not aligned to 4 bytes"),
+        ({"device": (2, 0)}, "keys of layer 0 moved or changed shape"),
+        ({"ndim": 3}, "keys of layer 0 have 3 dimensions; they must have 4"),
+        ({"ndim": 5}, "keys of layer 0: has 5 dimensions; at most 4 are used"),
+    ],
+    ids=str,
+)
+def test_a_look_finds_what_moved(case: Case, views: dict[str, object], match: str) -> None:
+    exchange = Exchange(views=views)
+    refused(case, match, keys=[exchange.Array(k) for k in case.keys])
+    assert exchange.exported == exchange.deleted == 2
+    assert exchange.viewed > 0
+
+
+def test_what_was_read_only_stays_so(case: Case) -> None:
+    """A look does not tell; the export did, when the cache was bound."""
+    exchange = Exchange(views={}, flags=1)
+    refused(case, "keys of layer 0 are read-only", keys=[exchange.Array(k) for k in case.keys])
+    assert exchange.viewed == 2
 
 
 @pytest.mark.parametrize(
