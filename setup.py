@@ -21,6 +21,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
+if "t" in sys.abiflags:
+    sys.exit(
+        "bottlenecked is built for CPython's stable ABI, which the free-threaded build does not have: use the build "
+        "with the GIL"
+    )
+
 header = Path(__file__).with_name("csrc") / "btx.h"
 version = re.search(r'#define BTX_VERSION "([^"]+)"', header.read_text())
 assert version is not None, "csrc/btx.h defines BTX_VERSION"

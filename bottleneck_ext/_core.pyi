@@ -111,6 +111,8 @@ class Workspace:
     @property
     def nbytes(self) -> int: ...
     @property
+    def skipped_steps(self) -> int: ...
+    @property
     def backend(self) -> str: ...
     def synchronize(self) -> None:
         """Waits for everything called with this workspace; tells what a device refused meanwhile."""
@@ -143,9 +145,11 @@ class Processor:
         *,
         workspace: Workspace,
         softmax_scale: float = 0.0,
+        max_relative_edit: float = 0.0,
         recalled: SupportsDLPack | None = None,
         delta_norm: SupportsDLPack | None = None,
         row_norm: SupportsDLPack | None = None,
+        skipped: SupportsDLPack | None = None,
         stream: int | None = None,
         wait: bool = True,
     ) -> dict[str, float] | None:

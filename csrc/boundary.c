@@ -220,6 +220,11 @@ btx_status btx_boundary_plan_create(const btx_boundary *boundary, btx_device dev
                         "softmax_scale is %g; it must be positive and finite, or 0 for 1 / sqrt(head_dim)",
                         (double)scale);
 
+    const float limit = boundary->max_relative_edit;
+    if (!(limit >= 0.0f) || !isfinite(limit))
+        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                        "max_relative_edit is %g; it must be positive and finite, or 0 for no limit", (double)limit);
+
     const btx_tensor *queries = boundary->query_cache->queries;
     out->plan = (btx_plan){
         .num_steps = boundary->num_steps,
@@ -236,6 +241,7 @@ btx_status btx_boundary_plan_create(const btx_boundary *boundary, btx_device dev
         .num_query_heads = num_query_heads,
         .head_dim = head_dim,
         .softmax_scale = scale,
+        .max_relative_edit = limit,
     };
     if (boundary->num_steps == 0)
         return BTX_OK;

@@ -29,7 +29,7 @@ extern "C" {
 #endif
 
 #define BTX_VERSION "0.1.0"
-#define BTX_ABI_VERSION 4u
+#define BTX_ABI_VERSION 5u
 #define BTX_MAX_DIMS 4
 #define BTX_MAX_RECENT_WINDOW 256
 #define BTX_MAX_TOP_K 65536
@@ -207,6 +207,10 @@ size_t btx_workspace_bytes(const btx_workspace *workspace); /* reserved, or grow
 /* Memory for calls of up to bytes now, rather than when they come. Less than there is does nothing. */
 btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, btx_error *error);
 
+/* Steps that calls with this workspace left unwritten because of max_relative_edit, see btx_boundary: of all calls that
+ * are known to be done, on a device those before the latest btx_workspace_synchronize at least. */
+int64_t btx_workspace_skipped_steps(const btx_workspace *workspace);
+
 /* What a workspace of num_threads grows to by boundaries of up to num_sequences (1 to 65536) steps at once, each of a
  * sequence of up to max_tokens positions, in a cache of cache_dtype (f32 is enough for all): the largest such boundary
  * takes exactly this, none takes more. */
@@ -236,7 +240,10 @@ typedef struct btx_boundary {
     btx_tensor block_table; /* [num_sequences, max_blocks] */
     btx_tensor query_table; /* [num_sequences, pages_per_sequence] */
     float softmax_scale;    /* of the backbone's attention; 0 means 1 / sqrt(head_dim) */
-    void *stream;           /* cudaStream_t of the caches' device, NULL for its default stream; unused on the CPU */
+    /* A step is skipped, left as it is, where in any layer the norm of its gated edit exceeds this many times the norm
+     * of its rows, or is not finite. 0: no step is; an edit that is not finite then refuses the call. */
+    float max_relative_edit;
+    void *stream; /* cudaStream_t of the caches' device, NULL for its default stream; unused on the CPU */
 } btx_boundary;
 
 typedef enum btx_stage {
@@ -255,6 +262,7 @@ typedef struct btx_report {
     btx_tensor recalled;                  /* i64 [num_layers, num_steps, top_k]: positions ascending, then -1 */
     btx_tensor delta_norm;                /* f32 [num_layers, num_steps]: Euclidean norm of the gated edit, all rows */
     btx_tensor row_norm;                  /* f32 [num_layers, num_steps]: norm of the selected rows before the edit */
+    btx_tensor skipped;                   /* i32 [num_steps]: 1 where max_relative_edit was exceeded, else 0 */
     double stage_seconds[BTX_NUM_STAGES]; /* summed over threads; device time where the device is not the CPU */
 } btx_report;
 
@@ -336,7 +344,10 @@ typedef struct btx_plan {
     int64_t block_size, page_size;
     int32_t num_layers, num_kv_heads, num_query_heads, head_dim;
     float softmax_scale;
-    const float *rope_inv_freq; /* NULL when keys are used as cached */
+    float max_relative_edit;      /* 0: no limit */
+    const unsigned char *skipped; /* [num_steps], of the host: nonzero where write_kv leaves a step; NULL: nowhere, or
+                                     on a device, which knows by itself */
+    const float *rope_inv_freq;   /* NULL when keys are used as cached */
 } btx_plan;
 
 /* A packed matrix product for every layer. gated: its rows are a gate matrix over an up matrix, see linear_swiglu. */
@@ -411,6 +422,8 @@ struct btx_backend {
     /* Waits, and tells whether the device refused a boundary (INVALID_ARGUMENT, each once) or failed; adds to
      * stage_seconds [BTX_NUM_STAGES], unless NULL, those of the latest boundary. */
     btx_status (*synchronize)(void *executor, double *stage_seconds, btx_error *error);
+    /* Steps skipped in all boundaries that are known to be done. */
+    int64_t (*num_skipped)(const void *executor);
 
     /* Weights f32 [out_dim, in_dim] to the packed layout of one layer. gated: [2, out_dim / 2, in_dim]. packed is host
      * memory, to be uploaded where the backend's is not. */
@@ -460,12 +473,14 @@ struct btx_backend {
     /* staged [layers, rows, C] in the cache's dtype = cache + gate [num_layers] * delta, in f32, rounded once; where
      * the edit is zero the cache's own bits. delta [layers, rows, C] is the edit of rows, overwritten; RoPE is redone
      * on its key half when the plan says so. rows: what gather_kv read, or NULL, see keeps_rows. Norms f32 [layers,
-     * steps of the pass], of the gated edit and of rows; both may be NULL on a device. A boundary whose staged values
-     * are not all finite is refused before the write: on the host a delta_norm is infinite then, a device keeps it in
-     * mind. */
+     * steps of the pass], of the gated edit and of rows; both may be NULL on a device without max_relative_edit. Where
+     * staged values are not all finite a delta_norm is infinite, and without max_relative_edit the boundary is refused
+     * before the write, for which a device has to keep it in mind. What is skipped is decided from the norms, see
+     * btx_edit_is_within: a device does so here, too. */
     btx_status (*stage_kv)(const btx_pass *pass, const int32_t *positions, const float *gate, const float *rows,
                            float *delta, void *staged, float *delta_norm, float *row_norm, btx_error *error);
-    /* cache = staged at positions. On a device nothing where the boundary has been refused. */
+    /* cache = staged at positions, but for steps that are skipped. On a device nothing where the boundary has been
+     * refused. */
     btx_status (*write_kv)(const btx_pass *pass, const int32_t *positions, const void *staged, btx_error *error);
 
     /* Apart from boundaries: btx_capture_queries. Its arguments are checked, but for the values of slots and
@@ -474,6 +489,12 @@ struct btx_backend {
                                   const btx_tensor *block_to_page, const btx_tensor *pages, void *stream,
                                   btx_error *error);
 };
+
+/* Whether the edit of a layer and step, of these norms, is within plan.max_relative_edit. */
+static inline int btx_edit_is_within(float delta_norm, float row_norm, float limit)
+{
+    return delta_norm <= limit * row_norm && delta_norm <= 3.40282347e+38f; /* neither where it is NaN */
+}
 
 /* Rows and prior positions of a pass, over its steps. */
 static inline int64_t btx_pass_rows(const btx_pass *pass)

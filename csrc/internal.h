@@ -40,6 +40,8 @@ char *btx_workspace_memory(const btx_workspace *workspace);
 btx_status btx_workspace_run(btx_workspace *workspace, int64_t num_units, btx_unit_function fn, void *context,
                              btx_error *error);
 void *btx_workspace_executor(const btx_workspace *workspace);
+/* Of a workspace of the host: adds to what btx_workspace_skipped_steps tells. */
+void btx_workspace_count_skipped(btx_workspace *workspace, int64_t num_steps);
 int32_t btx_workspace_device_index(const btx_workspace *workspace);
 /* INVALID_ARGUMENT where the workspace is not of this backend and device. */
 btx_status btx_workspace_check(const btx_workspace *workspace, const btx_backend *backend, int32_t device_index,

@@ -9,7 +9,7 @@
  *       rms_norm, gate_up with swiglu, down_proj (u += ...)
  *       out_proj                     -> delta [rows, C]
  *       stage_kv, gated              -> staged [rows, C]
- *     then, when everything is staged and finite
+ *     then, when everything is staged and finite, or of each step within the boundary's max_relative_edit
  *       write_kv                                                  write
  *
  * Where there are fewer units than threads would like, the mass comes first, its KV heads units of their own.
@@ -483,13 +483,14 @@ typedef struct boundary_run {
     int32_t layers_per_selection; /* where the rows of all layers are selected before any is staged; else 0 */
     char *selection;              /* mass of so many layers, then scratch; shares its memory with staged */
     size_t selection_scratch;
-    float *mass;        /* [num_layers, num_chunks][num_parts, prior of the chunk] where mass_is_apart */
-    int32_t *positions; /* [num_layers, total_rows] */
-    float *delta_norm;  /* [num_layers, num_steps] */
-    float *row_norm;    /* [num_layers, num_steps] */
-    char *staged;       /* [num_layers, total_rows, C] in the cache's dtype */
-    double *seconds;    /* [num_lanes, BTX_NUM_STAGES]. Owned. */
-    char *fetched;      /* a device's results for the host: positions up to staged. Owned, or NULL. */
+    float *mass;            /* [num_layers, num_chunks][num_parts, prior of the chunk] where mass_is_apart */
+    int32_t *positions;     /* [num_layers, total_rows] */
+    float *delta_norm;      /* [num_layers, num_steps] */
+    float *row_norm;        /* [num_layers, num_steps] */
+    char *staged;           /* [num_layers, total_rows, C] in the cache's dtype */
+    double *seconds;        /* [num_lanes, BTX_NUM_STAGES]. Owned. */
+    unsigned char *skipped; /* [num_steps], the plan's. Owned; NULL where it is not the host that decides. */
+    char *fetched;          /* a device's results for the host: positions up to staged. Owned, or NULL. */
     const btx_tensor *mass_out;
 } boundary_run;
 
@@ -890,7 +891,10 @@ static btx_status begin_run(boundary_run *run, btx_workspace *workspace, void *s
     run->num_lanes = btx_workspace_num_threads(workspace);
     run->chunk_begin = malloc(((size_t)plan->num_steps + 1) * sizeof *run->chunk_begin);
     run->seconds = calloc((size_t)run->num_lanes * BTX_NUM_STAGES, sizeof *run->seconds);
-    if (run->chunk_begin == NULL || run->seconds == NULL)
+    const int judges = plan->max_relative_edit > 0.0f && run->backend->begin == NULL;
+    if (judges) /* here, since there must be no want of memory once a step is staged */
+        run->skipped = calloc((size_t)plan->num_steps, sizeof *run->skipped);
+    if (run->chunk_begin == NULL || run->seconds == NULL || (judges && run->skipped == NULL))
         return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for a boundary of %" PRId64 " steps", plan->num_steps);
     if (!lay_out(run, &size, plan->keys[0].dtype, &layout))
         return btx_fail(error, BTX_OUT_OF_MEMORY, "%" PRId64 " rows exceed the address space; split the call",
@@ -923,6 +927,7 @@ static void end_run(boundary_run *run)
 {
     free(run->chunk_begin);
     free(run->seconds);
+    free(run->skipped);
     free(run->fetched);
 }
 
@@ -976,6 +981,8 @@ static btx_status check_report(const btx_report *report, const btx_plan *plan, i
         status = btx_tensor_check(&report->delta_norm, "delta_norm", BTX_F32, 2, recalled, 1, error);
     if (status == BTX_OK && report->row_norm.data != NULL)
         status = btx_tensor_check(&report->row_norm, "row_norm", BTX_F32, 2, recalled, 1, error);
+    if (status == BTX_OK && report->skipped.data != NULL)
+        status = btx_tensor_check(&report->skipped, "skipped", BTX_I32, 1, &recalled[1], 1, error);
     return status;
 }
 
@@ -986,6 +993,18 @@ static void copy_norms(const btx_tensor *out, const float *norms, const btx_plan
             ((float *)out->data)[layer * out->stride[0] + step * out->stride[1]] =
                 norms[layer * plan->num_steps + step];
     }
+}
+
+/* Whether a step is not written, for norms [num_layers, num_steps]. */
+static int is_skipped(const btx_plan *plan, int64_t step, const float *delta_norm, const float *row_norm)
+{
+    if (plan->max_relative_edit == 0.0f)
+        return 0;
+    for (int64_t i = step; i < plan->num_layers * plan->num_steps; i += plan->num_steps) {
+        if (!btx_edit_is_within(delta_norm[i], row_norm[i], plan->max_relative_edit))
+            return 1;
+    }
+    return 0;
 }
 
 /* results: the run's positions and norms, or the host's copy of them. */
@@ -1009,6 +1028,8 @@ static void fill_report(btx_report *report, const boundary_run *run, const char 
     }
     copy_norms(&report->delta_norm, delta_norm, plan);
     copy_norms(&report->row_norm, row_norm, plan);
+    for (int64_t s = 0; report->skipped.data != NULL && s < plan->num_steps; s++)
+        ((int32_t *)report->skipped.data)[s * report->skipped.stride[0]] = is_skipped(plan, s, delta_norm, row_norm);
     for (int32_t lane = 0; run->backend->begin == NULL && lane < run->num_lanes; lane++) {
         for (int32_t stage = 0; stage < BTX_NUM_STAGES; stage++)
             report->stage_seconds[stage] += run->seconds[lane * BTX_NUM_STAGES + stage];
@@ -1055,6 +1076,18 @@ static btx_status check_finite(const boundary_run *run, btx_error *error)
     return BTX_OK;
 }
 
+/* Which steps are left as they are. Returns how many. */
+static int64_t judge_edits(boundary_run *run, btx_plan *plan)
+{
+    int64_t num_skipped = 0;
+    for (int64_t s = 0; s < plan->num_steps; s++) {
+        run->skipped[s] = (unsigned char)is_skipped(plan, s, run->delta_norm, run->row_norm);
+        num_skipped += run->skipped[s];
+    }
+    plan->skipped = run->skipped;
+    return num_skipped;
+}
+
 btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace, const btx_boundary *boundary,
                        btx_report *report, btx_error *error)
 {
@@ -1062,6 +1095,7 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
     const btx_backend *backend = processor->backend;
     const btx_device device = {backend->device_type, processor->device_index};
     btx_boundary_plan planned = {0};
+    int64_t num_skipped = 0;
     btx_status status = btx_workspace_check(workspace, backend, processor->device_index, error);
     if (status == BTX_OK)
         status = btx_boundary_plan_create(boundary, device, config->num_layers, config->num_kv_heads,
@@ -1071,7 +1105,8 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
         return status;
     planned.plan.rope_inv_freq = processor->inv_freq;
     boundary_run run = {.processor = processor, .backend = backend, .plan = &planned.plan};
-    run.wants_norms = report != NULL || backend->begin == NULL; /* on the host they say what is not finite */
+    /* On the host they say what is not finite. */
+    run.wants_norms = report != NULL || backend->begin == NULL || planned.plan.max_relative_edit > 0.0f;
     if (report != NULL) {
         memset(report->stage_seconds, 0, sizeof report->stage_seconds);
         status = check_report(report, &planned.plan, config->top_k, error);
@@ -1088,7 +1123,9 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
         status = btx_workspace_run(workspace, num_selections(&run), select_rows, &run, error);
     if (status == BTX_OK)
         status = btx_workspace_run(workspace, num_units(&run), stage_unit, &run, error);
-    if (status == BTX_OK && backend->begin == NULL)
+    if (status == BTX_OK && run.skipped != NULL)
+        num_skipped = judge_edits(&run, &planned.plan);
+    else if (status == BTX_OK && backend->begin == NULL)
         status = check_finite(&run, error);
     if (status != BTX_OK)
         goto cleanup;
@@ -1099,6 +1136,7 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
         status = BTX_REBUILD_NEEDED;
         goto cleanup;
     }
+    btx_workspace_count_skipped(workspace, num_skipped);
     if (report != NULL && backend->begin != NULL)
         status = fetch_report(report, &run, error);
     else if (report != NULL)

@@ -280,24 +280,41 @@ static void module_free(void *module)
     module_clear(module);
 }
 
+/* Since 3.12 a module says whether interpreters with a GIL of their own may share it: all state is the module's, so
+ * they may. 3.11, whose headers and stable ABI we keep to, does not know the slot and refuses what it does not know. */
+#ifndef Py_mod_multiple_interpreters
+#define Py_mod_multiple_interpreters 3
+#define Py_MOD_PER_INTERPRETER_GIL_SUPPORTED ((void *)2)
+#endif
+
 static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+    {0, NULL},
+};
+
+static PyModuleDef_Slot module_slots_311[] = {
     {Py_mod_exec, module_exec},
     {0, NULL},
 };
 
-struct PyModuleDef btx_module_def = {
-    .m_base = PyModuleDef_HEAD_INIT,
-    .m_name = "bottleneck_ext._core",
-    .m_doc = "The compiled core of bottlenecked: KV cache rewriting by a Cache Processor.",
-    .m_size = sizeof(module_state),
-    .m_methods = module_methods,
-    .m_slots = module_slots,
-    .m_traverse = module_traverse,
-    .m_clear = module_clear,
-    .m_free = module_free,
-};
+#define MODULE_DEF(slots)                                                                                              \
+    {                                                                                                                  \
+        .m_base = PyModuleDef_HEAD_INIT,                                                                               \
+        .m_name = "bottleneck_ext._core",                                                                              \
+        .m_doc = "The compiled core of bottlenecked: KV cache rewriting by a Cache Processor.",                        \
+        .m_size = sizeof(module_state),                                                                                \
+        .m_methods = module_methods,                                                                                   \
+        .m_slots = slots,                                                                                              \
+        .m_traverse = module_traverse,                                                                                 \
+        .m_clear = module_clear,                                                                                       \
+        .m_free = module_free,                                                                                         \
+    }
+
+static struct PyModuleDef module_def = MODULE_DEF(module_slots);
+static struct PyModuleDef module_def_311 = MODULE_DEF(module_slots_311);
 
 PyMODINIT_FUNC PyInit__core(void)
 {
-    return PyModuleDef_Init(&btx_module_def);
+    return PyModuleDef_Init(Py_Version >= 0x030C0000 ? &module_def : &module_def_311);
 }

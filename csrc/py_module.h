@@ -1,7 +1,8 @@
 /* py_module.h - what the extension's files share. Only py_*.c see Python.h.
  *
  * bottleneck_ext._core is an abi3 module for CPython >= 3.11: multi-phase initialisation, heap types, all state in
- * the module. Errors of the core become exceptions here and nowhere else. */
+ * the module, so that several interpreters may import it. Errors of the core become exceptions here and nowhere else.
+ */
 #ifndef BTX_PY_MODULE_H
 #define BTX_PY_MODULE_H
 
@@ -29,8 +30,6 @@ typedef struct module_state {
     /* "__dict__", "__dlpack_c_exchange_api__", "requires_grad". Owned. */
     PyObject *dict_name, *exchange_name, *requires_grad_name;
 } module_state;
-
-extern struct PyModuleDef btx_module_def;
 
 module_state *module_state_of(PyObject *module);
 /* Of an instance of one of our types (subclasses included). */

@@ -3,6 +3,7 @@
  * A cache object keeps the Python tensors it was given, and the views they had then. Each call looks at the tensors
  * anew and refuses those that moved or changed shape, so that memory freed or resized behind our back is never
  * touched. */
+#include <float.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -404,6 +405,12 @@ static PyObject *workspace_nbytes(PyObject *self, void *closure)
     return PyLong_FromSize_t(btx_workspace_bytes(((workspace_object *)self)->workspace));
 }
 
+static PyObject *workspace_skipped_steps(PyObject *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromLongLong(btx_workspace_skipped_steps(((workspace_object *)self)->workspace));
+}
+
 static PyObject *workspace_backend(PyObject *self, void *closure)
 {
     (void)closure;
@@ -457,6 +464,8 @@ static PyMethodDef workspace_methods[] = {
 static PyGetSetDef workspace_getset[] = {
     {"num_threads", workspace_num_threads, NULL, "Threads a call may use, the caller's own included.", NULL},
     {"nbytes", workspace_nbytes, NULL, "Bytes of staging memory: reserved, or grown to the largest call so far.", NULL},
+    {"skipped_steps", workspace_skipped_steps, NULL,
+     "Steps that max_relative_edit kept from being written, of all calls that are known to be done.", NULL},
     {"backend", workspace_backend, NULL, "For instance \"cpu:avx2\" or \"cuda:0\".", NULL},
     {0},
 };
@@ -602,7 +611,7 @@ static int parse_table(module_state *state, boundary_arguments *arguments, Py_ss
 
 static int boundary_arguments_parse(module_state *state, boundary_arguments *arguments, cache_object *kv_cache,
                                     cache_object *query_cache, PyObject *steps, PyObject *block_table,
-                                    double softmax_scale, PyObject *stream)
+                                    double softmax_scale, double max_relative_edit, PyObject *stream)
 {
     if (parse_stream(stream, &arguments->boundary.stream, &arguments->stream) < 0 ||
         cache_borrow(state, kv_cache, arguments->stream, &arguments->kv, kv_names) < 0 ||
@@ -633,6 +642,10 @@ static int boundary_arguments_parse(module_state *state, boundary_arguments *arg
     arguments->boundary.kv_cache = &arguments->kv_cache;
     arguments->boundary.query_cache = &arguments->query_cache;
     arguments->boundary.softmax_scale = (float)softmax_scale;
+    /* A limit must not become none by being rounded. */
+    arguments->boundary.max_relative_edit = (float)max_relative_edit;
+    if (max_relative_edit > 0.0 && arguments->boundary.max_relative_edit == 0.0f)
+        arguments->boundary.max_relative_edit = FLT_TRUE_MIN;
     if (block_table == Py_None) {
         if (parse_table(state, arguments, 1, query_cache->table, "query_table", rows,
                         &arguments->boundary.query_table) < 0)
@@ -873,14 +886,18 @@ static PyGetSetDef processor_getset[] = {
 
 PyDoc_STRVAR(rewrite_doc,
              "rewrite($self, kv_cache, query_cache, steps, block_table=None, *, workspace, softmax_scale=0.0,\n"
-             "        recalled=None, delta_norm=None, row_norm=None, stream=None, wait=True)\n--\n\n"
+             "        max_relative_edit=0.0, recalled=None, delta_norm=None, row_norm=None, skipped=None,\n"
+             "        stream=None, wait=True)\n--\n\n"
              "Rewrites the steps that just ended, in place (arXiv 2505.16950, section 3.2): one call for all\n"
              "sequences and layers. steps: (sequence, sequence_begin, step_begin, step_end) in cache positions,\n"
              "and, where a step is to recall fewer than the Processor's top_k, how many.\n"
              "block_table: int32 [num_sequences, max_blocks]; None: block s is sequence s's only one.\n"
-             "softmax_scale 0 means 1 / sqrt(head_dim). Outputs, where given: recalled int64\n"
-             "[num_layers, num_steps, top_k] (positions ascending, then -1), delta_norm and row_norm float32\n"
-             "[num_layers, num_steps], all of the CPU. Returns seconds per stage, summed over threads.\n"
+             "softmax_scale 0 means 1 / sqrt(head_dim). max_relative_edit above 0: a step is skipped, left as it is,\n"
+             "where in any layer the norm of its gated edit exceeds this many times the norm of its rows, or is not\n"
+             "finite; 0: no limit, and an edit that is not finite refuses the call. Outputs, where given: recalled\n"
+             "int64 [num_layers, num_steps, top_k] (positions ascending, then -1), delta_norm and row_norm float32\n"
+             "[num_layers, num_steps], skipped int32 [num_steps] (1 or 0), all of the CPU. Returns seconds per stage,\n"
+             "summed over threads.\n"
              "stream: a cudaStream_t as a number; None: that on which the caches' library works now. wait False: no\n"
              "outputs, and None returned before a device is done; see Workspace.synchronize for its errors.\n\n"
              "InvalidArgumentError, UnsupportedError, DeviceError, MemoryError: nothing was written.\n"
@@ -888,24 +905,26 @@ PyDoc_STRVAR(rewrite_doc,
 
 static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"kv_cache", "query_cache", "steps",    "block_table", "workspace", "softmax_scale",
-                            "recalled", "delta_norm",  "row_norm", "stream",      "wait",      NULL};
+    static char *names[] = {
+        "kv_cache", "query_cache", "steps",    "block_table", "workspace", "softmax_scale", "max_relative_edit",
+        "recalled", "delta_norm",  "row_norm", "skipped",     "stream",    "wait",          NULL};
     module_state *state = module_state_of_self(Py_TYPE(object));
     const btx_processor *processor = ((processor_object *)object)->processor;
     PyObject *kv_cache, *query_cache, *steps, *block_table = Py_None, *workspace = NULL, *result = NULL;
-    PyObject *outputs[3] = {Py_None, Py_None, Py_None}, *stream = Py_None;
+    PyObject *outputs[4] = {Py_None, Py_None, Py_None, Py_None}, *stream = Py_None;
     int wait = 1;
-    static const char *const output_names[3] = {"recalled", "delta_norm", "row_norm"};
-    double softmax_scale = 0.0;
+    static const char *const output_names[4] = {"recalled", "delta_norm", "row_norm", "skipped"};
+    double softmax_scale = 0.0, max_relative_edit = 0.0;
     boundary_arguments arguments = {0};
     borrowed_list borrowed = {0};
     char nothing = 0;
     PyObject *too_late = NULL; /* made before the write: there may be no memory after it */
     btx_report report = {0};
     btx_error error = {{0}};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!O|O$O!dOOOOp:rewrite", names, state->kv_cache_type, &kv_cache,
-                                     state->query_cache_type, &query_cache, &steps, &block_table, state->workspace_type,
-                                     &workspace, &softmax_scale, &outputs[0], &outputs[1], &outputs[2], &stream, &wait))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!O|O$O!ddOOOOOp:rewrite", names, state->kv_cache_type,
+                                     &kv_cache, state->query_cache_type, &query_cache, &steps, &block_table,
+                                     state->workspace_type, &workspace, &softmax_scale, &max_relative_edit, &outputs[0],
+                                     &outputs[1], &outputs[2], &outputs[3], &stream, &wait))
         return NULL;
     if (workspace == NULL) {
         PyErr_SetString(PyExc_TypeError, "rewrite() needs the keyword argument workspace");
@@ -913,10 +932,10 @@ static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *k
     }
     workspace_object *scratch = (workspace_object *)workspace;
     if (boundary_arguments_parse(state, &arguments, (cache_object *)kv_cache, (cache_object *)query_cache, steps,
-                                 block_table, softmax_scale, stream) < 0 ||
-        borrowed_list_init(&borrowed, 3, NULL) < 0)
+                                 block_table, softmax_scale, max_relative_edit, stream) < 0 ||
+        borrowed_list_init(&borrowed, 4, NULL) < 0)
         goto cleanup;
-    for (Py_ssize_t i = 0; i < 3; i++) {
+    for (Py_ssize_t i = 0; i < 4; i++) {
         if (outputs[i] == Py_None)
             continue;
         if (!wait) {
@@ -932,6 +951,7 @@ static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *k
     report.recalled = borrowed.views[0];
     report.delta_norm = borrowed.views[1];
     report.row_norm = borrowed.views[2];
+    report.skipped = borrowed.views[3];
     result = PyDict_New();
     too_late = PyObject_CallFunction(state->rebuild_needed_error, "s",
                                      "out of memory after the caches were rewritten: discard these sequences");
@@ -1198,7 +1218,7 @@ PyObject *module_attention_mass(PyObject *module, PyObject *args, PyObject *keyw
     }
     workspace_object *scratch = (workspace_object *)workspace;
     if (boundary_arguments_parse(state, &arguments, (cache_object *)kv_cache, (cache_object *)query_cache, steps,
-                                 block_table, softmax_scale, stream) < 0)
+                                 block_table, softmax_scale, 0.0, stream) < 0)
         goto cleanup;
     if (borrowed_list_init(&borrowed, 1, arguments.stream) < 0 ||
         borrow_tensor(state, &borrowed, 0, out, "out", -1) < 0 || workspace_enter(state, scratch) < 0)

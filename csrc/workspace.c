@@ -10,6 +10,7 @@ struct btx_workspace {
     void *executor; /* Owned. */
     char *memory;   /* Owned, the backend's. */
     size_t bytes;
+    int64_t num_skipped; /* steps; of a device the executor counts */
 };
 
 btx_status btx_workspace_create(const btx_backend *backend, int32_t device_index, int32_t num_threads,
@@ -61,6 +62,18 @@ int32_t btx_workspace_num_threads(const btx_workspace *workspace)
 size_t btx_workspace_bytes(const btx_workspace *workspace)
 {
     return workspace->bytes;
+}
+
+int64_t btx_workspace_skipped_steps(const btx_workspace *workspace)
+{
+    if (workspace->backend->num_skipped != NULL)
+        return workspace->backend->num_skipped(workspace->executor);
+    return workspace->num_skipped;
+}
+
+void btx_workspace_count_skipped(btx_workspace *workspace, int64_t num_steps)
+{
+    workspace->num_skipped += num_steps;
 }
 
 void *btx_workspace_executor(const btx_workspace *workspace)

@@ -744,7 +744,7 @@ def test_server_options() -> None:
     assert ServerOptions.from_extra_config({"processor": "p"}) == ServerOptions(processor="p")
     given: dict[str, Any] = {
         "processor": "p", "rewrite": False, "top_k": 0, "weight_dtype": "bfloat16", "max_saved_tokens": 0,
-        "check_weights": False,
+        "check_weights": False, "max_relative_edit": 0.5,
     }  # fmt: skip
     assert ServerOptions.from_extra_config(given) == ServerOptions(**given)
     assert ServerOptions.from_extra_config({"processor": "p", "top_k": None}).top_k is None
@@ -764,6 +764,8 @@ def test_server_options() -> None:
         ({"processor": "p", "max_saved_tokens": 1.5}, ": max_saved_tokens is 1.5, but it must be null or an integer"),
         ({"processor": "p", "weight_dtype": "int8"}, ": weight_dtype is 'int8', but it must be 'auto' or 'float32'"),
         ({"processor": "p", "weight_dtype": None}, ": weight_dtype is None, but"),
+        ({"processor": "p", "max_relative_edit": 0}, ": max_relative_edit is 0, but it must be null or a positive"),
+        ({"processor": "p", "max_relative_edit": "1"}, ": max_relative_edit is '1', but"),
     ],
 )
 def test_wrong_server_options(values: dict[str, Any], sentence: str) -> None:

@@ -33,7 +33,9 @@ static float norm_sum_squares(const float *x, int64_t dim)
 /* One row, x [dim], as operand. */
 static void norm_row(const float *x, int64_t dim, const float *weight, float eps, btx_dtype dtype, void *out)
 {
-    const vf scale = vf_set1(1.0f / sqrtf(norm_sum_squares(x, dim) / (float)dim + eps));
+    const float squares = norm_sum_squares(x, dim);
+    /* Squares beyond float32 would make the row zero. So it is refused, like one that holds NaN. */
+    const vf scale = vf_set1(squares < INFINITY ? 1.0f / sqrtf(squares / (float)dim + eps) : NAN);
     int64_t k = 0;
     for (; k + BTX_VL <= dim; k += BTX_VL)
         operand_store(out, dtype, k, vf_mul(vf_mul(vf_load(x + k), scale), vf_load(weight + k)));

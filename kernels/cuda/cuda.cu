@@ -38,6 +38,7 @@ extern "C" const btx_backend btx_cuda_backend = {
     cuda_mark,
     cuda_download,
     cuda_synchronize,
+    cuda_num_skipped,
     cuda_packed_bytes,
     cuda_pack,
     cuda_operand_bytes,

@@ -164,6 +164,7 @@ static btx_status grow_slot(plan_slot *slot, size_t bytes, int64_t num_steps, bt
         slot->device = device;
         slot->capacity = capacity;
         host_refusal(slot)->mass = host_refusal(slot)->edit = BTX_NOT_REFUSED;
+        host_refusal(slot)->skipped = slot->skipped_told = 0;
     }
     if (num_steps > slot->num_steps) {
         int64_t *sequences = (int64_t *)realloc(slot->sequences, (size_t)num_steps * sizeof *sequences);
@@ -173,6 +174,23 @@ static btx_status grow_slot(plan_slot *slot, size_t bytes, int64_t num_steps, bt
     }
     slot->num_steps = num_steps;
     return BTX_OK;
+}
+
+/* Takes note of the steps a slot's calls have skipped. The device's count is never set back, for it may be counting. */
+static void collect_skipped(cuda_executor *executor, plan_slot *slot)
+{
+    if (slot->host == NULL)
+        return;
+    const unsigned skipped = ((volatile refusal *)host_refusal(slot))->skipped;
+    executor->num_skipped += skipped - slot->skipped_told;
+    slot->skipped_told = skipped;
+}
+
+static void collect_all_skipped(cuda_executor *executor)
+{
+    for (int i = 0; i < BTX_PLAN_SLOTS; i++)
+        collect_skipped(executor, &executor->slots[i]);
+    collect_skipped(executor, &executor->capture_slot);
 }
 
 /* Tells once what the device refused of a slot's call. */
@@ -396,7 +414,7 @@ static int64_t keys_per_range(int64_t num_prior)
 
 /* Where the parts of a plan lie in its block. */
 typedef struct plan_layout {
-    size_t refused, layers, steps, blocks, pages, row_step, splits, ranges, bytes;
+    size_t refused, skipped, layers, steps, blocks, pages, row_step, splits, ranges, bytes;
     int64_t num_blocks, num_splits, num_ranges, most_splits, most_ranges, split_rows;
     int64_t max_window, max_prior;
 } plan_layout;
@@ -418,7 +436,8 @@ static plan_layout lay_out(const btx_plan *plan)
         layout.num_blocks += (step->step_end - 1) / plan->block_size - step->sequence_begin / plan->block_size + 1;
         layout.num_splits += splits;
         layout.split_rows += splits * step->num_window;
-        const int64_t ranges = (step->num_prior + keys_per_range(step->num_prior) - 1) / keys_per_range(step->num_prior);
+        const int64_t ranges =
+            (step->num_prior + keys_per_range(step->num_prior) - 1) / keys_per_range(step->num_prior);
         layout.num_ranges += ranges;
         layout.most_splits = splits > layout.most_splits ? splits : layout.most_splits;
         layout.most_ranges = ranges > layout.most_ranges ? ranges : layout.most_ranges;
@@ -428,6 +447,7 @@ static plan_layout lay_out(const btx_plan *plan)
     /* The host's refusal comes first and is not copied. */
     place(&layout.bytes, 1, sizeof(refusal));
     layout.refused = place(&layout.bytes, 1, sizeof(refusal));
+    layout.skipped = place(&layout.bytes, plan->num_steps, sizeof(unsigned));
     layout.layers = place(&layout.bytes, plan->num_layers, sizeof(device_layer));
     layout.steps = place(&layout.bytes, plan->num_steps, sizeof(device_step));
     layout.blocks = place(&layout.bytes, layout.num_blocks, sizeof(int32_t));
@@ -493,6 +513,7 @@ static device_plan make_plan(const btx_plan *plan, const plan_layout *layout, co
     made.ranges = (const device_tile *)(void *)(device + layout->ranges);
     made.refused = (refusal *)(void *)(device + layout->refused);
     made.refused_host = host_refusal(slot); /* one address for both sides */
+    made.skipped = (unsigned *)(void *)(device + layout->skipped);
     made.rope_inv_freq = plan->rope_inv_freq;
     made.total_prior = plan->total_prior;
     made.total_rows = (int32_t)plan->total_rows;
@@ -516,6 +537,7 @@ static device_plan make_plan(const btx_plan *plan, const plan_layout *layout, co
     made.pages_per_sequence = (int32_t)plan->pages_per_sequence;
     made.scale_log2 = plan->softmax_scale * 1.44269504f;
     made.mass_scale = 1.0f / (float)plan->num_query_heads;
+    made.max_relative_edit = plan->max_relative_edit;
     return made;
 }
 
@@ -553,6 +575,7 @@ static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan,
             BTX_CUDA_TRY(cudaEventSynchronize(slot->done), "waiting for an earlier boundary");
             slot->in_use = 0;
         }
+        collect_all_skipped(executor);
         /* Failures that nobody waited for. */
         for (int i = 0; i < BTX_PLAN_SLOTS; i++) {
             plan_slot *earlier = &executor->slots[(executor->next_slot + i) % BTX_PLAN_SLOTS];
@@ -573,6 +596,8 @@ static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan,
     slot->num_steps = plan->num_steps;
     refusal *refused = (refusal *)(void *)(slot->host + layout.refused);
     refused->mass = refused->edit = host_refusal(slot)->mass = host_refusal(slot)->edit = BTX_NOT_REFUSED;
+    refused->skipped = 0; /* not used there */
+    memset(slot->host + layout.skipped, 0, (size_t)plan->num_steps * sizeof(unsigned));
     device_layer *layers = (device_layer *)(void *)(slot->host + layout.layers);
     for (int32_t layer = 0; layer < plan->num_layers; layer++) {
         layers[layer].keys = make_view(&plan->keys[layer], plan->head_dim);
@@ -648,6 +673,7 @@ static btx_status synchronize_on_device(cuda_executor *executor, double *stage_s
             BTX_CUDA_TRY(cudaEventSynchronize(slot->done), "running the boundary");
         slot->in_use = 0;
     }
+    collect_all_skipped(executor);
     for (int i = 0; stage_seconds != NULL && executor->timed && i < executor->num_marks; i++) {
         float milliseconds = 0.0f;
         BTX_CUDA_TRY(cudaEventElapsedTime(&milliseconds, executor->marks[i], executor->marks[i + 1]),
@@ -660,6 +686,11 @@ static btx_status synchronize_on_device(cuda_executor *executor, double *stage_s
             return status;
     }
     return tell_refusal(&executor->capture_slot, error);
+}
+
+int64_t cuda_num_skipped(const void *executor)
+{
+    return ((const cuda_executor *)executor)->num_skipped;
 }
 
 btx_status cuda_synchronize(void *memory, double *stage_seconds, btx_error *error)

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(BTX_ROW_THREADS)
         for (int i = 0; i < 8; i++)
             squares = fmaf(x[i], x[i], squares);
     }
-    const float scale = 1.0f / sqrtf(block_sum(squares, storage) / (float)width + eps);
+    const float scale = norm_scale(block_sum(squares, storage), (float)width, eps);
     weight += layer_index * width;
     normed += at * stride;
 #pragma unroll

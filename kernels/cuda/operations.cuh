@@ -16,6 +16,7 @@ btx_status cuda_begin(void *executor, const btx_plan *plan, void *stream, int ti
 void cuda_mark(void *executor, btx_stage stage);
 btx_status cuda_download(void *executor, void *to, const void *from, size_t bytes, btx_error *error);
 btx_status cuda_synchronize(void *executor, double *stage_seconds, btx_error *error);
+int64_t cuda_num_skipped(const void *executor);
 
 /* attention_mass.cu, attention_mass_sm90.cu */
 size_t cuda_selection_scratch_bytes(const btx_plan *plan, int32_t max_layers, int64_t max_rows);

@@ -18,8 +18,9 @@
 
 /* What is wrong with a refused boundary, each layer * num_steps + step of the first place, or BTX_NOT_REFUSED. */
 typedef struct refusal {
-    unsigned mass; /* a softmax was not finite */
-    unsigned edit; /* a staged value was not finite */
+    unsigned mass;    /* a softmax was not finite */
+    unsigned edit;    /* a staged value was not finite */
+    unsigned skipped; /* on the host's side: steps skipped so far, in all calls of a slot */
 } refusal;
 
 typedef struct device_view {
@@ -61,18 +62,20 @@ typedef struct device_plan {
     const device_tile *ranges; /* [num_ranges] */
     refusal *refused;          /* on the device */
     refusal *refused_host;     /* page-locked, for the host to read */
+    unsigned *skipped;         /* [num_steps]: nonzero where the edit exceeds max_relative_edit */
     const float *rope_inv_freq;
     int64_t total_prior;
     int32_t total_rows, num_steps;
     int32_t num_splits, num_ranges;
     int32_t most_splits, most_ranges; /* of a step */
-    int32_t split_rows; /* sum over steps of window rows times splits */
+    int32_t split_rows;               /* sum over steps of window rows times splits */
     int32_t max_window, max_prior;
     int32_t num_kv_heads, group, head_dim; /* group: query heads of a KV head */
     int32_t block_size, page_size, pages_per_sequence;
     int32_t block_shift; /* log2 of block_size, or -1 */
     float scale_log2;    /* softmax_scale * log2(e) */
     float mass_scale;    /* 1 / num_query_heads, the window apart */
+    float max_relative_edit;
 } device_plan;
 
 /* One call's worth of page-locked memory. */
@@ -85,6 +88,7 @@ typedef struct plan_slot {
     int in_use;         /* done was recorded */
     int64_t *sequences; /* Owned, [num_steps]: for the sentence about a refusal */
     int64_t num_steps;
+    unsigned skipped_told; /* of the steps skipped so far, those the executor knows of */
 } plan_slot;
 
 #define BTX_PLAN_SLOTS 4
@@ -103,6 +107,7 @@ typedef struct cuda_executor {
     plan_slot slots[BTX_PLAN_SLOTS];
     plan_slot capture_slot; /* its plan must live as long as the graph */
     plan_slot *slot;        /* of the call under way, or the latest; NULL before the first */
+    int64_t num_skipped;    /* steps, of calls that are known to be done */
     int next_slot;
     device_plan plan;
     /* Stage times. */
@@ -182,6 +187,13 @@ __device__ static inline void refuse(unsigned *on_device, unsigned *on_host, uns
 {
     atomicMin(on_device, place);
     atomicMin(on_host, place);
+}
+
+/* Leaves a step unwritten; any of its layers may say so. */
+__device__ static inline void skip(const device_plan &plan, int32_t step)
+{
+    if (atomicExch(&plan.skipped[step], 1u) == 0u)
+        atomicAdd(&plan.refused_host->skipped, 1u);
 }
 
 #endif /* BTX_PLAN_CUH */

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(BTX_ROW_THREADS)
     weight += (layer_begin + blockIdx.y) * dim;
     for (int64_t i = threadIdx.x; i < dim; i += BTX_ROW_THREADS)
         squares = fmaf(x[i], x[i], squares);
-    const float scale = 1.0f / sqrtf(block_sum(squares, storage) / (float)dim + eps);
+    const float scale = norm_scale(block_sum(squares, storage), (float)dim, eps);
     for (int64_t i = threadIdx.x; i < stride; i += BTX_ROW_THREADS)
         out[i] = from_f32<Operand>(i < dim ? x[i] * scale * weight[i] : 0.0f);
 }

@@ -115,6 +115,12 @@ __device__ static inline float block_sum(float x, float *storage)
     return sum;
 }
 
+/* What a row is normed by. Squares beyond float32 would make it zero: so it is refused, like one that holds NaN. */
+__device__ static inline float norm_scale(float squares, float dim, float eps)
+{
+    return squares < INFINITY ? 1.0f / sqrtf(squares / dim + eps) : NAN;
+}
+
 /* Cosines and sines [head_dim / 2] of one token position, as the backbone's: the angle is rounded to f32 once. */
 __device__ static inline void fill_rotation(const device_plan &plan, int32_t position, float *cosines, float *sines)
 {

@@ -2,7 +2,8 @@
  * (arXiv 2505.16950, section 3.2, the gated write). The key half of an edit is first turned to the cache's positions
  * when keys were unrotated.
  *
- * Where the edit is zero, of either sign, the cache's own bits are staged: old + 0 would turn -0 into +0. */
+ * Where the edit is zero, of either sign, the cache's own bits are staged: old + 0 would turn -0 into +0. Whether an
+ * edit is too large to be written is known with the last of its norms. */
 #include "operations.cuh"
 #include "rows.cuh"
 
@@ -89,7 +90,9 @@ __global__ void __launch_bounds__(BTX_ROW_THREADS)
         }
         store_piece(staged + piece.column, 1, whole_pieces, piece.count, value);
     }
-    if (!fits)
+    if (!fits && plan.max_relative_edit > 0.0f)
+        edit_squares = INFINITY;
+    else if (!fits)
         refuse(&plan.refused->edit, &plan.refused_host->edit, (unsigned)(layer_index * plan.num_steps + step_index));
     if (squares == NULL)
         return;
@@ -113,8 +116,12 @@ __global__ void __launch_bounds__(BTX_ROW_THREADS)
     edit_squares = block_sum(edit_squares, storage[0]);
     old_squares = block_sum(old_squares, storage[1]);
     if (threadIdx.x == 0) {
-        delta_norm[(int64_t)blockIdx.y * plan.num_steps + blockIdx.x] = sqrtf(edit_squares);
-        row_norm[(int64_t)blockIdx.y * plan.num_steps + blockIdx.x] = sqrtf(old_squares);
+        const float delta = sqrtf(edit_squares), row = sqrtf(old_squares);
+        delta_norm[(int64_t)blockIdx.y * plan.num_steps + blockIdx.x] = delta;
+        row_norm[(int64_t)blockIdx.y * plan.num_steps + blockIdx.x] = row;
+        /* As btx_edit_is_within. */
+        if (plan.max_relative_edit > 0.0f && !(delta <= plan.max_relative_edit * row && delta <= 3.40282347e+38f))
+            skip(plan, (int32_t)blockIdx.x);
     }
 }
 

@@ -1,5 +1,5 @@
 /* write_kv.cu - the write of a rewrite: staged values into the cache (arXiv 2505.16950, section 3.2). Nothing is
- * written where the boundary was refused. */
+ * written where the boundary was refused, nor of a step that is skipped. */
 #include "operations.cuh"
 #include "rows.cuh"
 
@@ -11,9 +11,11 @@ __global__ void __launch_bounds__(BTX_ROW_THREADS)
     constexpr int LANES = 16 / sizeof(T);
     if (plan.refused->mass != BTX_NOT_REFUSED || plan.refused->edit != BTX_NOT_REFUSED)
         return;
-    const int32_t row = blockIdx.x;
+    const int32_t row = blockIdx.x, step_index = plan.row_step[row];
+    if (plan.max_relative_edit > 0.0f && plan.skipped[step_index] != 0)
+        return;
     const int64_t at = (int64_t)blockIdx.y * plan.total_rows + row;
-    const device_step step = plan.steps[plan.row_step[row]];
+    const device_step step = plan.steps[step_index];
     const device_layer &layer = plan.layers[layer_begin + blockIdx.y];
     const int32_t index = positions[at] - step.sequence_begin, half = plan.num_kv_heads * plan.head_dim;
     T *keys = (T *)layer.keys.data + kv_offset(plan, step, layer.keys, index);

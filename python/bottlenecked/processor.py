@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 WeightDtype = Literal["auto", "float32", "bfloat16"]
 CacheDtype = Literal["float32", "float16", "bfloat16"]
 
+_LARGEST_LIMIT = float(np.finfo(np.float32).max)
 
 # Instruction sets that multiply bfloat16 themselves; elsewhere it costs more than float32.
 _BFLOAT16_VARIANTS = ("avx512_bf16",)
@@ -54,6 +55,7 @@ class RewriteReport:
     event's own or else the Processor's.
     ``delta_norm``, ``row_norm``: float32 ``[num_layers, num_events]``, Euclidean norms of the gated edit and of the
     selected rows before it.
+    ``skipped[i]``: the edit of event i was larger than the cache's max_relative_edit allows, and was not written.
     ``stage_seconds``: seconds of mass, top_k, gather, processor and write, summed over threads; of the device, where
     that is not the CPU.
     """
@@ -63,6 +65,7 @@ class RewriteReport:
     recalled: tuple[NDArray[np.int64], ...]
     delta_norm: NDArray[np.float32]
     row_norm: NDArray[np.float32]
+    skipped: tuple[bool, ...]
     stage_seconds: dict[str, float]
 
 
@@ -172,6 +175,7 @@ class CacheProcessor:
         query_table: SupportsDLPack | None = None,
         softmax_scale: float | None = None,
         heads_first: bool = False,
+        max_relative_edit: float | None = None,
     ) -> BoundCache:
         """The caches one caller rewrites, borrowed through DLPack without a copy.
 
@@ -183,13 +187,29 @@ class CacheProcessor:
         softmax_scale: of the backbone's attention; None: ``head_dim ** -0.5``.
         heads_first: keys and values are ``[num_blocks, num_kv_heads, block_size, head_dim]``; the same as passing
             transposed views, without making them.
+        max_relative_edit: an event is skipped, its cache left as it is, where in any layer the norm of its gated edit
+            exceeds this many times the norm of its rows, or is not finite. None: no limit; an edit that is not finite
+            then refuses the whole call.
+
+        Raises InvalidArgumentError for a max_relative_edit that is not a positive finite number.
         """
+        check_max_relative_edit(max_relative_edit)
         return BoundCache(
             self,
             bottleneck_ext.KVCache(keys, values, heads_first=heads_first),
             bottleneck_ext.QueryCache(queries, query_table),
             workspace,
             0.0 if softmax_scale is None else softmax_scale,
+            0.0 if max_relative_edit is None else max_relative_edit,
+        )
+
+
+def check_max_relative_edit(value: object) -> None:
+    """Raises InvalidArgumentError unless it is None or a positive finite number."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 < value <= _LARGEST_LIMIT):  # type: ignore[operator]
+        raise bottleneck_ext.InvalidArgumentError(
+            f"max_relative_edit is {value!r}, but it must be None or a positive finite number"
         )
 
 
@@ -203,12 +223,14 @@ class BoundCache:
         query_cache: bottleneck_ext.QueryCache,
         workspace: bottleneck_ext.Workspace,
         softmax_scale: float,
+        max_relative_edit: float = 0.0,
     ) -> None:
         self.processor = processor
         self.kv_cache = kv_cache
         self.query_cache = query_cache
         self.workspace = workspace
         self.softmax_scale = softmax_scale
+        self.max_relative_edit = max_relative_edit
 
     @overload
     def rewrite(
@@ -244,7 +266,7 @@ class BoundCache:
         report: False returns None, and with a CUDA backend returns before the device is done: work that follows on the
             same stream sees the rewritten cache. What the device refuses meanwhile, for instance an edit that is not
             finite, is raised by ``workspace.synchronize()`` or by the next call with this workspace, which then does
-            nothing else.
+            nothing else; what it skips is counted in ``workspace.skipped_steps``.
 
         InvalidArgumentError, UnsupportedError, DeviceError and MemoryError leave the caches untouched;
         RebuildNeededError means the write began and failed: discard these sequences.
@@ -260,6 +282,7 @@ class BoundCache:
             block_table,
             workspace=self.workspace,
             softmax_scale=self.softmax_scale,
+            max_relative_edit=self.max_relative_edit,
             stream=stream,
         )
         if not report:
@@ -269,7 +292,8 @@ class BoundCache:
         recalled = np.empty((config.num_layers, len(events), config.top_k), np.int64)
         delta_norm = np.empty((config.num_layers, len(events)), np.float32)
         row_norm = np.empty_like(delta_norm)
-        stage_seconds = rewrite(recalled=recalled, delta_norm=delta_norm, row_norm=row_norm)
+        skipped = np.zeros(len(events), np.int32)
+        stage_seconds = rewrite(recalled=recalled, delta_norm=delta_norm, row_norm=row_norm, skipped=skipped)
         assert stage_seconds is not None, "it was waited for"
         window_begin = tuple(e.window_begin(config.recent_window) for e in events)
         return RewriteReport(
@@ -281,5 +305,6 @@ class BoundCache:
             ),
             delta_norm=delta_norm,
             row_norm=row_norm,
+            skipped=tuple(map(bool, skipped.tolist())),
             stage_seconds=stage_seconds,
         )

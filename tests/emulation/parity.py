@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 import bottleneck_ext
 from bottleneck_ext import _core
 from tests import test_capture as capture
+from tests import test_isolation as isolation
 from tests import test_parity as cases
+from tests import test_robustness as robustness
 from tests.cases import LAYOUTS, CaptureShape, Case, Shape, make_case
 
 BACKEND = "cuda"
@@ -145,6 +147,48 @@ def test_sequences_do_not_see_each_other() -> None:
     cases.test_sequences_do_not_see_each_other(BACKEND)
 
 
+# cuBLASLt is not told what rows hold, only how many they are: these are as many each time.
+POISONED = ["16-bit, paged, group 4", "head_dim 96, blocks of one", "steps of all lengths", "unrotated, 16-bit"]
+
+
+@pytest.mark.parametrize("kind", sorted(isolation.POISONS))
+@pytest.mark.parametrize("name", POISONED)
+def test_poison_elsewhere(name: str, kind: str) -> None:
+    for sequence in range(len(SHAPES[name].lengths)):
+        isolation.check_poison_elsewhere(SHAPES[name], BACKEND, kind, [sequence])
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_others_that_take_part(name: str) -> None:
+    for sequence in range(len(SHAPES[name].lengths)):
+        isolation.check_others_that_take_part(SHAPES[name], BACKEND, sequence, 100.0)
+
+
+@pytest.mark.parametrize("where", ["keys", "values", "queries"])
+def test_one_broken_sequence_refuses_all_or_is_left_out(where: str) -> None:
+    isolation.test_one_broken_sequence_refuses_all_or_is_left_out(BACKEND, where)
+
+
+LIMITED = Shape(((3, 60, 12), (0, 40, 9), (6, 12, 12)), num_layers=2, block_size=16, head_dim=16)
+
+
+@pytest.mark.parametrize("key_space", ["rotated", "unrotated"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_edits_above_the_limit_are_skipped(dtype: str, key_space: str) -> None:
+    robustness.check_limit(replace(LIMITED, dtype=dtype, key_space=key_space), BACKEND)
+
+
+@pytest.mark.parametrize("size", [1e5, 1e20, 1e37])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_processor_that_blows_up(dtype: str, size: float) -> None:
+    robustness.check_exploding(replace(LIMITED, dtype=dtype), BACKEND, size)
+
+
+def test_values_whose_squares_are_too_large_are_refused() -> None:
+    for size in (1e15, 1e20, 3e38):
+        robustness.test_values_of_any_size("float32", size, "rotated", BACKEND)
+
+
 def test_attention_mass_alone() -> None:
     shape = Shape(((0, 120, 40), (4, 33, 7), (0, 5, 5)), num_layers=2, head_dim=64, group=3, dtype="bfloat16")
     case = make_case(replace(shape, recent_window=32, block_size=16))
@@ -236,6 +280,36 @@ def test_calls_may_overtake_the_device(deferred: None) -> None:
         assert i > 0 or same(together.pools, before)  # nothing happened yet
     hurrying.workspace.synchronize()
     assert same(together.pools, one_by_one.pools)
+
+
+def test_skips_are_counted_when_they_are_known(deferred: None) -> None:
+    """Each once, whichever layers found it, also where calls overtake the device and their slots are used again."""
+    case = make_case(SMALL)
+    case.weights = {n: w * np.float32(1e5) if "out_proj" in n else w for n, w in case.weights.items()}
+    processor, before = case.processor(BACKEND, "bfloat16"), case.snapshot()
+    workspace = processor.workspace()
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=workspace, query_table=case.query_table, max_relative_edit=10.0
+    )
+    for i in range(7):
+        assert bound.rewrite(case.events[i % 2 :], case.block_table, report=False) is None
+        assert workspace.skipped_steps <= 2 * i
+    assert workspace.skipped_steps < 11
+    workspace.synchronize()
+    assert workspace.skipped_steps == 11
+    assert same(case.pools, before)
+    report = bound.rewrite(case.events, case.block_table)
+    assert report.skipped == (True, True)
+    assert workspace.skipped_steps == 13
+    larger = make_case(replace(SMALL, lengths=SMALL.lengths * 40))  # slots grow
+    other = processor.bind(
+        larger.keys, larger.values, larger.queries, workspace=workspace, query_table=larger.query_table,
+        max_relative_edit=10.0,
+    )  # fmt: skip
+    for _ in range(5):
+        other.rewrite(larger.events, larger.block_table, report=False)
+    workspace.synchronize()
+    assert workspace.skipped_steps == 13 + 5 * 80
 
 
 def test_reports_are_waited_for(deferred: None) -> None:

@@ -46,6 +46,7 @@ from bottleneck_ext import InvalidArgumentError, UnsupportedError
 from ..backbones import describe, model_weights_hash, rope_parameters
 from ..boundary import BoundaryDetector, BoundaryEvent, newline_token_ids
 from ..config import CacheProcessorConfig
+from ..processor import check_max_relative_edit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +65,7 @@ _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuou
 # Keyword arguments with which an attention function computes something else than softmax(scale * q k).
 _OTHER_ATTENTION = ("softcap", "s_aux", "position_bias")
 
+_TOO_LARGE = "relative edit above the limit"
 _NO_CACHE = "use_cache=False leaves no KV cache to rewrite: leave use_cache on, or detach first"
 _NO_IDS = "inputs_embeds hides the token ids that end a step: pass input_ids, or detach first"
 _ABSENT: Any = object()
@@ -79,7 +81,7 @@ class AttachmentStats:
 
     boundaries: steps whose KV was rewritten.
     rewrites: calls that did it; one serves all rows whose steps end with the same forward.
-    sequences: boundaries by row of the batch.
+    sequences: boundaries by row of the batch; on a GPU without on_boundary, those with too large an edit included.
     seconds: by stage as the Processor reports them (summed over threads), and "total", wall clock of the calls. On a
         GPU stages are known only where on_boundary is given; without it "total" is the host's time to enqueue, and the
         device works on after that.
@@ -101,6 +103,7 @@ def attach(
     num_threads: int | None = None,
     on_boundary: Callable[[RewriteReport], None] | None = None,
     check_weights: bool = True,
+    max_relative_edit: float | None = None,
 ) -> Attachment:
     """Let `processor` rewrite the KV cache of `model` at every step's end (arXiv 2505.16950, section 3).
 
@@ -118,13 +121,16 @@ def attach(
         is then waited for; without it a rewrite that the device refused is raised by the next one, or when `generate`
         ends.
     check_weights: False accepts a Processor made for the same architecture with other weights.
+    max_relative_edit: a step whose edit is larger than this, relative to its rows in any layer, or not finite, is left
+        as it is and counted in `stats.skipped`; on a GPU without on_boundary it is counted by a later rewrite, or when
+        `generate` ends. None: no limit, and an edit that is not finite is an error.
 
     Raises UnsupportedError for a model that cannot be served, and InvalidArgumentError where model, processor
     and tokenizer do not fit together. `generate` raises the same two, before its first forward, for what it
     cannot do while attached: beams, assisted decoding, `use_cache=False`, `inputs_embeds`, other caches, an
     empty prompt.
     """
-    return Attachment(model, processor, tokenizer, num_threads, on_boundary, check_weights)
+    return Attachment(model, processor, tokenizer, num_threads, on_boundary, check_weights, max_relative_edit)
 
 
 class Attachment:
@@ -138,9 +144,11 @@ class Attachment:
         num_threads: int | None,
         on_boundary: Callable[[RewriteReport], None] | None,
         check_weights: bool,
+        max_relative_edit: float | None = None,
     ) -> None:
         if num_threads is not None and (isinstance(num_threads, bool) or num_threads < 1):
             raise InvalidArgumentError(f"num_threads is {num_threads!r}, but it must be a positive integer")
+        check_max_relative_edit(max_relative_edit)
         self._device = _device_of(processor)
         attention = _check_model(model, self._device)
         _check_fit(model, attention, processor.config, check_weights)
@@ -149,6 +157,7 @@ class Attachment:
         self.stats = AttachmentStats()
         self._num_threads = num_threads
         self._on_boundary = on_boundary
+        self._max_relative_edit = max_relative_edit
         self._softmax_scale = float(attention[0].scaling)
         self._line_ending_ids = _line_ending_ids(model, processor.config, tokenizer)
         self._states: weakref.WeakKeyDictionary[Cache, _State] = weakref.WeakKeyDictionary()
@@ -379,6 +388,7 @@ class Attachment:
             "newest",
             "newest_rows",
             "workspace",
+            "skipped_steps",
             "bound",
             "bound_to",
             "on_host",
@@ -458,7 +468,8 @@ class Attachment:
     def _rewrite(self, cache: Cache, state: _State, events: list[BoundaryEvent]) -> None:
         if not state.captured:
             newest = state.ring[:, :, (state.length - 1) % state.ring.shape[2]]
-            for layer in newest.isnan().flatten(1).any(dim=1).nonzero()[:1, 0].tolist():
+            # All of a layer, since what a row holds is that row's own business.
+            for layer in newest.isnan().flatten(1).all(dim=1).nonzero()[:1, 0].tolist():
                 raise UnsupportedError(
                     f"{type(self.model).__name__} did not pass the queries of layer {layer} on, or they are not numbers"
                 )
@@ -478,12 +489,23 @@ class Attachment:
             stats = self.stats
             stats.boundaries += len(events)
             stats.rewrites += 1
-            stats.sequences.update(event.sequence for event in events)
+            skipped: Sequence[bool] = [False] * len(events) if report is None else report.skipped
+            stats.sequences.update(event.sequence for event, left in zip(events, skipped, strict=True) if not left)
             for stage, seconds in ({} if report is None else report.stage_seconds).items():
                 stats.seconds[stage] = stats.seconds.get(stage, 0.0) + seconds
             stats.seconds["total"] = stats.seconds.get("total", 0.0) + time.perf_counter() - begin
+        self._count_skipped(state)
         if self._on_boundary is not None and report is not None:
             self._on_boundary(report)
+
+    def _count_skipped(self, state: _State) -> None:
+        """Of the steps counted as rewritten, those whose edit is known by now to have been too large."""
+        found = state.workspace.skipped_steps
+        late, state.skipped_steps = found - state.skipped_steps, found
+        if late:
+            with self._lock:
+                self.stats.boundaries -= late
+                self.stats.skipped[_TOO_LARGE] += late
 
     def _bind(self, cache: Cache, state: _State) -> BoundCache:
         """The Processor on this cache's tensors and its ring."""
@@ -500,6 +522,7 @@ class Attachment:
             workspace=state.workspace,
             softmax_scale=self._softmax_scale,
             heads_first=True,
+            max_relative_edit=self._max_relative_edit,
         )
         # Those of a StaticCache stay; the host's time counts where a GPU waits for it.
         if self._device.type != "cpu" and all(type(layer) is StaticLayer for layer in cache.layers):
@@ -523,6 +546,7 @@ class Attachment:
             except BaseException:
                 self._forget(cache)
                 raise
+            self._count_skipped(state)
 
 
 def _untracked(tensor: Tensor) -> Tensor:
@@ -559,6 +583,7 @@ class _State:
     newest: Tensor  # [layers * batch, query heads, 1, head_dim], the queries of the latest decoded token
     newest_rows: Tensor  # the same memory as [layers, batch, query heads, head_dim]
     workspace: bottleneck_ext.Workspace
+    skipped_steps: int = 0  # of the workspace's, those that were counted
     newest_slot: int | None = None  # where in the ring they belong, as long as they are not there
     bound: BoundCache | None = None  # the Processor on a StaticCache of a GPU, and the tensors that is about
     bound_to: list[tuple[Tensor, Tensor]] = field(default_factory=list)

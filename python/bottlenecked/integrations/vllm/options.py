@@ -9,6 +9,8 @@ from typing import Any
 
 from bottleneck_ext import InvalidArgumentError
 
+from ...processor import check_max_relative_edit
+
 _WEIGHT_DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -25,6 +27,8 @@ class ServerOptions:
     prompt_cache_tokens: keys and values of so many prompt tokens are kept in host memory, so that prompts which begin
         alike are not computed again (see prompts.py; vLLM's own prefix caching must be off). 0: none.
     check_weights: False accepts a Processor made for the same architecture with other weights.
+    max_relative_edit: a step whose edit is larger than this, relative to its rows in any layer, or not finite, is left
+        as it is and counted; None: no limit.
     """
 
     processor: str
@@ -34,6 +38,7 @@ class ServerOptions:
     max_saved_tokens: int | None = None
     prompt_cache_tokens: int = 0
     check_weights: bool = True
+    max_relative_edit: float | None = None
 
     @classmethod
     def from_extra_config(cls, values: Mapping[str, Any]) -> ServerOptions:
@@ -61,6 +66,10 @@ class ServerOptions:
             _refuse("prompt_cache_tokens", options.prompt_cache_tokens, "an integer of 0 or more")
         if options.weight_dtype not in _WEIGHT_DTYPES:
             _refuse("weight_dtype", options.weight_dtype, " or ".join(map(repr, _WEIGHT_DTYPES)))
+        try:
+            check_max_relative_edit(options.max_relative_edit)
+        except InvalidArgumentError:
+            _refuse("max_relative_edit", options.max_relative_edit, "null or a positive finite number")
         return options
 
 

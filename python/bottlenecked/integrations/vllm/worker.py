@@ -83,14 +83,16 @@ class WorkerHalf:
         if self.group.world_size == 1:
             self.rewriter: BoundCache | ShardedRewriter = processor.bind(
                 self.keys, self.values, self.queries.unbind(), workspace=workspace, query_table=table,
-                softmax_scale=scale,
+                softmax_scale=scale, max_relative_edit=self.options.max_relative_edit,
             )  # fmt: skip
             query_cache = self.rewriter.query_cache
         else:
             query_cache = bottleneck_ext.QueryCache(self.queries.unbind(), table)
             self.rewriter = ShardedRewriter(
-                processor, self.keys, self.values, query_cache, workspace, scale, self.group, block_size
-            )
+                processor, self.keys, self.values, query_cache, workspace, scale, self.group, block_size,
+                self.options.max_relative_edit,
+            )  # fmt: skip
+        self.workspace, self.skipped_steps = workspace, 0  # of the workspace's, those that were counted
         for index, name in enumerate(names):
             hook(layers[name].impl, QueryCapture(query_cache, index, self.block_to_page, workspace))
         logger.info(
@@ -166,14 +168,26 @@ class WorkerHalf:
                     self._rewrite([rewrite], again=again)
             return
         data = self.stats.data
-        data["boundaries"] += len(events)
-        for event in events:
+        skipped: Sequence[bool] = [False] * len(events) if report is None else report.skipped
+        self._count_skipped()
+        data["boundaries"] += skipped.count(False)
+        for event, left in zip(events, skipped, strict=True):
+            if left:
+                continue
             begin = event.window_begin(self.config.recent_window)
             top_k = self.config.top_k if event.top_k is None else event.top_k
             data["tokens"] += event.step_end - begin + min(top_k, begin)
         if report is not None:
-            edits, rows = np.square(report.delta_norm).sum(0), np.square(report.row_norm).sum(0)
+            written = ~np.array(skipped)
+            edits, rows = (np.square(norm[:, written]).sum(0) for norm in (report.delta_norm, report.row_norm))
             data["edits"] += np.sqrt(np.divide(edits, rows, out=np.zeros_like(edits), where=rows > 0)).tolist()
+
+    def _count_skipped(self) -> None:
+        """Steps whose edit is known by now to have been too large. A GPU tells it late, and counts them twice."""
+        found = self.workspace.skipped_steps
+        if found > self.skipped_steps:
+            self._skip("relative edit above the limit", found - self.skipped_steps)
+            self.skipped_steps = found
 
     def _skip(self, reason: str, count: int) -> None:
         skipped = self.stats.data["skipped"]
@@ -247,6 +261,7 @@ class ShardedRewriter:
         softmax_scale: float,
         group: Any,
         block_size: int,
+        max_relative_edit: float | None = None,
     ) -> None:
         self.processor = processor
         self.keys, self.values = keys, values
@@ -255,6 +270,7 @@ class ShardedRewriter:
         self.softmax_scale = softmax_scale
         self.group = group
         self.block_size = block_size
+        self.max_relative_edit = max_relative_edit
         self.kv_cache = bottleneck_ext.KVCache(keys, values)
 
     def rewrite(self, events: Sequence[BoundaryEvent], block_table: Any, *, report: bool) -> Any:
@@ -282,7 +298,7 @@ class ShardedRewriter:
         windows = [event.step_end - event.window_begin(config.recent_window) for event in events]
         bound = self.processor.bind(
             list(rows[:, 0]), list(rows[:, 1]), [queries] * config.num_layers, workspace=self.workspace,
-            softmax_scale=self.softmax_scale,
+            softmax_scale=self.softmax_scale, max_relative_edit=self.max_relative_edit,
         )  # fmt: skip
         result = bound.rewrite(
             [
