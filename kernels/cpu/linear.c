@@ -7,9 +7,10 @@
  *     for each panel of BTX_PANEL columns      its words stay near for all rows
  *         [in_dim in words][BTX_PANEL]
  *
- * Columns behind out_dim and the half word behind an odd in_dim are zero. While the first rows pass by a panel, what
- * lies behind it in memory is prefetched: the next panel, or the next product, which processor.c places there. The
- * weights of a layer are used once in a boundary, so they come from memory. */
+ * Columns behind out_dim and the half word behind an odd in_dim are zero. While rows pass by a panel, what lies behind
+ * it in memory is prefetched: the next panel, or the next product, which processor.c places there. The weights of a
+ * layer are used once in a boundary, so they come from memory, and each tile of rows fetches its share of them: all at
+ * once they would take longer than the first tile, whose own loads would wait behind them. */
 #include "btx.h"
 #include "tile.h"
 
@@ -84,6 +85,8 @@ static void linear_layer(btx_tile tile, const btx_linear *weights, const float *
     tile.a_stride = x_stride / (int64_t)sizeof(float);
     tile.depth = linear_depth(weights->in_dim, weights->dtype);
     tile.b = packed;
+    tile.ahead_every = num_tiles;
+    const int64_t share = (tile.depth + num_tiles - 1) / num_tiles * BTX_PANEL; /* of the next panel, for each tile */
     for (int64_t column = 0; column < columns; column += width) {
         const float *next = tile.b + tile.depth * BTX_PANEL;
         tile.bias = bias != NULL ? bias + column : NULL;
@@ -93,7 +96,7 @@ static void linear_layer(btx_tile tile, const btx_linear *weights, const float *
             tile.rows = (int)(btx_tile_begin(rows, t + 1) - row);
             tile.a = (const float *)(const void *)(x + row * x_stride);
             tile.c = out + row * tile.c_stride + column * column_size;
-            tile.ahead = t == 0 ? (const char *)next : NULL;
+            tile.ahead = (const char *)(next + t * share);
             btx_tile_run(tiles, &tile);
         }
         tile.b = next;

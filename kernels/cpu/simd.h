@@ -380,9 +380,13 @@ static inline void vf_store(float *to, vf a)
 {
     _mm256_storeu_ps(to, a);
 }
+/* A masked store is slow microcode on AMD's cores, and most are of whole vectors or of nothing. */
 static inline void vf_store_n(float *to, vf a, int n)
 {
-    _mm256_maskstore_ps(to, vf_first(n), a);
+    if (n == BTX_VL)
+        _mm256_storeu_ps(to, a);
+    else if (n > 0)
+        _mm256_maskstore_ps(to, vf_first(n), a);
 }
 
 static inline vf vf_add(vf a, vf b)

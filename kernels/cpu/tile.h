@@ -59,8 +59,9 @@ typedef struct btx_tile {
     int columns;      /* 1 ... BTX_PANEL, half of that when gated; nothing behind them is touched in bias and c */
     int accumulate;   /* add what c holds; not when gated */
     int gated;
-    btx_dtype c_dtype; /* of the operand, when gated */
-    const char *ahead; /* BTX_PANEL words of memory to bring nearer for each word of depth, or NULL */
+    btx_dtype c_dtype;   /* of the operand, when gated */
+    const char *ahead;   /* memory to bring nearer, or NULL: BTX_PANEL words of it, */
+    int64_t ahead_every; /* then, after so many words of depth, the next */
 } btx_tile;
 
 typedef void (*btx_tile_function)(const btx_tile *tile);
@@ -174,8 +175,9 @@ BTX_INLINE vf btx_word_fma(btx_word word, vf a, vf b, vf sum)
 }
 
 /* rows, word and ahead are constants where this is inlined; the loops over them unroll and sum lives in registers. */
-BTX_INLINE void btx_tile_multiply(int rows, btx_word word, int ahead, const btx_tile *tile)
+BTX_INLINE void btx_tile_multiply(int rows, btx_word word, int ahead, const btx_tile *shared)
 {
+    const btx_tile own = *shared, *tile = &own; /* of which stores to c can change nothing */
     const float *a = tile->a, *b = tile->b;
     const int64_t a_stride = tile->a_stride, depth = tile->depth;
     const int parts = word == BTX_WORD_BF16_WIDENED ? 2 : 1; /* one after the other, to save registers */
@@ -189,26 +191,31 @@ BTX_INLINE void btx_tile_multiply(int rows, btx_word word, int ahead, const btx_
         for (int i = 0; i < rows; i++)
             sum[i][v] = start;
     }
-    for (int64_t k = 0; k < depth; k++) {
+    const char *next = tile->ahead;
+    for (int64_t k = 0, end = depth; k < depth; end = depth) {
         if (ahead) {
             BTX_UNROLL
             for (int line = 0; line < (BTX_PANEL * 4 + BTX_LINE - 1) / BTX_LINE; line++)
-                vf_prefetch(tile->ahead + k * BTX_PANEL * 4 + line * BTX_LINE);
+                vf_prefetch(next + line * BTX_LINE);
+            next += BTX_PANEL * 4;
+            end = depth - k < tile->ahead_every ? depth : k + tile->ahead_every;
         }
-        BTX_UNROLL
-        for (int part = 0; part < parts; part++) {
-            vf values[BTX_TILE_VECTORS];
+        for (; k < end; k++) {
             BTX_UNROLL
-            for (int v = 0; v < BTX_TILE_VECTORS; v++) {
-                vf words = vf_load(b + k * BTX_PANEL + v * BTX_VL);
-                values[v] = parts == 1 ? words : part == 0 ? vf_bf16_low(words) : vf_bf16_high(words);
-            }
-            BTX_UNROLL
-            for (int i = 0; i < rows; i++) {
-                vf value = vf_set1(a[i * a_stride + k * parts + part]);
+            for (int part = 0; part < parts; part++) {
+                vf values[BTX_TILE_VECTORS];
                 BTX_UNROLL
-                for (int v = 0; v < BTX_TILE_VECTORS; v++)
-                    sum[i][v] = btx_word_fma(word, value, values[v], sum[i][v]);
+                for (int v = 0; v < BTX_TILE_VECTORS; v++) {
+                    vf words = vf_load(b + k * BTX_PANEL + v * BTX_VL);
+                    values[v] = parts == 1 ? words : part == 0 ? vf_bf16_low(words) : vf_bf16_high(words);
+                }
+                BTX_UNROLL
+                for (int i = 0; i < rows; i++) {
+                    vf value = vf_set1(a[i * a_stride + k * parts + part]);
+                    BTX_UNROLL
+                    for (int v = 0; v < BTX_TILE_VECTORS; v++)
+                        sum[i][v] = btx_word_fma(word, value, values[v], sum[i][v]);
+                }
             }
         }
     }
