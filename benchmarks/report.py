@@ -40,6 +40,7 @@ _EXTRA = {
     "extra_reading": ("extra, tokens read again", "{:+.2%}"),
     "added_prepare_s": ("added to prepare µs", "{:.1f}"),
     "added_prepare_reading_s": ("tokens read again µs", "{:.1f}"),
+    "added_boundary_s": ("added at a boundary µs", "{:.0f}"),
     "time_ratio": ("time / fine-tuning's", "{:.2f}"),
     "memory_ratio": ("memory / fine-tuning's", "{:.2f}"),
     "peak_bytes": ("peak MB", "{:.0f}"),

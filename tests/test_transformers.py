@@ -686,6 +686,32 @@ def test_counters_that_are_slow_to_read(replays: bool, monkeypatch: pytest.Monke
                 loop.feed(line_end)
 
 
+def test_a_static_cache_is_bound_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And anew where one of its tensors was replaced: the old one must not be rewritten in its place."""
+    model = tiny.model()
+    ids, _ = tiny.prompts((20,))
+    processor = tiny.processor()
+    bound = []
+    bind = processor.bind
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        bound.append(bind(*arguments, **options))
+        return bound[-1]
+
+    with attach(model, processor) as attachment, torch.no_grad():
+        expected = generate(model, ids).sequences[0, 20:].tolist()
+        rewrites = attachment.stats.rewrites
+        monkeypatch.setattr(processor, "bind", counted)
+        loop = Decoding(model, replays=False)
+        tokens = loop.run(ids, NEW // 2)
+        assert len(bound) == 1
+        loop.cache.layers[1].keys = loop.cache.layers[1].keys.clone()
+        tokens += loop.run(torch.tensor([tokens[-1:]]), NEW // 2)
+    assert tokens == expected
+    assert len(bound) == 2
+    assert attachment.stats.rewrites == 2 * rewrites > 4
+
+
 # --- attaching and detaching --------------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ and begins at once.
 extra            ours over stock, whole loop, less one: the median over repeats; extra_reading: ours_reading
 added_prepare_s  what `prepare_inputs_for_generation` takes longer on the host than stock's, a token: the median, so of
                  one that ends no step; added_prepare_reading_s: of ours_reading
+added_boundary_s the same, of a token before which a step is rewritten, tokens handed over: the median. Of it host_s is
+                 the rewrite alone, as the attachment counts it, the mean
 capture_share    what keeping the queries adds to a step on the device: replays of the two graphs, nothing in between
 step_s           stock's step of the loop
 
@@ -208,15 +210,22 @@ def measure(
         contenders = {OURS: (ours, True), READING: (ours, False), "stock": (stock, False)}
         times: dict[str, list[float]] = {name: [] for name in contenders}
         preparing: dict[str, list[float]] = {name: [] for name in contenders}
+        boundaries: list[float] = []
         runs = 1
+        warm = 0.0, 0
         for repeat in range(-1, max(context.repeats, MIN_REPEATS)):
+            if repeat == 0:
+                warm = attachment.stats.seconds["total"], attachment.stats.rewrites
             for name in rotated(list(contenders), repeat):
                 loop, hand_over = contenders[name]
                 seconds = loop.run(hand_over=hand_over)[0]
                 runs += loop is ours
-                if repeat >= 0:
-                    times[name].append(seconds)
-                    preparing[name].append(statistics.median(loop.preparing))
+                if repeat < 0:
+                    continue
+                times[name].append(seconds)
+                preparing[name].append(statistics.median(loop.preparing))
+                if name == OURS:
+                    boundaries.append(statistics.median(loop.preparing[setting.step :: setting.step]))
         if attachment.stats.boundaries != runs * counted:
             checks.refuse(setting, f"{attachment.stats.boundaries} boundaries in {runs} runs, {counted} in the first")
         steps = replays(context, {OURS: ours, "stock": stock})
@@ -224,12 +233,13 @@ def measure(
         made = figure("decode", keys, times, key=key("decode", setting))
         made["boundaries"], made["changed_tokens"] = counted // setting.batch, changed
         # Host's share, see AttachmentStats.
-        made["host_s"] = attachment.stats.seconds["total"] / max(attachment.stats.rewrites, 1)
+        made["host_s"] = (attachment.stats.seconds["total"] - warm[0]) / max(attachment.stats.rewrites - warm[1], 1)
     for name, suffix in ((OURS, ""), (READING, "_reading")):
         made["extra" + suffix] = statistics.median(o / s - 1 for o, s in zip(times[name], times["stock"], strict=True))
         made[f"added_prepare{suffix}_s"] = statistics.median(
             o - s for o, s in zip(preparing[name], preparing["stock"], strict=True)
         )
+    made["added_boundary_s"] = statistics.median(o - s for o, s in zip(boundaries, preparing["stock"], strict=True))
     made["step_s"] = statistics.median(times["stock"]) / tokens
     made["device_step_s"] = statistics.median(steps["stock"])
     made["capture_share"] = statistics.median(o / s - 1 for o, s in zip(steps[OURS], steps["stock"], strict=True))

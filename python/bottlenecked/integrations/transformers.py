@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+import operator
 import sys
 import threading
 import time
@@ -41,7 +43,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLa
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bottleneck_ext import InvalidArgumentError, UnsupportedError
+from bottleneck_ext import InvalidArgumentError, QueryCache, UnsupportedError
 
 from ..backbones import describe, model_weights_hash, rope_parameters
 from ..boundary import BoundaryDetector, BoundaryEvent, newline_token_ids
@@ -150,6 +152,7 @@ class Attachment:
             raise InvalidArgumentError(f"num_threads is {num_threads!r}, but it must be a positive integer")
         check_max_relative_edit(max_relative_edit)
         self._device = _device_of(processor)
+        self._device_type = self._device.type  # asked for at every token
         attention = _check_model(model, self._device)
         _check_fit(model, attention, processor.config, check_weights)
         self.model = model
@@ -161,7 +164,8 @@ class Attachment:
         self._softmax_scale = float(attention[0].scaling)
         self._line_ending_ids = _line_ending_ids(model, processor.config, tokenizer)
         self._states: weakref.WeakKeyDictionary[Cache, _State] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()  # of _states and stats: streamers run `generate` in threads
+        # Of stats, and of all but a look-up in _states: streamers run `generate` in threads.
+        self._lock = threading.Lock()
         self._name = _register(model, attention[0])
         self._previous = model.config._attn_implementation
         self._replaced: dict[str, Any] = {}
@@ -204,11 +208,14 @@ class Attachment:
         model = self.model
         prepare = model.prepare_inputs_for_generation
         generate = model.generate
+        on_gpu = self._device.type != "cpu"
 
         @functools.wraps(prepare)
         def prepare_and_rewrite(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
             request, tokens = kwargs.pop(_REQUEST, None), kwargs.pop(_TOKENS, None)
-            copying = None if tokens is not None else self._copy_tokens(input_ids, kwargs.get("past_key_values"))
+            copying = None
+            if on_gpu and tokens is None:
+                copying = self._copy_tokens(input_ids, kwargs.get("past_key_values"))
             inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
             self._before_forward(inputs, request, kwargs, tokens, copying)
             return inputs
@@ -255,14 +262,16 @@ class Attachment:
 
         None where nothing is on its way and `_before_forward` reads them itself.
         """
-        if input_ids is None or input_ids.device.type == "cpu" or not isinstance(cache, Cache):
+        if input_ids is None or input_ids.is_cpu or not isinstance(cache, Cache):
             return None
-        with self._lock:
-            state = self._states.get(cache)
-        if state is None or state.on_host is None or state.copied is None or len(input_ids) != len(state.on_host):
+        state = self._states.get(cache)
+        if state is None or state.on_host is None or state.copied is None:
             return None
-        state.on_host.copy_(input_ids if input_ids.shape[1] == 1 else input_ids[:, -1:], non_blocking=True)
-        state.copied.record(torch.cuda.current_stream(self._device))
+        rows, columns = input_ids.shape
+        if rows != state.batch_size:
+            return None
+        state.on_host.copy_(input_ids if columns == 1 else input_ids[:, -1:], non_blocking=True)
+        state.copied.record(torch.cuda.current_stream(self._device.index))
         return state
 
     def _before_forward(
@@ -285,20 +294,19 @@ class Attachment:
             raise UnsupportedError(_NO_CACHE)
         if ids is None:
             raise UnsupportedError(_NO_IDS)
-        if torch.is_autocast_enabled(self._device.type):
+        if torch.is_autocast_enabled(self._device_type):
             raise UnsupportedError("torch.autocast changes the dtype of the queries: load the model in that dtype")
         batch_size, count = ids.shape
         counter = cache.get_seq_length()
-        with self._lock:
-            found = self._states.get(cache)
+        known = copying is not None and cache is arguments.get("past_key_values")
+        found = copying if known else self._states.get(cache)
         decoding = count == 1 and not arguments.get("is_first_iteration")
         past, read = _past(counter, found, decoding, request, arguments)
         state = self._start(cache, batch_size) if past == 0 else _going_on(found, batch_size, past)
         if request is not state.request:
             self._begin_request(state, request, arguments.get("attention_mask"), past)
-        window = state.ring.shape[2]
         if state.newest_slot is not None:
-            state.ring.select(2, state.newest_slot).copy_(state.newest_rows)
+            state.move_newest(state.slots[state.newest_slot])
             state.newest_slot = None
 
         events: list[BoundaryEvent] = []
@@ -330,10 +338,10 @@ class Attachment:
         state.length = past + count
         inputs["query_newest"] = state.newest
         if count == 1:
-            state.newest_slot = past % window
-            inputs["query_parts"] = [None] * state.ring.shape[0]
+            state.newest_slot = past % state.window
+            inputs["query_parts"] = [None] * state.num_layers
         else:
-            state.slot.fill_(past % window)
+            state.slot.fill_(past % state.window)
             inputs["query_ring"], inputs["query_slot"] = state.ring, state.slot
 
     def _begin_request(self, state: _State, request: _Request | None, mask: Tensor | None, past: int) -> None:
@@ -360,9 +368,7 @@ class Attachment:
         config = self.processor.config
         _check_cache(cache, config.num_layers)
         shape = (config.num_layers, batch_size, config.recent_window, config.num_query_heads, config.head_dim)
-        with self._lock:
-            before = self._states.get(cache)
-        state = self._kept_addresses(shape, before) or self._allocate(
+        state = self._kept_addresses(shape, self._states.get(cache)) or self._allocate(
             shape, static=bool(getattr(cache, "is_compileable", False))
         )
         with self._lock:
@@ -386,12 +392,14 @@ class Attachment:
             "queries",
             "slot",
             "newest",
-            "newest_rows",
+            "slots",
+            "move_newest",
             "workspace",
             "skipped_steps",
             "bound",
             "bound_to",
             "on_host",
+            "on_host_flat",
             "copied",
         )
         return _State(**{name: getattr(before, name) for name in kept})
@@ -402,20 +410,31 @@ class Attachment:
         static: graphs may be compiled for this cache, as with the cache's own memory, which write to these addresses.
         """
         dtype, device = self.model.dtype, self._device
-        layers, batch_size, _, heads, head_dim = shape
+        layers, batch_size, window, heads, head_dim = shape
+        rows = layers * batch_size
         ring = torch.full(shape, torch.nan, dtype=dtype, device=device)
         slot = torch.zeros(1, dtype=torch.long, device=device)
-        newest = torch.full((layers * batch_size, heads, 1, head_dim), torch.nan, dtype=dtype, device=device)
+        newest = torch.full((rows, heads, 1, head_dim), torch.nan, dtype=dtype, device=device)
+        workspace = self.processor.workspace(self._num_threads or torch.get_num_threads())
         state = _State(
             ring=ring,
             queries=ring.unbind(0),
             slot=slot,
             newest=newest,
-            newest_rows=newest.view(layers, batch_size, heads, head_dim),
-            workspace=self.processor.workspace(self._num_threads or torch.get_num_threads()),
+            # To `capture` a layer of a row of the batch is a token of one wide head, its block the page of that number.
+            slots=torch.arange(rows * window, device=device).view(rows, window).unbind(1),
+            move_newest=functools.partial(
+                QueryCache([ring.view(rows, window, 1, heads * head_dim)]).capture,
+                0,
+                newest.view(rows, 1, heads * head_dim),
+                block_to_page=torch.arange(rows, dtype=torch.int32, device=device),
+                workspace=workspace,
+            ),
+            workspace=workspace,
         )
         if device.type != "cpu":
             state.on_host = torch.empty(batch_size, 1, dtype=torch.long, pin_memory=True)
+            state.on_host_flat = state.on_host.view(-1)
             state.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             if static:
                 for tensor in (ring, slot, newest):
@@ -426,7 +445,7 @@ class Attachment:
         self, state: _State, mask: Tensor | None, position_ids: Tensor | None, past: int, count: int
     ) -> BoundaryDetector:
         """The first prompt, [0, past), is in the cache: the padding of every row is known now."""
-        state.begins = _padding(mask, state.ring.shape[1], past)
+        state.begins = _padding(mask, state.batch_size, past)
         positions = position_ids[:, -1].tolist() if position_ids is not None and position_ids.ndim == 2 else []
         for row, begin in enumerate(state.begins):
             if begin == past:
@@ -467,12 +486,14 @@ class Attachment:
 
     def _rewrite(self, cache: Cache, state: _State, events: list[BoundaryEvent]) -> None:
         if not state.captured:
-            newest = state.ring[:, :, (state.length - 1) % state.ring.shape[2]]
-            # All of a layer, since what a row holds is that row's own business.
-            for layer in newest.isnan().flatten(1).all(dim=1).nonzero()[:1, 0].tolist():
-                raise UnsupportedError(
-                    f"{type(self.model).__name__} did not pass the queries of layer {layer} on, or they are not numbers"
-                )
+            newest = state.ring.select(2, (state.length - 1) % state.window)
+            if math.isnan(newest.sum()):  # where any is, and seldom else; to ask for each is many launches
+                # All of a layer, since what a row holds is that row's own business.
+                for layer in newest.isnan().flatten(1).all(dim=1).nonzero()[:1, 0].tolist():
+                    raise UnsupportedError(
+                        f"{type(self.model).__name__} did not pass the queries of layer {layer} on, or they are not "
+                        "numbers"
+                    )
             state.captured = True
         begin = time.perf_counter()
         report: RewriteReport | None
@@ -509,15 +530,14 @@ class Attachment:
 
     def _bind(self, cache: Cache, state: _State) -> BoundCache:
         """The Processor on this cache's tensors and its ring."""
-        if state.bound is not None and all(
-            layer.keys is keys and layer.values is values
-            for layer, (keys, values) in zip(cache.layers, state.bound_to, strict=True)
-        ):
+        keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        tensors = keys + values
+        if state.bound is not None and all(map(operator.is_, tensors, state.bound_to)):
             return state.bound
         # A DynamicCache has new tensors after every token, so views that nobody needs would cost at each boundary.
         bound = self.processor.bind(
-            [_untracked(layer.keys) for layer in cache.layers],
-            [_untracked(layer.values) for layer in cache.layers],
+            map(_untracked, keys),
+            map(_untracked, values),
             state.queries,
             workspace=state.workspace,
             softmax_scale=self._softmax_scale,
@@ -525,8 +545,8 @@ class Attachment:
             max_relative_edit=self._max_relative_edit,
         )
         # Those of a StaticCache stay; the host's time counts where a GPU waits for it.
-        if self._device.type != "cpu" and all(type(layer) is StaticLayer for layer in cache.layers):
-            state.bound, state.bound_to = bound, [(layer.keys, layer.values) for layer in cache.layers]
+        if all(type(layer) is StaticLayer for layer in cache.layers):
+            state.bound, state.bound_to = bound, tensors
         return bound
 
     def _forget(self, cache: Cache) -> None:
@@ -581,13 +601,15 @@ class _State:
     queries: tuple[Tensor, ...]  # the ring's layers
     slot: Tensor  # [1], where the queries of a prompt begin
     newest: Tensor  # [layers * batch, query heads, 1, head_dim], the queries of the latest decoded token
-    newest_rows: Tensor  # the same memory as [layers, batch, query heads, head_dim]
+    slots: tuple[Tensor, ...]  # by row of the ring: where `move_newest` is to put them, [layers * batch]
+    move_newest: Callable[[Tensor], None]
     workspace: bottleneck_ext.Workspace
     skipped_steps: int = 0  # of the workspace's, those that were counted
     newest_slot: int | None = None  # where in the ring they belong, as long as they are not there
-    bound: BoundCache | None = None  # the Processor on a StaticCache of a GPU, and the tensors that is about
-    bound_to: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    bound: BoundCache | None = None  # the Processor on a StaticCache, and the keys and values that is about
+    bound_to: list[Tensor] = field(default_factory=list)
     on_host: Tensor | None = None  # of a GPU: [batch, 1], pinned, the latest token of each row
+    on_host_flat: Tensor | None = None  # the same memory as [batch]
     copied: torch.cuda.Event | None = None
     request: object = _ABSENT  # the _Request of the latest `generate`, or None
     settings: _Request = field(default_factory=_Request)  # the same, or the model's own
@@ -601,12 +623,15 @@ class _State:
     captured: bool = False  # the ring was seen to be written in every layer
     finished: set[int] = field(default_factory=set)  # rows that generated an end-of-text token
 
+    def __post_init__(self) -> None:
+        self.num_layers, self.batch_size, self.window = self.ring.shape[:3]
+
     def tokens(self) -> list[int]:
         """What `_copy_tokens` has started to copy."""
-        assert self.on_host is not None
+        assert self.on_host_flat is not None
         assert self.copied is not None
         self.copied.synchronize()
-        tokens: list[int] = self.on_host.view(-1).tolist()
+        tokens: list[int] = self.on_host_flat.tolist()
         return tokens
 
 
@@ -621,10 +646,8 @@ def _going_on(state: _State | None, batch_size: int, past: int) -> _State:
         raise InvalidArgumentError(
             f"the cache holds {past} positions, but generate left {state.length} in it: {remedy}"
         )
-    if batch_size != state.ring.shape[1]:
-        raise InvalidArgumentError(
-            f"the cache holds {state.ring.shape[1]} rows, but the batch has {batch_size}: {remedy}"
-        )
+    if batch_size != state.batch_size:
+        raise InvalidArgumentError(f"the cache holds {state.batch_size} rows, but the batch has {batch_size}: {remedy}")
     return state
 
 
@@ -662,7 +685,7 @@ def _past(
 
 def _waits(counter: Tensor) -> bool:
     """Whether reading it waits for a device."""
-    return counter.device.type != "cpu"
+    return not counter.is_cpu
 
 
 def _settings(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
