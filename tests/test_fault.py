@@ -15,10 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import DynamicCache
 
 import bottleneck_ext
-from bottleneck_ext import InvalidArgumentError, RebuildNeededError
+from bottleneck_ext import DeviceError, InvalidArgumentError, RebuildNeededError
+from bottlenecked import BoundCache
+from bottlenecked.integrations.transformers import attach
 
+from . import tiny
 from .plain_case import RECENT_WINDOW, PlainCase, make_plain_case
 from .test_simd import CORE, ROOT, Machine
 
@@ -153,3 +158,43 @@ def test_every_python_allocation_of_every_call_fails() -> None:
         assert None in seen, name
         assert [sys.getrefcount(thing) for thing in kept] == references, name
     assert total > 150
+
+
+# ---- a write that fails, in transformers (in vLLM: tests/vllm/test_engine.py) ----------------------------------------
+
+
+@pytest.mark.parametrize("error", [RebuildNeededError, DeviceError, MemoryError])
+def test_generate_tells_what_is_lost_and_others_go_on(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call that it happened in ends with the error; its cache is of no more use, and all others are."""
+    model = tiny.model()
+    ids, mask = tiny.prompts((20, 9))
+    settings = {"attention_mask": mask, "max_new_tokens": 32, "do_sample": False}
+    calls: list[int] = []
+    rewrite = BoundCache.rewrite
+
+    def failing(self: BoundCache, *arguments: Any, **options: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 2 and error is not RebuildNeededError:
+            raise error("nothing was written")
+        report = rewrite(self, *arguments, **options)
+        if len(calls) == 2:
+            raise error("it failed while it wrote")
+        return report
+
+    with attach(model, tiny.processor()) as attachment:
+        expected = model.generate(ids, **settings)
+        boundaries = attachment.stats.boundaries
+        other = DynamicCache(config=model.config)
+        half = model.generate(ids, **{**settings, "max_new_tokens": 8}, past_key_values=other)
+        monkeypatch.setattr(BoundCache, "rewrite", failing)
+        cache = DynamicCache(config=model.config)
+        with pytest.raises(error, match=r"it failed while it wrote|nothing was written"):
+            model.generate(ids, **settings, past_key_values=cache)
+        assert len(calls) == 2
+        longer = torch.cat((ids, ids), dim=1)[:, : cache.get_seq_length() + 1]
+        with pytest.raises(InvalidArgumentError, match="whose queries were not captured"):
+            model.generate(longer, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        longer = torch.cat((mask, mask.new_ones(len(mask), half.shape[1] - mask.shape[1])), dim=1)
+        settings |= {"attention_mask": longer, "max_new_tokens": expected.shape[1] - half.shape[1]}
+        assert torch.equal(model.generate(half, **settings, past_key_values=other), expected)
+        assert attachment.stats.boundaries > boundaries
