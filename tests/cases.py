@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+import bottleneck_ext
 from bottlenecked import BoundaryEvent, CacheProcessor, CacheProcessorConfig
 from bottlenecked.checkpoint import initial_weights
 
@@ -80,6 +81,21 @@ class Case:
 
     def processor(self, backend: str = "cpu", weight_dtype: str = "float32") -> CacheProcessor:
         return CacheProcessor(self.config, self.weights, backend=backend, weight_dtype=weight_dtype)
+
+    def attention_mass(self, backend: str = "cpu", num_threads: int = 2) -> np.ndarray:
+        """[num_layers, num_events, longest prior], of bottleneck_ext.attention_mass."""
+        longest = max(e.window_begin(self.shape.recent_window) - e.sequence_begin for e in self.events)
+        out = np.full((self.shape.num_layers, len(self.events), longest), np.nan, np.float32)
+        bottleneck_ext.attention_mass(
+            bottleneck_ext.KVCache(self.keys, self.values),
+            bottleneck_ext.QueryCache(self.queries, self.query_table),
+            [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in self.events],
+            self.block_table,
+            out=out,
+            workspace=bottleneck_ext.Workspace(num_threads, backend),
+            recent_window=self.shape.recent_window,
+        )
+        return out
 
     def rewrite(self, processor: CacheProcessor, num_threads: int = 1):
         bound = processor.bind(

@@ -239,16 +239,8 @@ def test_ties_go_to_the_smaller_position(backend: str, layout: str, block_size: 
 def test_attention_mass_alone(backend: str, dtype: str) -> None:
     shape = Shape(((0, 500, 96), (4, 33, 7), (0, 5, 5)), num_layers=3, head_dim=48, group=3, block_size=16, dtype=dtype)
     case = make_case(replace(shape, recent_window=32))
-    out = np.full((3, 3, 468), np.nan, np.float32)
-    bottleneck_ext.attention_mass(
-        bottleneck_ext.KVCache(case.keys, case.values),
-        bottleneck_ext.QueryCache(case.queries, case.query_table),
-        [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in case.events],
-        case.block_table,
-        out=out,
-        workspace=bottleneck_ext.Workspace(2, backend),
-        recent_window=32,
-    )
+    out = case.attention_mass(backend)
+    assert out.shape == (3, 3, 468)
     for layer in range(3):
         for i in range(3):
             mass = reference_mass(case, layer, i)

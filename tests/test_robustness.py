@@ -56,21 +56,6 @@ def fill(views: list[torch.Tensor], make: Callable[[torch.Tensor], torch.Tensor]
         view.copy_(torch.where(view.isnan(), view, make(view).to(view.dtype)))
 
 
-def mass_of(case: Case, backend: str) -> np.ndarray:
-    longest = max(e.window_begin(case.shape.recent_window) - e.sequence_begin for e in case.events)
-    out = np.empty((case.shape.num_layers, len(case.events), longest), np.float32)
-    bottleneck_ext.attention_mass(
-        bottleneck_ext.KVCache(case.keys, case.values),
-        bottleneck_ext.QueryCache(case.queries, case.query_table),
-        [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in case.events],
-        case.block_table,
-        out=out,
-        workspace=bottleneck_ext.Workspace(2, backend),
-        recent_window=case.shape.recent_window,
-    )
-    return out
-
-
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -88,7 +73,7 @@ def test_all_logits_are_equal(backend: str, dtype: str) -> None:
         assert report.recalled[i].tolist() == [list(range(begin, begin + 7))] * 2
     case = make_case(shape)
     change(case)
-    mass = mass_of(case, backend)
+    mass = case.attention_mass(backend)
     prior = 300 - 16
     assert len({*mass[0, 0, :prior].tolist()}) == 1
     wanted = np.mean([1 / (prior + 1 + j) for j in range(16)])
@@ -110,7 +95,7 @@ def test_attention_to_one_position(backend: str, scale: float) -> None:
 
     case = make_case(shape)
     change(case)
-    mass = mass_of(case, backend)[0, 0]
+    mass = case.attention_mass(backend)[0, 0]
     assert {int(p) + 2 for p in np.flatnonzero(mass)} == set(chosen)
     assert mass[chosen[0] - 2] == mass[chosen[1] - 2] == pytest.approx(0.5, rel=2**-22)
     report = case.rewrite(case.processor(backend))
@@ -128,7 +113,7 @@ def test_128k_positions(backend: str) -> None:
     assert report.recalled[0].shape == (1, 32)
     assert report.recalled[0].max() > 100_000
     case = make_case(shape)
-    mass = mass_of(case, backend)[0, 0]
+    mass = case.attention_mass(backend)[0, 0]
     np.testing.assert_allclose(mass, masses[0][0], rtol=3e-5)
     assert abs(mass.sum(dtype=np.float64) - masses[0][0].sum()) < 1e-6
 

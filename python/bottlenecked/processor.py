@@ -30,6 +30,8 @@ WeightDtype = Literal["auto", "float32", "bfloat16"]
 CacheDtype = Literal["float32", "float16", "bfloat16"]
 
 _LARGEST_LIMIT = float(np.finfo(np.float32).max)
+# What integrations count a step under that max_relative_edit kept from being written.
+EDIT_TOO_LARGE = "relative edit above the limit"
 
 # Instruction sets that multiply bfloat16 themselves; elsewhere it costs more than float32.
 _BFLOAT16_VARIANTS = ("avx512_bf16",)

@@ -192,16 +192,8 @@ def test_values_whose_squares_are_too_large_are_refused() -> None:
 def test_attention_mass_alone() -> None:
     shape = Shape(((0, 120, 40), (4, 33, 7), (0, 5, 5)), num_layers=2, head_dim=64, group=3, dtype="bfloat16")
     case = make_case(replace(shape, recent_window=32, block_size=16))
-    out = np.full((2, 3, 88), np.nan, np.float32)
-    bottleneck_ext.attention_mass(
-        bottleneck_ext.KVCache(case.keys, case.values),
-        bottleneck_ext.QueryCache(case.queries, case.query_table),
-        [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in case.events],
-        case.block_table,
-        out=out,
-        workspace=bottleneck_ext.Workspace(1, BACKEND),
-        recent_window=32,
-    )
+    out = case.attention_mass(BACKEND, 1)
+    assert out.shape == (2, 3, 88)
     for layer in range(2):
         for i in range(3):
             mass = cases.reference_mass(case, layer, i)

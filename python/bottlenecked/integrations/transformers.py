@@ -48,7 +48,7 @@ from bottleneck_ext import InvalidArgumentError, QueryCache, UnsupportedError
 from ..backbones import describe, model_weights_hash, rope_parameters
 from ..boundary import BoundaryDetector, BoundaryEvent, newline_token_ids
 from ..config import CacheProcessorConfig
-from ..processor import check_max_relative_edit
+from ..processor import EDIT_TOO_LARGE, check_max_relative_edit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +67,6 @@ _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuou
 # Keyword arguments with which an attention function computes something else than softmax(scale * q k).
 _OTHER_ATTENTION = ("softcap", "s_aux", "position_bias")
 
-_TOO_LARGE = "relative edit above the limit"
 _NO_CACHE = "use_cache=False leaves no KV cache to rewrite: leave use_cache on, or detach first"
 _NO_IDS = "inputs_embeds hides the token ids that end a step: pass input_ids, or detach first"
 _ABSENT: Any = object()
@@ -526,7 +525,7 @@ class Attachment:
         if late:
             with self._lock:
                 self.stats.boundaries -= late
-                self.stats.skipped[_TOO_LARGE] += late
+                self.stats.skipped[EDIT_TOO_LARGE] += late
 
     def _bind(self, cache: Cache, state: _State) -> BoundCache:
         """The Processor on this cache's tensors and its ring."""

@@ -23,7 +23,7 @@ from bottleneck_ext import BottleneckError, InvalidArgumentError, RebuildNeededE
 from ...boundary import BoundaryEvent
 from ...checkpoint import load_weights
 from ...config import CacheProcessorConfig
-from ...processor import BoundCache, CacheProcessor
+from ...processor import EDIT_TOO_LARGE, BoundCache, CacheProcessor
 from .capture import QueryCapture, hook
 from .checks import check_layers
 from .layout import key_value_views
@@ -186,7 +186,7 @@ class WorkerHalf:
         """Steps whose edit is known by now to have been too large. A GPU tells it late, and counts them twice."""
         found = self.workspace.skipped_steps
         if found > self.skipped_steps:
-            self._skip("relative edit above the limit", found - self.skipped_steps)
+            self._skip(EDIT_TOO_LARGE, found - self.skipped_steps)
             self.skipped_steps = found
 
     def _skip(self, reason: str, count: int) -> None:
