@@ -155,14 +155,7 @@ print(len({orders!r}))
 # ---- forked children -------------------------------------------------------------------------------------------------
 
 CHILD = """
-def in_child(work):
-    "Whether work() is true in a forked child, which has a minute."
-    pid = os.fork()
-    if pid == 0:
-        import signal
-        signal.alarm(60)
-        os._exit(0 if work() else 1)
-    return os.waitpid(pid, 0)[1] == 0
+from tests.forked import in_child
 """
 
 

@@ -15,6 +15,7 @@ import os, sys
 import numpy as np
 import torch
 from tests.cases import Shape, make_case
+from tests.forked import in_child
 
 def num_threads():
     return len(os.listdir("/proc/self/task"))
@@ -33,15 +34,6 @@ def bind(num_threads=2):
 def rewrite(case, bound):
     bound.rewrite(case.events, case.block_table)
     return [pool.nan_to_num().view(torch.int32).tolist() for pool in case.pools]
-
-def in_child(work):
-    "Whether work() is true in a forked child, which has a minute."
-    pid = os.fork()
-    if pid == 0:
-        import signal
-        signal.alarm(60)
-        os._exit(0 if work() else 1)
-    return os.waitpid(pid, 0)[1] == 0
 
 expected = rewrite(*bind(num_threads=1))
 """
