@@ -532,3 +532,20 @@ def test_decoding_that_is_not_stocks_is_refused(monkeypatch: pytest.MonkeyPatch)
         )
         with pytest.raises(SystemExit, match=r"other tokens than stock, from token 0 on.* apart; stock repeats"):
             gpu_decode.check(stock, setting, identity, expected)
+
+
+def test_pages_hold_what_contiguous_caches_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases of vLLM's layout compare bytes before they measure, and refuse what differs."""
+    from benchmarks.gpu import capture, paged
+    from benchmarks.gpu.context import Context as GpuContext
+
+    context = GpuContext("cpu", True, 5, set())
+    for case in (paged, capture):
+        figures = list(case.run(context))
+        assert len(figures) == 2 and not [f["refused"] for f in figures if "refused" in f]
+    setting = context.setting("llama-3.2-1b", 2, 40)
+    pages = paged.Pages(context.inputs(setting))
+    pages.query_table = pages.query_table[::-1].copy()  # queries of the other sequence
+    bound, plain = pages.bind(pages.inputs.workspace), pages.inputs.bind()
+    with pytest.raises(SystemExit, match=r"on vLLM's layout other positions are recalled|are not those rewritten"):
+        paged.check(pages, bound, plain)
