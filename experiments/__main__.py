@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
+import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .lab import Lab
     from .plan import Plan
 
 
@@ -28,7 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seeds", nargs="+", type=int, metavar="SEED", help="these backbones alone, of those that pass"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="processes, a backbone each; every one uses one thread")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument(
+        "--until",
+        type=float,
+        metavar="SECONDS",
+        help="start nothing new after so long, and let trainings under way save and end; the next run goes on",
+    )
     parser.add_argument("--report", action="store_true", help="train nothing: tables and plots of what there is")
     parser.add_argument("--build", type=Path, default=plan.BUILD, help="where what is trained is kept")
     parser.add_argument("--results", type=Path, default=plan.RESULTS, help="where outcomes are kept")
@@ -38,51 +42,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = plan.load(options.name, build=options.build, results=options.results, data=options.data)
         if unknown := set(options.only or ()) - set(chosen.variants):
             raise ValueError(f"{', '.join(sorted(unknown))}: no such variant; use {', '.join(chosen.variants)}")
+        failures: list[str] = []
         if not options.report:
-            _run(chosen, options.only, options.seeds, options.jobs)
+            until = None if options.until is None else time.time() + options.until
+            failures = _run(chosen, options.only, options.seeds, options.jobs, until)
+        for failure in failures:
+            print(f"error: {failure}", file=sys.stderr)
         for path in report.write(chosen):
             print(f"wrote {path}")
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 1 if failures else 0
 
 
-def _run(chosen: Plan, only: Sequence[str] | None, seeds: Sequence[int] | None, jobs: int) -> None:
-    from . import lab
+def _run(
+    chosen: Plan, only: Sequence[str] | None, seeds: Sequence[int] | None, count: int, until: float | None
+) -> list[str]:
+    """Sentences of what failed."""
+    from . import jobs, lab
 
-    made = _lab(chosen)
-    used = [seed for seed in lab.used_seeds(made) if seeds is None or seed in seeds]
-    lab.problems(made)
-    lab.costs(made)
-    for name in chosen.variants:
-        if only is not None and name not in only:
-            continue
-        if chosen.variants[name].learning_rate:
-            lab.chosen_rate(made, name)
-        if jobs == 1:
-            for seed in used:
-                lab.outcome(made, seed, name)
-            continue
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(_outcome, *zip(*((chosen, seed, name) for seed in used), strict=True)))
-
-
-def _outcome(chosen: Plan, seed: int, name: str) -> None:
-    """In a process of its own."""
-    from . import lab
-
-    lab.outcome(_lab(chosen), seed, name)
-
-
-def _lab(chosen: Plan) -> Lab:
-    if chosen.text is not None:
-        from .text import TextLab
-
-        return TextLab(chosen)
-    from .tasks import TaskLab
-
-    return TaskLab(chosen)
+    queue = jobs.Queue(chosen, only, seeds, alone=chosen.text is not None)
+    failures = jobs.run(queue, lab.of, count, until)
+    if missing := queue.missing():
+        print(f"not there yet: {', '.join(f'{job.variant} of seed {job.seed}' for job in missing)}")
+    return failures
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import abc
 import json
 import os
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,16 @@ _CURVE = 8  # scores on held-back problems while training
 _ROUNDS, _WARMING = 12, 3  # of measuring an iteration, and those that do not count
 
 
+class OutOfTimeError(Exception):
+    """Time was up: what had been trained is saved."""
+
+
 class Lab(abc.ABC):
     """An experiment's data and backbones. Everything is made when first needed, and kept in `plan.build`.
 
     tokenizer; train; curriculum, which everybody's training begins with, or None; held_back. pause_token: a token that
-    no problem uses, or None. batch_size: examples of a score.
+    no problem uses, or None. batch_size: examples of a score. until: `time.time()` at which a training saves and ends,
+    or None. save_seconds: how often at most a training saves before its end.
     """
 
     tokenizer: Any
@@ -45,9 +51,15 @@ class Lab(abc.ABC):
     held_back: Dataset
     pause_token: int | None
     batch_size: int
+    until: float | None = None
+    save_seconds = 0.0
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+
+    @abc.abstractmethod
+    def prepare(self) -> None:
+        """Make all files that several processes will read."""
 
     @abc.abstractmethod
     def train_backbone(self, seed: int, directory: Path) -> None:
@@ -83,7 +95,7 @@ class Lab(abc.ABC):
         ValueError where an outcome of this seed was made with other weights: on this machine the same training gave
         other bits.
         """
-        directory = self.plan.build / "backbones" / str(seed)
+        directory = backbone_directory(self.plan, seed)
         if not (directory / "config.json").exists():
             self.train_backbone(seed, directory)
         record = self.plan.results / f"backbone-{seed}.json"
@@ -95,26 +107,35 @@ class Lab(abc.ABC):
         return backbones.load(directory)[0]
 
 
+def of(plan: Plan) -> Lab:
+    """The lab of an experiment."""
+    if plan.text is not None:
+        from .text import TextLab
+
+        return TextLab(plan)
+    from .tasks import TaskLab
+
+    return TaskLab(plan)
+
+
 # --- backbones --------------------------------------------------------------------------------------------------
 
 
-def used_seeds(lab: Lab) -> list[int]:
-    """The first seeds whose backbones pass, as many as the plan wants; ValueError where there are too few."""
-    found: list[int] = []
-    for seed in lab.plan.seeds:
-        path = lab.plan.results / f"backbone-{seed}.json"
-        if not path.exists():
-            judged = lab.judge(seed)
-            digest = weights_hash(lab.plan.build / "backbones" / str(seed))
-            write(path, {"seed": seed, **judged, "weights_hash": digest, "machine": machine.describe()})
-        if read(path)["passes"]:
-            found.append(seed)
-        if len(found) == lab.plan.backbones:
-            return found
-    raise ValueError(
-        f"{lab.plan.name}: {len(found)} of {len(lab.plan.seeds)} backbones pass, but {lab.plan.backbones} are wanted: "
-        "give more seeds, or train backbones for longer"
-    )
+def judged(lab: Lab, seed: int) -> dict[str, Any]:
+    """What is known of a backbone, which is trained and judged where nothing is."""
+    path = lab.plan.results / f"backbone-{seed}.json"
+    if not path.exists():
+        found = lab.judge(seed)
+        digest = weights_hash(backbone_directory(lab.plan, seed))
+        write(path, {"seed": seed, **found, "weights_hash": digest, "machine": machine.describe()})
+    elif not backbone_directory(lab.plan, seed).exists():
+        lab.backbone(seed)
+    return read(path)
+
+
+def backbone_directory(plan: Plan, seed: int) -> Path:
+    """Where a backbone is kept."""
+    return plan.build / "backbones" / str(seed)
 
 
 def weights_hash(directory: Path) -> str:
@@ -203,7 +224,7 @@ def outcome(lab: Lab, seed: int, name: str) -> Path:
         return path
     variant = variants.make(lab, name)
     if plan.variants[name].learning_rate:
-        model, trainer, record = trained(lab, seed, name, chosen_rate(lab, name))
+        model, trainer, record = trained(lab, seed, name, chosen_rate(plan, name))
     else:
         model, trainer, record = lab.backbone(seed), None, {}
     record |= {
@@ -220,19 +241,26 @@ def outcome(lab: Lab, seed: int, name: str) -> Path:
     return path
 
 
-def chosen_rate(lab: Lab, name: str) -> float:
-    """The candidate that is best on held-back problems, trained in full on the first backbone that passes."""
-    rates = lab.plan.variants[name].learning_rate
+def rates_file(plan: Plan, name: str) -> Path:
+    """What each candidate of a variant gave on held-back problems, by its own writing."""
+    return plan.results / f"rates-{name}.json"
+
+
+def rate_score(lab: Lab, seed: int, name: str, rate: float) -> float:
+    """What a candidate, trained in full, gives on held-back problems."""
+    model, trainer, _ = trained(lab, seed, name, rate)
+    return lab.watch(variants.make(lab, name), model, trainer)
+
+
+def chosen_rate(plan: Plan, name: str) -> float:
+    """The candidate that is best on held-back problems, all of them trained in full on the first backbone that passes.
+
+    FileNotFoundError or KeyError where that was not done for all.
+    """
+    rates = plan.variants[name].learning_rate
     if len(rates) == 1:
         return rates[0]
-    path = lab.plan.results / f"rates-{name}.json"
-    found: dict[str, float] = read(path) if path.exists() else {}
-    seed = used_seeds(lab)[0]
-    for rate in rates:
-        if f"{rate:g}" not in found:
-            model, trainer, _ = trained(lab, seed, name, rate)
-            found[f"{rate:g}"] = lab.watch(variants.make(lab, name), model, trainer)
-            write(path, found)
+    found: dict[str, float] = read(rates_file(plan, name))
     return max(rates, key=lambda rate: found[f"{rate:g}"])
 
 
@@ -246,7 +274,7 @@ def trained(lab: Lab, seed: int, name: str, rate: float) -> tuple[Any, Trainer, 
     assert trainer is not None
     curve_file = output / "curve.json"
     curve: dict[str, float] = read(curve_file) if curve_file.exists() else {}
-    for iteration in run(trainer, f"{name}, seed {seed}, learning rate {rate:g}", parts=_CURVE):
+    for iteration in run(lab, trainer, f"{name}, seed {seed}, learning rate {rate:g}", parts=_CURVE):
         curve[str(iteration)] = lab.watch(variant, model, trainer)
         write(curve_file, curve)
 
@@ -269,23 +297,38 @@ def trained(lab: Lab, seed: int, name: str, rate: float) -> tuple[Any, Trainer, 
 def _beginning(lab: Lab, seed: int, name: str) -> Any:
     """The backbone, or what another variant made of it."""
     base = lab.plan.variants[name].base
-    if base is None:
-        return lab.backbone(seed)
-    directory = lab.plan.build / "merged" / f"{seed}-{base}"
+    return lab.backbone(seed) if base is None else backbones.load(merged(lab, seed, base))[0]
+
+
+def merged_directory(plan: Plan, seed: int, name: str) -> Path:
+    """Where the model is that a variant made of a backbone, for others to go on with."""
+    return plan.build / "merged" / f"{seed}-{name}"
+
+
+def merged(lab: Lab, seed: int, name: str) -> Path:
+    """`merged_directory`, trained and written where it is missing."""
+    directory = merged_directory(lab.plan, seed, name)
     if not directory.exists():
-        trained(lab, seed, base, chosen_rate(lab, base))[1].export(directory)  # all or nothing
-    return backbones.load(directory)[0]
+        trained(lab, seed, name, chosen_rate(lab.plan, name))[1].export(directory)  # all or nothing
+    return directory
 
 
-def run(trainer: Trainer, what: str, parts: int = 1) -> Iterator[int]:
-    """Train to the end from where the checkpoint is; yields the iteration after each part, and then saves."""
+def run(lab: Lab, trainer: Trainer, what: str, parts: int = 1) -> Iterator[int]:
+    """Train to the end from where the checkpoint is; yields the iteration after each part, and then saves.
+
+    Between two saves at least `lab.save_seconds` pass. OutOfTimeError at `lab.until`, saved.
+    """
     if trainer.checkpoint.exists():
         trainer.resume()
+    saved = time.time()
     for goal in sorted({trainer.total * (part + 1) // parts for part in range(parts)}):
         if goal <= trainer.iteration:
             continue
         losses, seconds = [], 0.0
         while trainer.iteration < goal:
+            if lab.until is not None and time.time() >= lab.until:
+                trainer.save()
+                raise OutOfTimeError(what)
             step = trainer.step()
             losses.append(step.loss)
             seconds += step.seconds
@@ -294,7 +337,10 @@ def run(trainer: Trainer, what: str, parts: int = 1) -> Iterator[int]:
             f"{1000 * seconds / len(losses):.0f} ms each"
         )
         yield trainer.iteration
-        trainer.save()  # after what was done with it: nothing of that is missing where a run goes on
+        # After what was done with it: nothing of that is missing where a run goes on.
+        if trainer.iteration == trainer.total or time.time() - saved >= lab.save_seconds:
+            trainer.save()
+            saved = time.time()
 
 
 def problems(lab: Lab) -> dict[str, list[int]]:

@@ -80,6 +80,18 @@ class TaskLab(lab.Lab):
             note.write_text(json.dumps(asked))
         return load_examples([path], self.tokenizer, max_length=_LONGEST, cache_dir=path.parent)
 
+    def prepare(self) -> None:
+        for of in (self.train, self.curriculum, self.held_back, self._look_ups(), *self._tests().values()):
+            assert of
+        if self.plan.backbone.curriculum_iterations:
+            self._early_look_ups()
+
+    def _look_ups(self) -> Dataset:
+        return self._dataset("look_ups", look_ups(self.task))
+
+    def _early_look_ups(self) -> Dataset:
+        return self._dataset("backbone_curriculum", look_ups(self.task))
+
     def train_backbone(self, seed: int, directory: Path) -> None:
         early = self.plan.backbone.curriculum_iterations
         curriculum = {"files": ["look_ups"], "iterations": early} if early else {}
@@ -90,15 +102,15 @@ class TaskLab(lab.Lab):
             self.held_back,
             TrainingConfig.from_dict({"seed": seed, "sft": {**self.plan.backbone.sft, "curriculum": curriculum}}),
             output=self.plan.build / "backbones" / f"{seed}.training",
-            curriculum=self._dataset("backbone_curriculum", look_ups(self.task)) if early else None,
+            curriculum=self._early_look_ups() if early else None,
         )
-        for _ in lab.run(trainer, f"backbone {seed}", parts=4):
+        for _ in lab.run(self, trainer, f"backbone {seed}", parts=4):
             pass
         save_backbone(trainer.model.eval(), directory)
 
     def judge(self, seed: int) -> dict[str, Any]:
         model = self.backbone(seed)
-        right = variants.Untouched(self, {}).right(model, None, self._dataset("look_ups", look_ups(self.task)))
+        right = variants.Untouched(self, {}).right(model, None, self._look_ups())
         share = sum(right) / len(right)
         assert self.held_back
         findings = probe(model, self.tokenizer, [self.file("held_back")], max_length=_LONGEST)
@@ -117,7 +129,7 @@ class TaskLab(lab.Lab):
     def finish(self, variant: Variant, name: str, seed: int, model: Any, trainer: Trainer | None) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if name == self.plan.budget.variant:
-            found["edits"] = self._edits(variant, model, trainer)
+            found["edits"] = self._edits(variant, model, trainer, self.plan.build / "exported" / f"{seed}-{name}")
         return found | {part: lab.score(variant.right(model, trainer, of)) for part, of in self._tests().items()}
 
     def _tests(self) -> dict[str, Dataset]:
@@ -133,15 +145,15 @@ class TaskLab(lab.Lab):
     def clock(self) -> float:
         return time.process_time()
 
-    def _edits(self, variant: Variant, model: Any, trainer: Trainer | None) -> dict[str, Any]:
+    def _edits(self, variant: Variant, model: Any, trainer: Trainer | None, directory: Path) -> dict[str, Any]:
         """How large rewrites are, at inference through transformers, on held-back problems.
 
         relative: per layer and number of the rewrite (0 for the first of an answer), the norm of the edit divided by
         that of the rows it is added to, mean over problems. right: how many are right by generating, and by the one
         forward that scores everyone; agree: on how many these are of one mind, which is all of them but for rounding.
+        directory: where the Processor is written.
         """
         assert isinstance(trainer, ProcessorTrainer)
-        directory = self.plan.build / "exported"
         trainer.processor.save_pretrained(directory)
         processor = CacheProcessor.from_pretrained(directory, weight_dtype="float32")
         found: dict[int, list[Any]] = {}

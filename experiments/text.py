@@ -80,6 +80,10 @@ class TextLab(lab.Lab):
     def held_back(self) -> Dataset:  # type: ignore[override]
         return self._split[1]
 
+    def prepare(self) -> None:
+        for of in (self.train, self.held_back, self._test):
+            assert of
+
     def train_backbone(self, seed: int, directory: Path) -> None:
         """Fine-tune the model; backbone-SEED.json keeps the held-back curve, which must have flattened."""
         trainer = BackboneTrainer(
@@ -92,7 +96,7 @@ class TextLab(lab.Lab):
         )
         curve_file = self.plan.build / "backbones" / f"{seed}.curve.json"
         curve = json.loads(curve_file.read_text()) if curve_file.exists() else {}
-        for iteration in lab.run(trainer, f"backbone {seed}", parts=8):
+        for iteration in lab.run(self, trainer, f"backbone {seed}", parts=8):
             curve[str(iteration)] = trainer.evaluate().kinds["all"].processor
             lab.write(curve_file, curve)
         trainer.export(directory)

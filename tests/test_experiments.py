@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,14 @@ from bottlenecked.training.tasks import (  # noqa: E402
     tiny_backbone,
 )
 from bottlenecked.training.trainer import ProcessorTrainer  # noqa: E402
+from experiments import jobs as jobs_of  # noqa: E402
 from experiments import lab as labs  # noqa: E402
 from experiments import plan as plans  # noqa: E402
 from experiments import report, tasks, variants  # noqa: E402
 from experiments import text as text_experiments  # noqa: E402
 from experiments.__main__ import main  # noqa: E402
 from experiments.decode import decode  # noqa: E402
+from experiments.jobs import Job, Queue, Result  # noqa: E402
 from experiments.tasks import TaskLab  # noqa: E402
 from experiments.text import TextLab  # noqa: E402
 from experiments.variants import Schedule  # noqa: E402
@@ -349,6 +353,160 @@ def test_a_variant_can_go_on_with_anothers_model(tmp_path: Path, monkeypatch: py
     assert torch.allclose(merged, apart, rtol=1e-4)
     assert not torch.allclose(merged, supervised(PackedBackbone(lab.backbone(0)), held_back).sums, rtol=1e-4)
     assert isinstance(trainer, ProcessorTrainer)
+
+
+# --- many at a time ---------------------------------------------------------------------------------------------
+
+
+BASED: dict[str, Any] = {
+    "sft": {"kind": "untouched"},
+    "on-half": {"kind": "processor", "learning_rate": [1e-2, 1e-3], "share": 0.5, "base": "half"},
+    "half": {"kind": "lora", "learning_rate": [1e-2, 2e-2], "share": 0.5},
+    "processor": {"kind": "processor", "learning_rate": 3e-3},
+    "sft2": {"kind": "fine-tuned", "learning_rate": 1e-3},
+}
+FAILS = "RuntimeError: so it is"
+
+
+def pretend(plan: plans.Plan, queue: Queue, job: Job, failing: Job | None = None, unfit: int = 1) -> None:
+    """What a job leaves behind, without its work. unfit: the seed of a backbone that does not pass."""
+    if job == failing:
+        queue.finish(Result(job, jobs_of.FAILED, FAILS))
+        return
+    if job.kind == "costs":
+        labs.write(plan.results / "costs.json", {"variants": {name: {} for name in plan.variants}})
+    elif job.kind == "backbone":
+        assert job.seed is not None
+        labs.write(plan.results / f"backbone-{job.seed}.json", {"passes": job.seed != unfit})
+        labs.write(labs.backbone_directory(plan, job.seed) / "config.json", {})
+    elif job.kind == "base":
+        assert job.seed is not None
+        labs.merged_directory(plan, job.seed, job.variant).mkdir(parents=True)
+    elif job.kind == "outcome":
+        labs.write(plan.results / f"{job.seed}-{job.variant}.json", {})
+    queue.finish(Result(job, jobs_of.DONE, value=0.5))
+
+
+def pretend_all(queue: Queue, workers: int, failing: Job | None = None) -> list[Job]:
+    """In the order of starting; that which was started last ends first."""
+    started: list[Job] = []
+    running: list[Job] = []
+    while True:
+        for job in queue.ready()[: workers - len(running)]:
+            assert job not in started
+            assert all(queue.done(needed) for needed in queue.requirements(job))
+            queue.running.add(job)
+            started.append(job)
+            running.append(job)
+        if not running:
+            return started
+        pretend(queue.plan, queue, running.pop(), failing)
+
+
+@pytest.mark.parametrize("workers", [1, 3, 20])
+def test_jobs_wait_for_what_they_need_and_come_in_the_files_order(tmp_path: Path, workers: int) -> None:
+    made = plan(tmp_path, variants=BASED, pairs=[])
+    started = pretend_all(Queue(made), workers)
+    assert [job for job in started if job.kind == "backbone"] == [Job("backbone", seed) for seed in (0, 1, 2)]
+    outcomes = [job for job in started if job.kind == "outcome"]
+    assert sorted(map(str, outcomes)) == sorted(str(Job("outcome", s, v)) for s in (0, 2) for v in BASED)
+    assert sum(job.kind == "rate" for job in started) == 4
+    assert all(job.seed == 0 for job in started if job.kind == "rate")
+    assert not Queue(made).ready()  # all is there
+    if workers == 1:
+        assert outcomes == [Job("outcome", seed, variant) for variant in BASED for seed in (0, 2)]
+        # What a variant needs has its place.
+        assert started.index(Job("base", 0, "half")) < started.index(Job("outcome", 0, "processor"))
+        assert [job.kind for job in started[:2]] == ["prepare", "costs"]
+    else:
+        assert started.index(Job("backbone", 1)) < started.index(Job("outcome", 0, "sft"))
+    # What is told by the clock is measured while nothing else runs.
+    alone = Queue(plan(tmp_path / "alone", variants=BASED, pairs=[]), alone=True)
+    assert pretend_all(alone, workers)[:2] == [Job("prepare"), Job("costs")]
+
+
+def test_a_failure_takes_with_it_what_waits_for_it_and_nothing_else(tmp_path: Path) -> None:
+    made = plan(tmp_path, variants=BASED, pairs=[])
+    queue = Queue(made, ["half", "on-half", "processor"])
+    failing = Job("rate", 0, "half", 2e-2)
+    started = pretend_all(queue, 2, failing)
+    assert queue.failed == {failing: FAILS}
+    assert [job for job in started if job.kind == "outcome"] == [Job("outcome", seed, "processor") for seed in (0, 2)]
+    missing = [(job.seed, job.variant) for job in queue.missing()]
+    assert missing == [(0, "on-half"), (2, "on-half"), (0, "half"), (2, "half")]
+    # Of a backbone: there is no other in its place, and the others are used.
+    of_two = Queue(plan(tmp_path / "two", variants=BASED, pairs=[]), ["sft"])
+    assert pretend_all(of_two, 1, Job("backbone", 0))[-1] == Job("outcome", 2, "sft")
+
+
+def patched(plan: plans.Plan) -> TaskLab:
+    """For a process of its own: with so few examples there is nothing to probe."""
+    vars(tasks).update(probe=lambda *arguments, **options: [], lacking=lambda findings: [], _EDITS=4)
+    vars(labs).update(_CURVE=2)
+    return TaskLab(plan)
+
+
+def dying(plan: plans.Plan) -> TaskLab:
+    os._exit(3)
+
+
+def test_processes_do_together_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a variant that cannot be made, which stops nobody; and the figures are those of one process."""
+    monkeypatch.setattr(tasks, "probe", lambda *arguments, **options: [])
+    monkeypatch.setattr(tasks, "lacking", lambda findings: [])
+    monkeypatch.setattr(tasks, "_EDITS", 4)
+    monkeypatch.setattr(labs, "_CURVE", 2)
+    entries = {
+        "wrong": {"kind": "processor", "learning_rate": 3e-3, "options": {"topk": 3}},
+        **{name: SMALL["variants"][name] for name in ("sft", "sft2", "processor")},
+    }
+    found = []
+    for place, count, make in (("one", 1, TaskLab), ("two", 2, patched)):
+        made = plan(tmp_path / place, variants=entries, pairs=[])
+        costs = {name: {"curriculum": 1.0, "after": 1.0} for name in entries}
+        labs.write(made.results / "costs.json", {"machine": {}, "variants": costs})
+        failures = jobs_of.run(Queue(made), make, count)
+        assert sorted(failures) == [
+            f"outcome wrong, seed {seed}: ValueError: topk is no option of Processor: use "
+            + ", ".join(variants.Processor.known)
+            for seed in (0, 1)
+        ]
+        outcomes = {p.name: labs.read(p) for p in made.results.iterdir()}
+        found.append({name: of | {"machine": None} for name, of in outcomes.items() if name != "costs.json"})
+    assert found[0] == found[1]
+    assert {"0-processor.json", "1-processor.json", "1-sft2.json", "rates-sft2.json", "problems.json"} < set(found[0])
+
+
+def test_a_process_that_dies_is_told_and_replaced(small: plans.Plan) -> None:
+    queue = Queue(small)
+    assert jobs_of.run(queue, dying, 2)[0] == "prepare: its process ended with exit code 3"
+    assert not queue.running
+
+
+def test_when_time_is_up_nothing_starts_and_trainings_save(lab: TaskLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(lab.plan)
+    assert jobs_of.run(queue, dying, 1, until=time.time() - 1) == []
+    assert jobs_of.run(queue, dying, 2, until=time.time() - 1) == []
+    monkeypatch.setattr(labs, "_CURVE", 1)
+    monkeypatch.setattr(labs, "costs", lambda lab: {name: labs.Cost(1.0, 1.0) for name in lab.plan.variants})
+    _, whole, record = labs.trained(lab, 0, "random", 3e-3)
+    expected = {n: p.detach().clone() for n, p in whole.parameters.items()}
+    whole.checkpoint.unlink()
+    step = type(whole).step
+
+    def late(self: Any) -> Any:
+        if self.iteration == 4:
+            monkeypatch.setattr(lab, "until", time.time())
+        return step(self)
+
+    monkeypatch.setattr(type(whole), "step", late)
+    assert jobs_of.do(lab, Job("rate", 0, "random", 3e-3)) == Result(Job("rate", 0, "random", 3e-3), jobs_of.STOPPED)
+    monkeypatch.setattr(lab, "until", None)
+    monkeypatch.setattr(type(whole), "step", step)
+    _, again, of_again = labs.trained(lab, 0, "random", 3e-3)
+    assert of_again == record
+    for name, parameter in again.parameters.items():
+        assert torch.equal(parameter, expected[name])
 
 
 def test_intervals_over_backbones_are_students() -> None:
