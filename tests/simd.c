@@ -645,6 +645,28 @@ static void check_reduce_each(void)
     }
 }
 
+static void check_transpose(void)
+{
+    begin("vf_transpose");
+    for (int k = 0; k < RANDOM_VALUES / BTX_VL / BTX_VL; k++) {
+        float values[BTX_VL][BTX_VL], got[BTX_VL];
+        vf a[BTX_VL];
+        for (int i = 0; i < BTX_VL; i++) {
+            for (int j = 0; j < BTX_VL; j++)
+                values[i][j] = float_of(random_bits() & 0xff7fffffu); /* no NaN, whose bits scalar code may change */
+            a[i] = vf_load(values[i]);
+        }
+        vf_transpose(a);
+        for (int i = 0; i < BTX_VL; i++) {
+            vf_store(got, a[i]);
+            for (int j = 0; j < BTX_VL; j++) {
+                if (bits_of(got[j]) != bits_of(values[j][i]))
+                    expect(got[j], values[j][i], "lane %g of vector %g", j, i, 0);
+            }
+        }
+    }
+}
+
 int main(void)
 {
     check_f32_memory();
@@ -666,6 +688,7 @@ int main(void)
     check_exp2();
     check_select();
     check_reduce_each();
+    check_transpose();
     begin("vf_prefetch");
     vf_prefetch((const char *)NULL); /* any address is fine */
     vf_prefetch(edge_of_memory());

@@ -117,14 +117,19 @@ static void mass_add_tile(const score_group *group, mass_block *block, int64_t n
         mass_add_tile_of(1, group, block, num_keys, kept);
 }
 
-/* The first sweep: keys [begin, end), whose probabilities are kept if they are prior ones. */
-static void mass_sweep(score_group *group, mass_block *block, const btx_plan_step *step, int64_t begin, int64_t end)
+/* The first sweep: keys [begin, end), whose probabilities are kept if they are prior ones. Of the window's, those
+ * behind the block's last query are left out. *tile counts the tiles that the block has taken. */
+static void mass_sweep(score_group *group, mass_block *block, const btx_plan_step *step, int64_t begin, int64_t end,
+                       int64_t *tile)
 {
     const int64_t lanes = block->width * BTX_VL;
     const int is_prior = end == step->window_begin;
+    int64_t row_end = block->first_row + lanes < group->num_rows ? block->first_row + lanes : group->num_rows;
+    int64_t seen_end = is_prior ? end : begin + (row_end - 1) / score_group_size(group->plan) + 1;
     float *kept = is_prior ? group->probabilities : NULL, *reference = group->references;
-    for (; begin < end; begin += SCORE_TILE, reference += lanes) {
-        int64_t num_keys = score_take_keys(group, begin, end);
+    for (; begin < seen_end; begin += SCORE_TILE, reference += lanes) {
+        int64_t num_keys = score_take_keys(group, (*tile)++, begin, end);
+        num_keys = seen_end - begin < num_keys ? seen_end - begin : num_keys;
         int64_t padded = (num_keys + SCORE_KEYS - 1) / SCORE_KEYS * SCORE_KEYS;
         vf largest[SCORE_BLOCK];
         score_block(group, block->width, block->queries, num_keys, largest);
@@ -194,8 +199,9 @@ static int mass_of_head(score_group *group, const btx_plan_step *step, float *ma
             block.reference[lane] = -FLT_MAX; /* not -infinity, from which it could not be subtracted */
             block.sum[lane] = 0.0;
         }
-        mass_sweep(group, &block, step, step->sequence_begin, step->window_begin);
-        mass_sweep(group, &block, step, step->window_begin, step->step_end);
+        int64_t tile = 0;
+        mass_sweep(group, &block, step, step->sequence_begin, step->window_begin, &tile);
+        mass_sweep(group, &block, step, step->window_begin, step->step_end, &tile);
         for (int lane = 0; lane < block.width * BTX_VL; lane++) {
             int is_row = block.first_row + lane < group->num_rows;
             if (!isfinite(block.sum[lane]) || !isfinite(block.reference[lane]))

@@ -12,6 +12,8 @@
  *              [depth][SCORE_TILE]   of a cache whose columns are contiguous
  *     scores   [SCORE_TILE][vectors of the block * VL]       of one block
  *
+ * The first copies of a KV head are kept for all blocks of its rows.
+ *
  * depth is head_dim, or half of it (rounded up) where two bf16 make one 32-bit cell of a bf16 dot product.
  *
  * The score of a key and a row is one chain of depth fused multiply-adds in order of depth, whatever the tile,
@@ -36,9 +38,10 @@
 #define SCORE_BLOCK 2
 #else
 #define SCORE_KEYS 4
-#define SCORE_BLOCK 2
+#define SCORE_BLOCK 3
 #endif
-#define SCORE_TILE 64 /* a multiple of SCORE_KEYS, which is a multiple of 4 */
+#define SCORE_TILE 64                         /* a multiple of SCORE_KEYS, which is a multiple of 4 */
+#define SCORE_KEPT_BYTES ((int64_t)256 << 10) /* of copied tiles: half of a small second-level cache */
 
 #ifdef BTX_BF16_DOT
 #define SCORE_PAIRS 1
@@ -51,6 +54,7 @@ typedef struct score_group {
     const btx_plan *plan;
     const btx_tensor *keys; /* of the layer */
     int64_t sequence;
+    int64_t end; /* of the step: no position from here on is read */
     int32_t kv_head;
     int64_t num_rows;    /* num_window * group */
     int64_t num_vectors; /* num_rows / VL, rounded up; the lanes behind the last row repeat it */
@@ -60,9 +64,12 @@ typedef struct score_group {
     const float *cells;               /* of the tile of keys */
     int64_t key_stride, depth_stride; /* of the tile, in cells */
     int64_t ahead, num_ahead;         /* positions [ahead, ahead + num_ahead) are the next tile, to be fetched */
+    int64_t num_taken;                /* tiles of this KV head that were taken so far, by any block */
+    int64_t num_kept;                 /* tiles with room of their own; the others share the room behind them */
     /* Scratch. */
-    float *queries, *tile, *scores;
-    float *row;           /* [head_dim] */
+    float *queries, *tiles, *scores;
+    float *tile;          /* of the tile of keys, if it is a copy */
+    float *rows;          /* [VL][head_dim] */
     float *probabilities; /* [prior, to whole tiles][SCORE_BLOCK * VL] */
     float *references;    /* [tiles of prior][SCORE_BLOCK * VL] */
     float *mass;          /* [prior] of one head */
@@ -89,26 +96,31 @@ static int64_t score_num_tiles(int64_t num_keys)
 static size_t score_lay_out(const btx_plan *plan, char *scratch, score_group *group)
 {
     const int64_t dim = plan->head_dim, block = SCORE_BLOCK * BTX_VL;
-    int64_t rows = 0, tiles = 0;
+    int64_t rows = 0, tiles = 0, window_tiles = 0;
     for (int64_t s = 0; s < plan->num_steps; s++) {
         int64_t of_step = plan->steps[s].num_window * score_group_size(plan);
         rows = of_step > rows ? of_step : rows;
         of_step = score_num_tiles(plan->steps[s].num_prior);
         tiles = of_step > tiles ? of_step : tiles;
+        of_step = score_num_tiles(plan->steps[s].num_window);
+        window_tiles = of_step > window_tiles ? of_step : window_tiles;
     }
+    int64_t kept = SCORE_KEPT_BYTES / (SCORE_TILE * dim * (int64_t)sizeof(float));
+    kept = kept < tiles + window_tiles ? kept : tiles + window_tiles;
     size_t total = 0;
     size_t queries = score_reserve(&total, (rows + BTX_VL - 1) / BTX_VL * BTX_VL * dim, sizeof(float));
-    size_t tile = score_reserve(&total, SCORE_TILE * dim, sizeof(float));
+    size_t copies = score_reserve(&total, (kept + 1) * SCORE_TILE * dim, sizeof(float));
     size_t scores = score_reserve(&total, SCORE_TILE * block, sizeof(float));
-    size_t row = score_reserve(&total, dim, sizeof(float));
+    size_t lanes = score_reserve(&total, BTX_VL * dim, sizeof(float));
     size_t probabilities = score_reserve(&total, tiles * SCORE_TILE * block, sizeof(float));
     size_t references = score_reserve(&total, tiles * block, sizeof(float));
     size_t mass = score_reserve(&total, tiles * SCORE_TILE, sizeof(float));
     if (scratch != NULL) {
         group->queries = (float *)(scratch + queries);
-        group->tile = (float *)(scratch + tile);
+        group->num_kept = kept;
+        group->tiles = (float *)(scratch + copies);
         group->scores = (float *)(scratch + scores);
-        group->row = (float *)(scratch + row);
+        group->rows = (float *)(scratch + lanes);
         group->probabilities = (float *)(scratch + probabilities);
         group->references = (float *)(scratch + references);
         group->mass = (float *)(scratch + mass);
@@ -137,6 +149,42 @@ static inline int score_block_width(int64_t vectors_left)
     return (int)(vectors_left < SCORE_BLOCK ? vectors_left : SCORE_BLOCK);
 }
 
+/* One vector of lanes: to[i * stride + lane] = rows[lane][i], i < dim. */
+static void score_pack_lanes(const float *const rows[BTX_VL], int64_t dim, int64_t stride, float *to)
+{
+    int64_t i = 0;
+    for (; i + BTX_VL <= dim; i += BTX_VL) {
+        vf block[BTX_VL];
+        BTX_UNROLL
+        for (int lane = 0; lane < BTX_VL; lane++)
+            block[lane] = vf_load(rows[lane] + i);
+        vf_transpose(block);
+        BTX_UNROLL
+        for (int k = 0; k < BTX_VL; k++)
+            vf_store(to + (i + k) * stride, block[k]);
+    }
+    for (; i < dim; i++) {
+        for (int lane = 0; lane < BTX_VL; lane++)
+            to[i * stride + lane] = rows[lane][i];
+    }
+}
+
+#if SCORE_PAIRS
+/* The same of one lane, whose row of bf16 lies at from, as pairs. */
+static void score_pack_pairs(const uint16_t *from, int64_t from_stride, int64_t dim, int64_t stride, float *to)
+{
+    if (from_stride == 1 && dim % 2 == 0) {
+        for (int64_t i = 0; i < dim / 2; i++)
+            memcpy(&to[i * stride], from + 2 * i, sizeof *to);
+        return;
+    }
+    for (int64_t i = 0; i < dim; i += 2) {
+        uint32_t low = from[i * from_stride], high = i + 1 < dim ? from[(i + 1) * from_stride] : 0;
+        to[i / 2 * stride] = btx_f32_from_bits(low | high << 16);
+    }
+}
+#endif
+
 /* Packs the queries of a step's window and a KV head. */
 static void score_pack_queries(score_group *group, const btx_pass *pass, int32_t layer, const btx_plan_step *step,
                                int32_t kv_head)
@@ -147,39 +195,43 @@ static void score_pack_queries(score_group *group, const btx_pass *pass, int32_t
     group->plan = plan;
     group->keys = &plan->keys[layer];
     group->sequence = step->sequence;
+    group->end = step->step_end;
     group->kv_head = kv_head;
     group->num_rows = step->num_window * group_size;
     group->num_vectors = (group->num_rows + BTX_VL - 1) / BTX_VL;
     group->pairs = SCORE_PAIRS && queries->dtype == BTX_BF16;
     group->depth = group->pairs ? (dim + 1) / 2 : dim;
     group->by_column = group->keys->stride[3] != 1 && group->keys->stride[1] == 1;
+    group->num_taken = 0;
 
+    const int is_plain = queries->dtype == BTX_F32 && queries->stride[3] == 1;
     float *block = group->queries;
-    int64_t row = 0;
+    int64_t row = 0, offset = 0;
     for (int64_t left = group->num_vectors; left > 0;) {
         int width = score_block_width(left);
-        for (int lane = 0; lane < width * BTX_VL; lane++, row++) {
-            int64_t source = row < group->num_rows ? row : group->num_rows - 1;
-            int64_t offset = btx_query_offset(plan, queries, step->sequence, step->window_begin + source / group_size) +
-                             (kv_head * group_size + source % group_size) * queries->stride[2];
-            if (group->pairs && queries->stride[3] == 1 && dim % 2 == 0) {
-                const uint16_t *from = (const uint16_t *)queries->data + offset;
-                for (int64_t i = 0; i < dim / 2; i++)
-                    memcpy(&block[i * width * BTX_VL + lane], from + 2 * i, sizeof *block);
-                continue;
-            }
-            if (group->pairs) {
-                const uint16_t *from = (const uint16_t *)queries->data + offset;
-                for (int64_t i = 0; i < dim; i += 2) {
-                    uint32_t low = from[i * queries->stride[3]];
-                    uint32_t high = i + 1 < dim ? from[(i + 1) * queries->stride[3]] : 0;
-                    block[i / 2 * width * BTX_VL + lane] = btx_f32_from_bits(low | high << 16);
+        for (int v = 0; v < width; v++) {
+            const float *rows[BTX_VL];
+            for (int lane = 0; lane < BTX_VL; lane++, row++) {
+                if (row < group->num_rows && row % group_size == 0)
+                    offset = btx_query_offset(plan, queries, step->sequence, step->window_begin + row / group_size) +
+                             kv_head * group_size * queries->stride[2];
+                else if (row < group->num_rows)
+                    offset += queries->stride[2];
+#if SCORE_PAIRS
+                if (group->pairs) {
+                    score_pack_pairs((const uint16_t *)queries->data + offset, queries->stride[3], dim, width * BTX_VL,
+                                     block + v * BTX_VL + lane);
+                    continue;
                 }
-                continue;
+#endif
+                rows[lane] = (const float *)queries->data + offset;
+                if (!is_plain) {
+                    btx_load_elements(queries, offset, queries->stride[3], dim, group->rows + lane * dim);
+                    rows[lane] = group->rows + lane * dim;
+                }
             }
-            btx_load_elements(queries, offset, queries->stride[3], dim, group->row);
-            for (int64_t i = 0; i < dim; i++)
-                block[i * width * BTX_VL + lane] = group->row[i];
+            if (!group->pairs)
+                score_pack_lanes(rows, dim, width * BTX_VL, block + v * BTX_VL);
         }
         block += group->depth * width * BTX_VL;
         left -= width;
@@ -246,15 +298,29 @@ static inline int score_in_place(const score_group *group, int64_t offset, int64
     return keys->dtype == BTX_F32;
 }
 
-/* Takes the tile of keys at positions [position, position + SCORE_TILE) up to end, zeros behind them, and returns how
- * many they are. */
-static int64_t score_take_keys(score_group *group, int64_t position, int64_t end)
+/* Zeros behind the n keys of a copied tile, up to whole SCORE_KEYS. */
+static void score_clear_keys(const score_group *group, int64_t n)
+{
+    const int64_t missing = (SCORE_KEYS - n % SCORE_KEYS) % SCORE_KEYS;
+    for (int64_t i = 0; missing > 0 && group->by_column && i < group->depth; i++)
+        memset(group->tile + i * SCORE_TILE + n, 0, (size_t)missing * sizeof *group->tile);
+    if (missing > 0 && !group->by_column)
+        memset(group->tile + n * group->depth, 0, (size_t)(missing * group->depth) * sizeof *group->tile);
+}
+
+/* Takes a tile of the step's keys: positions [position, position + SCORE_TILE) up to end, zeros behind them. Returns
+ * how many they are. Each block of rows takes the tiles of a KV head in order, from tile 0 on. */
+static int64_t score_take_keys(score_group *group, int64_t tile, int64_t position, int64_t end)
 {
     int64_t n = end - position < SCORE_TILE ? end - position : SCORE_TILE, offset;
+    const int was_taken = tile < group->num_taken, next_was_taken = tile + 1 < group->num_taken;
+    group->num_taken = was_taken ? group->num_taken : tile + 1;
     group->ahead = position + n;
-    group->num_ahead = end - group->ahead < SCORE_TILE ? end - group->ahead : SCORE_TILE;
+    group->num_ahead = group->end - group->ahead < SCORE_TILE ? group->end - group->ahead : SCORE_TILE;
     if (group->keys->stride[3] == 1 && group->keys->stride[1] == group->plan->head_dim)
         group->num_ahead = 0; /* keys in a row: the machine fetches ahead by itself */
+    if (next_was_taken && tile + 1 < group->num_kept)
+        group->num_ahead = 0; /* it is near */
     if (score_run(group, position, n, &offset) == n && score_in_place(group, offset, n)) {
         int64_t cell = group->pairs ? 2 : 1, size = (int64_t)sizeof(float) / cell;
         group->cells = (const float *)(const void *)((const char *)group->keys->data + offset * size);
@@ -262,11 +328,13 @@ static int64_t score_take_keys(score_group *group, int64_t position, int64_t end
         group->depth_stride = 1;
         return n;
     }
+    group->tile = group->tiles + (tile < group->num_kept ? tile : group->num_kept) * SCORE_TILE * group->plan->head_dim;
     group->cells = group->tile;
     group->key_stride = group->by_column ? 1 : group->depth;
     group->depth_stride = group->by_column ? SCORE_TILE : 1;
-    if (n < SCORE_TILE)
-        memset(group->tile, 0, (size_t)(SCORE_TILE * group->depth) * sizeof *group->tile);
+    if (was_taken && tile < group->num_kept)
+        return n;
+    score_clear_keys(group, n);
     for (int64_t packed = 0, run; packed < n; packed += run) {
         run = score_run(group, position + packed, n - packed, &offset);
         score_pack_run(group, offset, packed, run);

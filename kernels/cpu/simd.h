@@ -708,7 +708,7 @@ static inline vf vf_exp2_from(vf t, vf reference)
     return vf_scale2(p, n);
 }
 
-/* ---- sums over lanes, many at once ---------------------------------------------------------------- */
+/* ---- many vectors at once ------------------------------------------------------------------------------- */
 
 /* Lane i = the sum of the lanes of a[i], each by the same additions in the same order. */
 #if BTX_VL == 16
@@ -745,6 +745,45 @@ static inline vf vf_reduce_add_each(const vf a[BTX_VL])
 static inline vf vf_reduce_add_each(const vf a[BTX_VL])
 {
     return a[0];
+}
+#endif
+
+/* Lane j of a[i] becomes lane i of a[j]. */
+#if BTX_VL == 8
+static inline void vf_transpose(vf a[BTX_VL])
+{
+    vf pairs[8], quads[8]; /* [i]: of each half of the lanes */
+    BTX_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    BTX_UNROLL
+    for (int i = 0; i < 8; i += 4) {
+        BTX_UNROLL
+        for (int k = 0; k < 2; k++) {
+            quads[i + 2 * k] = _mm256_shuffle_ps(pairs[i + k], pairs[i + 2 + k], 0x44);
+            quads[i + 2 * k + 1] = _mm256_shuffle_ps(pairs[i + k], pairs[i + 2 + k], 0xee);
+        }
+    }
+    BTX_UNROLL
+    for (int i = 0; i < 4; i++) {
+        a[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+        a[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+    }
+}
+#else
+static inline void vf_transpose(vf a[BTX_VL])
+{
+    float rows[BTX_VL][BTX_VL], columns[BTX_VL][BTX_VL];
+    for (int i = 0; i < BTX_VL; i++)
+        vf_store(rows[i], a[i]);
+    for (int i = 0; i < BTX_VL; i++) {
+        for (int j = 0; j < BTX_VL; j++)
+            columns[j][i] = rows[i][j];
+    }
+    for (int i = 0; i < BTX_VL; i++)
+        a[i] = vf_load(columns[i]);
 }
 #endif
 
