@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from . import plan, report
 
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
-    parser.add_argument("name", help=f"one of {', '.join(plan.names())}")
+    parser.add_argument("name", help=f"one of {', '.join(plan.names())}, or a file of your own, *.yaml")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants alone; the order is the file's")
     parser.add_argument(
         "--seeds", nargs="+", type=int, metavar="SEED", help="these backbones alone, of those that pass"
@@ -43,11 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown := set(options.only or ()) - set(chosen.variants):
             raise ValueError(f"{', '.join(sorted(unknown))}: no such variant; use {', '.join(chosen.variants)}")
         failures: list[str] = []
+        from . import lab
+
         if not options.report:
             until = None if options.until is None else time.time() + options.until
             failures = _run(chosen, options.only, options.seeds, options.jobs, until)
         for failure in failures:
             print(f"error: {failure}", file=sys.stderr)
+        lab.complete(lab.of(chosen))
         for path in report.write(chosen):
             print(f"wrote {path}")
     except (ValueError, OSError, ImportError) as error:
@@ -62,7 +65,8 @@ def _run(
     """Sentences of what failed."""
     from . import jobs, lab
 
-    queue = jobs.Queue(chosen, only, seeds, alone=chosen.text is not None)
+    # On a GPU an iteration is timed by the clock.
+    queue = jobs.Queue(chosen, only, seeds, alone=chosen.text is not None and chosen.budget.unit == "seconds")
     failures = jobs.run(queue, lab.of, count, until)
     if missing := queue.missing():
         print(f"not there yet: {', '.join(f'{job.variant} of seed {job.seed}' for job in missing)}")

@@ -1,7 +1,8 @@
 """Greedy generation with whatever a variant is, also with what no checkpoint expresses, in plain PyTorch.
 
 A step that has ended is fed once more, as in training, for the attention mass of its last tokens: so a rewrite sees
-what it saw in training, to the rounding. Not fast; all variants go this way, so that they differ in nothing else.
+what it saw in training, to the rounding. Sequences whose step has ended wait until half of them do, and are rewritten
+together: they see nothing of one another. All variants go this way, so that they differ in nothing else.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bottlenecked.module import CacheProcessorModule
 from bottlenecked.training.packed import PackedBackbone, Stretch
 from bottlenecked.training.rollout import METHOD, Variant, rewrite
+
+_ROOM = 64  # positions by which the cache grows
 
 
 @dataclass
@@ -51,22 +55,32 @@ def decode(
     rows = [_Sequence(list(prompt), 0, len(prompt)) for prompt in prompts]
     for row in rows:
         row.wanted = [pause] * pauses if pause is not None else []
-    longest = max(map(len, prompts)) + max_new_tokens * (1 + pauses) + pauses
+    longest = max(map(len, prompts)) + _ROOM
     store = torch.zeros(
         (backbone.num_layers, len(rows), longest, backbone.kv_width), dtype=backbone.model.dtype, device=backbone.device
     )
     made: list[list[int]] = [[] for _ in rows]
     fresh = {i: row.tokens for i, row in enumerate(rows)}  # tokens to be fed
-    while fresh:
-        following = _feed(backbone, store, rows, fresh)
-        ended = []
+    waiting: dict[int, tuple[int, int]] = {}  # to be rewritten: their steps
+    while fresh or waiting:
+        if len(waiting) >= len(fresh):
+            assert processor is not None
+            with torch.autocast(backbone.device.type, dtype=autocast, enabled=autocast is not None):
+                _rewrite(backbone, processor, store, rows, sorted(waiting.items()), variant)
+            fresh |= {i: [rows[i].tokens[-1]] for i in waiting}
+            waiting = {}
+        longest = max(len(rows[i].tokens) for i in fresh)
+        if longest > store.shape[2]:
+            store = F.pad(store, (0, 0, 0, longest + _ROOM - store.shape[2]))
+        following = _feed(backbone, store, rows, dict(sorted(fresh.items())))
+        ended = {}
         fresh = {}
         for i, likeliest in following.items():
             row = rows[i]
             last, length = row.tokens[-1], len(row.tokens) - row.step_begin
             at_prompt = len(row.tokens) == row.prompt
             if at_prompt or (not only_prompt and (length == every if every else last in line_ends)):
-                ended.append((i, (row.step_begin, len(row.tokens))))
+                ended[i] = (row.step_begin, len(row.tokens))
                 row.step_begin = len(row.tokens)
                 if not at_prompt:
                     row.wanted = [pause] * pauses if pause is not None else []
@@ -79,11 +93,10 @@ def decode(
                 token = likeliest
                 made[i].append(token)
             row.tokens.append(token)
-            fresh[i] = [token]
-        going_on = [(i, step) for i, step in ended if not rows[i].done]
-        if processor is not None and going_on:
-            with torch.autocast(backbone.device.type, dtype=autocast, enabled=autocast is not None):
-                _rewrite(backbone, processor, store, rows, going_on, variant)
+            if processor is not None and i in ended:
+                waiting[i] = ended[i]
+            else:
+                fresh[i] = [token]
     return made
 
 

@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import lab as labs
 from .lab import OutOfTimeError, read, say, write
-from .plan import Plan
+from .plan import STOCK, Plan
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnContext, SpawnProcess
 
     from .lab import Lab
+
+_TRIES = 2  # again, where a device had too little memory for all
 
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 
@@ -77,6 +79,8 @@ class Queue:
         self.variants = [name for name in plan.variants if only is None or name in only]
         self.running: set[Job] = set()
         self.failed: dict[Job, str] = {}
+        self.postponed: set[Job] = set()  # until another ends: beside all these memory was short
+        self.tries: dict[Job, int] = {}
         self.prepared = False
 
     def ready(self) -> list[Job]:
@@ -85,7 +89,8 @@ class Queue:
         for goal in self.goals():
             for job in self._towards(goal):
                 found[job] = None
-        return [job for job in found if job not in self.running and job not in self.failed]
+        waiting = self.postponed if self.running else set()
+        return [job for job in found if job not in {*self.running, *self.failed, *waiting}]
 
     def goals(self) -> Iterator[Job]:
         """What is wanted, in order; outcomes of those backbones that are known to be used."""
@@ -93,10 +98,12 @@ class Queue:
         for seed in self.candidates():
             yield Job("backbone", seed)
         passed = self.passed()
-        for name in self.variants:
-            for seed in passed:
-                if self.seeds is None or seed in self.seeds:
-                    yield Job("outcome", seed, name)
+        first = [name for name in self.variants if name in (self.plan.headline or self.variants)]
+        rest = [name for name in self.variants if name not in first]
+        for seed, name in [(s, n) for n in first for s in passed] + [(s, n) for s in passed for n in rest]:
+            limit = self.plan.variants[name].backbones
+            if (self.seeds is None or seed in self.seeds) and (limit is None or seed in passed[:limit]):
+                yield Job("outcome", seed, name)
 
     def missing(self) -> list[Job]:
         """Outcomes that are wanted and not there."""
@@ -127,8 +134,8 @@ class Queue:
         found = [Job("prepare"), Job("backbone", job.seed)]
         if entry.learning_rate:
             found.append(Job("costs"))
-        if entry.base is not None:
-            found.append(Job("base", job.seed, entry.base))
+        if entry.base not in (None, STOCK):
+            found.append(Job("base", job.seed, str(entry.base)))
         if job.kind != "rate" and len(entry.learning_rate) > 1:
             found += [Job("rate", self.first(), job.variant, rate) for rate in entry.learning_rate]
         if job.kind == "outcome" and any(self.plan.variants[name].base == job.variant for name in self.variants):
@@ -161,7 +168,11 @@ class Queue:
         """Take note of a job that has ended."""
         job = result.job
         self.running.discard(job)
-        if result.status == FAILED:
+        self.postponed.clear()
+        if result.status == FAILED and result.why.startswith("OutOfMemoryError") and self.tries.get(job, 0) < _TRIES:
+            self.tries[job] = self.tries.get(job, 0) + 1
+            self.postponed.add(job)
+        elif result.status == FAILED:
             self.failed[job] = result.why
         elif result.status == DONE and job.kind == "prepare":
             self.prepared = True

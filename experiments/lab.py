@@ -1,8 +1,8 @@
 """Backbones, equal compute, training, outcomes: whatever an experiment is about. Each outcome is a file, made once.
 
 Equal compute is counted, not timed: what an iteration of each variant costs, relative to the reference's, is measured
-once, all of them in turn on the same batches (`costs.json`), and everyone gets as many iterations as the reference's
-compute pays for. A machine that is busy later changes nothing.
+once, all of them in turn on the same batches (`costs.json`), in seconds or in operations, and everyone gets as many
+iterations as the reference's compute pays for. A machine that is busy later changes nothing.
 
 Hyperparameters are chosen by held-back problems of the training distribution. The test problems of a variant and a
 backbone are scored when its outcome is written, and an outcome that is there is never written again.
@@ -16,9 +16,12 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine
 from bottlenecked import backbones
@@ -26,11 +29,12 @@ from bottlenecked.training.data import Dataset
 from bottlenecked.training.trainer import Trainer
 
 from . import variants
-from .plan import Plan
+from .plan import STOCK, Plan
 from .variants import Schedule, Variant
 
 _CURVE = 8  # scores on held-back problems while training
 _ROUNDS, _WARMING = 12, 3  # of measuring an iteration, and those that do not count
+_COUNTED = 4  # examples whose operations are counted
 
 
 class OutOfTimeError(Exception):
@@ -70,12 +74,22 @@ class Lab(abc.ABC):
         """What a backbone can do: "passes", whether a Processor has a chance on it, and why."""
 
     @abc.abstractmethod
-    def watch(self, variant: Variant, model: Any, trainer: Trainer | None) -> float:
-        """A figure of held-back problems, larger if better: hyperparameters are chosen by it."""
+    def watch(self, variant: Variant, model: Any, trainer: Trainer | None, *, some: bool = False) -> float:
+        """A figure of held-back problems, larger if better: hyperparameters are chosen by it.
+
+        some: of a part of them, where all would take long.
+        """
 
     @abc.abstractmethod
     def finish(self, variant: Variant, name: str, seed: int, model: Any, trainer: Trainer | None) -> dict[str, Any]:
-        """Outcomes of the end: "test", and others like it, as `score` writes them."""
+        """Outcomes of the end: "test", and others like it, as `score` writes them.
+
+        Without "test" where that can only be told later: see `complete`.
+        """
+
+    def complete(self, outcome: dict[str, Any]) -> dict[str, Any] | None:
+        """An outcome without "test" with it; None where that is still not possible."""
+        return None
 
     @abc.abstractmethod
     def problems(self) -> dict[str, list[int]]:
@@ -149,7 +163,8 @@ def weights_hash(directory: Path) -> str:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one iteration of a variant, on the curriculum and after it, on the reference's machine and day."""
+    """One iteration of a variant, on the curriculum and after it: seconds on the reference's machine and day, or
+    operations, as `Budget.unit` says."""
 
     curriculum: float
     after: float
@@ -162,7 +177,8 @@ def costs(lab: Lab) -> dict[str, Cost]:
     kept, reference = known["variants"], lab.plan.budget.variant
     missing = [name for name, entry in lab.plan.variants.items() if entry.learning_rate and name not in kept]
     if missing:
-        measured = _measure(lab, [*dict.fromkeys([reference, *missing])])
+        measure = _measure if lab.plan.budget.unit == "seconds" else _count
+        measured = measure(lab, [*dict.fromkeys([reference, *missing])])
         for phase in ("curriculum", "after"):
             # Measured on another day or machine: what counts is the ratio to the reference's.
             scale = kept[reference][phase] / measured[reference][phase] if reference in kept else 1.0
@@ -202,6 +218,30 @@ def _measure(lab: Lab, names: Sequence[str]) -> dict[str, dict[str, float]]:
     return found
 
 
+def _count(lab: Lab, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Operations of products and attention, forwards and backwards, for as many examples as an iteration has.
+
+    In float32, which changes none of them, and is quicker on many CPUs.
+    """
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
+    for phase, data in (("curriculum", lab.curriculum), ("after", lab.train)):
+        for name in names:
+            found[name][phase] = 0.0
+            if data is None:
+                continue
+            variant = variants.make(lab, name)
+            variant.plan = replace(lab.plan, dtype="float32")
+            trainer = variant.trainer(lab.fresh(), Schedule(1000, 0, 1e-4), 0, data=data)
+            assert trainer is not None
+            some = variant.reads(Dataset(data.examples[:_COUNTED], digest=data.digest)).examples
+            # The plain form of attention: others are not counted on every device.
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                trainer.losses(list(some), 1.0)
+            examples = trainer.settings.batch_size * trainer.settings.accumulation
+            found[name][phase] = counter.get_total_flops() / len(some) * examples
+    return found
+
+
 def schedule(plan: Plan, name: str, of: Mapping[str, Cost], learning_rate: float) -> Schedule:
     """As many iterations as the variant's share of the reference's compute pays for, on the curriculum and after it."""
     budget, share, one = plan.budget, plan.variants[name].share, of[name]
@@ -227,6 +267,8 @@ def outcome(lab: Lab, seed: int, name: str) -> Path:
         model, trainer, record = trained(lab, seed, name, chosen_rate(plan, name))
     else:
         model, trainer, record = lab.backbone(seed), None, {}
+    if plan.variants[name].export and trainer is not None and seed == plan.seeds[0]:
+        variant.export(trainer, plan.build / "export" / name)
     record |= {
         "experiment": plan.name,
         "variant": name,
@@ -265,7 +307,10 @@ def chosen_rate(plan: Plan, name: str) -> float:
 
 
 def trained(lab: Lab, seed: int, name: str, rate: float) -> tuple[Any, Trainer, dict[str, Any]]:
-    """A variant trained to the end, going on with what its checkpoint holds: model, trainer, and how it went."""
+    """A variant trained to the end, going on with what its checkpoint holds: model, trainer, and how it went.
+
+    Points of its curve are compute, `Lab.watch`, and the wall clock of the iterations.
+    """
     of, plan = costs(lab), lab.plan
     output = plan.build / "runs" / f"{seed}-{name}-{rate:g}"
     planned, variant = schedule(plan, name, of, rate), variants.make(lab, name)
@@ -273,12 +318,14 @@ def trained(lab: Lab, seed: int, name: str, rate: float) -> tuple[Any, Trainer, 
     trainer = variant.trainer(model, planned, seed, output=output)
     assert trainer is not None
     curve_file = output / "curve.json"
-    curve: dict[str, float] = read(curve_file) if curve_file.exists() else {}
-    for iteration in run(lab, trainer, f"{name}, seed {seed}, learning rate {rate:g}", parts=_CURVE):
-        curve[str(iteration)] = lab.watch(variant, model, trainer)
+    curve: dict[str, list[float]] = read(curve_file) if curve_file.exists() else {}
+    wall = max((spent for _, spent in curve.values()), default=0.0)
+    for iteration, seconds in run(lab, trainer, f"{name}, seed {seed}, learning rate {rate:g}", parts=_CURVE):
+        wall += seconds
+        curve[str(iteration)] = [lab.watch(variant, model, trainer, some=True), wall]
         write(curve_file, curve)
 
-    def seconds(iteration: int) -> float:
+    def compute(iteration: int) -> float:
         early = min(iteration, planned.curriculum_iterations)
         return early * of[name].curriculum + (iteration - early) * of[name].after
 
@@ -286,8 +333,9 @@ def trained(lab: Lab, seed: int, name: str, rate: float) -> tuple[Any, Trainer, 
         "learning_rate": rate,
         "iterations": planned.iterations,
         "curriculum_iterations": planned.curriculum_iterations,
-        "seconds": seconds(planned.iterations),
-        "curve": [[seconds(int(i)), value] for i, value in sorted(curve.items(), key=lambda pair: int(pair[0]))],
+        plan.budget.unit: compute(planned.iterations),
+        "wall_seconds": wall,
+        "curve": [[compute(int(i)), *of] for i, of in sorted(curve.items(), key=lambda pair: int(pair[0]))],
         "config": trainer.config.to_dict(),
         "data": lab.train.digest,
     }
@@ -297,6 +345,8 @@ def trained(lab: Lab, seed: int, name: str, rate: float) -> tuple[Any, Trainer, 
 def _beginning(lab: Lab, seed: int, name: str) -> Any:
     """The backbone, or what another variant made of it."""
     base = lab.plan.variants[name].base
+    if base == STOCK:
+        return lab.fresh()
     return lab.backbone(seed) if base is None else backbones.load(merged(lab, seed, base))[0]
 
 
@@ -313,8 +363,9 @@ def merged(lab: Lab, seed: int, name: str) -> Path:
     return directory
 
 
-def run(lab: Lab, trainer: Trainer, what: str, parts: int = 1) -> Iterator[int]:
-    """Train to the end from where the checkpoint is; yields the iteration after each part, and then saves.
+def run(lab: Lab, trainer: Trainer, what: str, parts: int = 1) -> Iterator[tuple[int, float]]:
+    """Train to the end from where the checkpoint is; yields, after each part, the iteration and the seconds that its
+    steps have taken, and then saves.
 
     Between two saves at least `lab.save_seconds` pass. OutOfTimeError at `lab.until`, saved.
     """
@@ -336,11 +387,19 @@ def run(lab: Lab, trainer: Trainer, what: str, parts: int = 1) -> Iterator[int]:
             f"{what}: {trainer.iteration} of {trainer.total} iterations, loss {statistics.mean(losses[-50:]):.4f}, "
             f"{1000 * seconds / len(losses):.0f} ms each"
         )
-        yield trainer.iteration
+        yield trainer.iteration, seconds
         # After what was done with it: nothing of that is missing where a run goes on.
         if trainer.iteration == trainer.total or time.time() - saved >= lab.save_seconds:
             trainer.save()
             saved = time.time()
+
+
+def complete(lab: Lab) -> None:
+    """Whatever outcomes lack that can be told now, without any weights."""
+    for path in sorted(lab.plan.results.glob("*-*.json")):
+        found = read(path)
+        if "variant" in found and "test" not in found and (completed := lab.complete(found)) is not None:
+            write(path, completed)
 
 
 def problems(lab: Lab) -> dict[str, list[int]]:

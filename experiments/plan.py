@@ -15,6 +15,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BUILD = HERE.parent / "build" / "experiments"
 
+STOCK = "stock"  # the model that backbones are fine-tuned from
+
 _TASKS = {"registers": RegisterTask, "chain": ChainTask}
 
 
@@ -41,7 +43,8 @@ class Text:
 
     model: as `backbones.load` takes it. train, test: JSONL files in the directory --data. copies: of each problem to
     train on, with other numbers. max_length: tokens of an example; max_new_tokens: of a generated answer. pause_token:
-    one of the tokenizer that no problem uses.
+    one of the tokenizer that no problem uses. decoded: answers generated at a time. watched: held-back problems that
+    are looked at while training.
     """
 
     model: str
@@ -51,6 +54,8 @@ class Text:
     max_length: int = 512
     max_new_tokens: int = 320
     pause_token: str | None = None
+    decoded: int = 64
+    watched: int = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +75,15 @@ class Backbone:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The compute that every variant gets: what this one takes, in calibrated CPU seconds.
+    """The compute that every variant gets: what this one takes.
 
-    variant: its name. iterations: all of them. curriculum_iterations: how many come first and see the warm-up only; the
-    others spend as much of theirs on it.
+    variant: its name. unit: "seconds", calibrated ones of this machine, or "operations" of products and of attention,
+    forwards and backwards, which are the same on all machines. iterations: all of them. curriculum_iterations: how many
+    come first and see the warm-up only; the others spend as much of theirs on it.
     """
 
     variant: str = "processor"
+    unit: str = "seconds"
     iterations: int = 1800
     curriculum_iterations: int = 600
 
@@ -88,7 +95,9 @@ class VariantPlan:
     kind: a class of variants.py; options: its own. label: for people.
     learning_rate: candidates; with several, the best on held-back problems of the first backbone is used on all.
     group: "" for the main table; others are tables of their own, "top_k" and "recent_window" plots.
-    share: of the compute. base: the variant whose model is gone on with; default: the backbone.
+    share: of the compute. base: the variant whose model is gone on with, or STOCK; default: the backbone.
+    backbones: how many of the first backbones it is made on; default: all.
+    export: whether what was trained on the first backbone is written to `build`/export, for use elsewhere.
     """
 
     kind: str
@@ -98,6 +107,8 @@ class VariantPlan:
     group: str = ""
     share: float = 1.0
     base: str | None = None
+    backbones: int | None = None
+    export: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +120,10 @@ class Plan:
     data: where the files of a text are. build: where what was trained is kept. results: where outcomes are kept; tables
         and plots stand beside that directory.
     seeds: of backbones, tried in this order; backbones: how many that pass are used.
-    batch_size, warmup, schedule, clip: of every training but the backbone's. processor: fields of `ProcessorConfig`.
-    variants: by name, in the order of running. pairs: (one, other): differences that are stated, beside each variant's
+    training: batch_size, warmup, schedule, clip of every training but the backbone's; fine_tuning: what differs where
+        no Processor is trained. processor: fields of `ProcessorConfig`.
+    variants: by name, in the order of running. headline: those that come first, on all backbones; the others follow
+        backbone by backbone. Empty: all are. pairs: (one, other): differences that are stated, beside each variant's
         with `baseline`.
     """
 
@@ -129,6 +142,8 @@ class Plan:
     variants: Mapping[str, VariantPlan]
     baseline: str
     pairs: tuple[tuple[str, str], ...]
+    headline: tuple[str, ...] = ()
+    fine_tuning: Mapping[str, Any] = field(default_factory=dict)
     notes: str = ""
     dtype: str = "float32"
     build: Path
@@ -137,14 +152,17 @@ class Plan:
 
 
 def load(name: str, *, build: Path = BUILD, results: Path = RESULTS, data: Path = HERE) -> Plan:
-    """Read NAME.yaml. FileNotFoundError that lists those there are; ValueError, naming the file, for a wrong field."""
+    """Read NAME.yaml, or the file at the path that `name` is where it ends in .yaml.
+
+    FileNotFoundError that lists those there are; ValueError, naming the file, for a wrong field.
+    """
     import yaml
 
-    path = HERE / f"{name}.yaml"
+    path = Path(name) if name.endswith(".yaml") else HERE / f"{name}.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"there is no experiment {name!r}: use {', '.join(names())}")
     try:
-        return make(name, yaml.safe_load(path.read_text(encoding="utf-8")), build, results, data)
+        return make(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")), build, results, data)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -175,7 +193,9 @@ def make(name: str, values: Mapping[str, Any], build: Path, results: Path, data:
         "variants": variants,
         "seeds": tuple(values["seeds"]),
         "pairs": tuple(tuple(pair) for pair in values.get("pairs", ())),
+        "headline": tuple(values.get("headline", ())),
         "training": values.get("training", {}),
+        "fine_tuning": values.get("fine_tuning", {}),
         "processor": values.get("processor", {}),
     }
     where = {"build": build / name, "results": results / name, "data": data}
@@ -184,15 +204,20 @@ def make(name: str, values: Mapping[str, Any], build: Path, results: Path, data:
         made.budget.variant,
         made.baseline,
         *(v for pair in made.pairs for v in pair),
-        *(v.base for v in variants.values() if v.base),
+        *made.headline,
+        *(v.base for v in variants.values() if v.base and v.base != STOCK),
     ):
         if used not in variants:
             raise ValueError(f"{used!r} is named, but it is none of the variants")
     if not 1 <= made.backbones <= len(made.seeds):
         raise ValueError(f"backbones is {made.backbones}, but it must be 1 to {len(made.seeds)}, the number of seeds")
+    if made.budget.unit not in ("seconds", "operations"):
+        raise ValueError(f"budget.unit is {made.budget.unit!r}, but it must be seconds or operations")
     # Unknown fields of the training's own configuration are told now.
     SFTConfig(**dict(made.backbone.sft))
-    TrainingConfig.from_dict({"processor": dict(made.processor) | dict(made.training), "sft": dict(made.training)})
+    TrainingConfig.from_dict(
+        {"processor": dict(made.processor) | dict(made.training), "sft": {**made.training, **made.fine_tuning}}
+    )
     return made
 
 

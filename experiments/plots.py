@@ -99,7 +99,7 @@ def _compute(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcome
         else:
             level = float(np.mean([run["held_back"] for run in outcomes[name].values()]))
             axes.axhline(level, color="0.6", lw=1, label=plan.variants[name].label)
-    axes.set_xlabel("seconds of training beyond the backbone, as costs.json counts them")
+    axes.set_xlabel(f"{plan.budget.unit} of training beyond the backbone, as costs.json counts them")
     axes.set_ylabel("held-back answers right" if plan.task else "held-back cross-entropy, negative")
     axes.legend(fontsize=7)
     return True

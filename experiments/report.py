@@ -47,6 +47,8 @@ def read(plan: Plan) -> Outcomes:
             if not path.exists():
                 continue
             one = json.loads(path.read_text(encoding="utf-8"))
+            if "test" not in one:  # answers are there, and have not been judged
+                continue
             for others in found.values():
                 if seed in others and others[seed]["backbone"] != one["backbone"]:
                     raise ValueError(f"{path} is of another backbone than the other outcomes of seed {seed}: remove it")
@@ -64,7 +66,11 @@ def summary(plan: Plan, outcomes: Outcomes) -> dict[str, Any]:
         "title": plan.title,
         "seeds": gain["seeds"] if gain else [],
         "n": next(iter(next(iter(outcomes.values())).values()))["test"]["n"],
-        "complete": all(len(outcomes.get(name, {})) >= plan.backbones for name in plan.variants),
+        "complete": all(
+            len(outcomes.get(name, {})) >= min(plan.backbones, entry.backbones or plan.backbones)
+            for name, entry in plan.variants.items()
+        ),
+        "unit": plan.budget.unit,
         "gain_over_equal_compute_sft": gain,
         "backbones": {
             "passed": [b["seed"] for b in backbones if b["passes"]],
@@ -94,7 +100,8 @@ def _row(plan: Plan, outcomes: Outcomes, name: str) -> dict[str, Any]:
         "parameters": one["parameters"],
         "learning_rate": one.get("learning_rate"),
         "iterations": one.get("iterations", 0),
-        "seconds": one.get("seconds", 0.0),
+        "compute": one.get(plan.budget.unit, 0.0),
+        "wall_seconds": float(np.mean([run.get("wall_seconds", 0.0) for run in runs.values()])),
         "accuracy": _accuracy([run["test"] for run in runs.values()]),
         "longer": _accuracy([run["longer"] for run in runs.values()]) if longer else None,
         "gain": None if name == plan.baseline else difference(outcomes, name, plan.baseline),
@@ -183,6 +190,15 @@ def markdown(plan: Plan, found: Mapping[str, Any]) -> str:
         ]
     for group, of_group in rows.items():
         text += ["", f"## `{group}`, retrained", "", *_table(plan, of_group, found)]
+    if plan.budget.unit == "operations":
+        walls = {name: row["wall_seconds"] for name, row in found["variants"].items() if row["wall_seconds"]}
+        text += [
+            "",
+            "Compute is counted in operations of products and of attention, forwards and backwards. Seconds of the "
+            "trainings' steps, beside others on the same device: "
+            + ", ".join(f"{name} {seconds:.0f}" for name, seconds in walls.items())
+            + ".",
+        ]
     if plan.notes:
         text += ["", plan.notes.strip()]
     return "\n".join(text) + "\n"
@@ -190,8 +206,9 @@ def markdown(plan: Plan, found: Mapping[str, Any]) -> str:
 
 def _table(plan: Plan, rows: Sequence[tuple[str, Mapping[str, Any]]], found: Mapping[str, Any]) -> list[str]:
     longer = "" if plan.longer is None else f"{_steps(plan.longer)} steps |"
+    compute = "seconds" if plan.budget.unit == "seconds" else "10^15 operations"
     lines = [
-        f"| | trained parameters | iterations | seconds | backbones | right | over backbones | {longer} "
+        f"| | trained parameters | iterations | {compute} | backbones | right | over backbones | {longer} "
         f"gain over `{plan.baseline}`, points | over backbones | [over problems] |",
         "|---|---|---|---|---|---|---|" + ("---|" if longer else "") + "---|---|---|",
     ]
@@ -201,7 +218,7 @@ def _table(plan: Plan, rows: Sequence[tuple[str, Mapping[str, Any]]], found: Map
             f"**{row['label']}**" if name == plan.budget.variant else row["label"],
             f"{row['parameters']:,}",
             f"{row['iterations']:,}",
-            f"{row['seconds']:.0f}",
+            f"{row['compute']:.0f}" if plan.budget.unit == "seconds" else f"{row['compute'] / 1e15:.2f}",
             str(len(row["seeds"])),
             f"{accuracy['mean']:.3f}",
             "" if len(row["seeds"]) < 2 else f"{accuracy['low']:.3f} to {accuracy['high']:.3f}",

@@ -122,7 +122,7 @@ class TaskLab(lab.Lab):
             "probes": {f.what: {"best": f.layers[f.best].share, "verdict": f.verdict} for f in findings},
         }
 
-    def watch(self, variant: Variant, model: Any, trainer: Trainer | None) -> float:
+    def watch(self, variant: Variant, model: Any, trainer: Trainer | None, *, some: bool = False) -> float:
         right = variant.right(model, trainer, self.held_back)
         return sum(right) / len(right)
 

@@ -24,12 +24,11 @@ from .decode import decode
 from .plan import Plan
 from .variants import FineTuned, Processor, Variant
 
-_TOGETHER = 64  # problems decoded at a time
 _NO_LIMIT = 1 << 30  # tokens: no test problem is left out
 
 
 def judged(texts: Sequence[str], gold: Sequence[str]) -> list[bool]:
-    """Whether the last number of each text is that of the right answer."""
+    """Whether the last number of each text is that of the right answer. ImportError without lm-eval and math-verify."""
     from bottlenecked.evaluation.answers import NOTHING, equal, extract
 
     return [one != NOTHING and equal(right, one) for one, right in zip(extract(texts), extract(gold), strict=True)]
@@ -42,7 +41,7 @@ class TextLab(lab.Lab):
     """
 
     curriculum = None
-    batch_size = 32
+    save_seconds = 300.0  # with its optimiser's state a model is large
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -54,6 +53,7 @@ class TextLab(lab.Lab):
         if token is not None and self.pause_token in (None, self.tokenizer.unk_token_id):
             raise ValueError(f"text.pause_token is {token!r}, but it must be a token of {self.text.model}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.batch_size = 32 if self.device.type == "cpu" else 64
 
     @functools.cached_property
     def _split(self) -> tuple[Dataset, Dataset]:
@@ -83,6 +83,20 @@ class TextLab(lab.Lab):
     def prepare(self) -> None:
         for of in (self.train, self.held_back, self._test):
             assert of
+        if not self._stock.exists():
+            model, _ = backbones.load(self.text.model)
+            model.save_pretrained(self._stock.with_name("stock.new"))
+            self.tokenizer.save_pretrained(self._stock.with_name("stock.new"))
+            self._stock.with_name("stock.new").rename(self._stock)
+
+    @property
+    def _stock(self) -> Path:
+        """The model in float32: a GGUF file is slower to read."""
+        return self.plan.build / "stock"
+
+    @functools.cached_property
+    def _watched(self) -> Dataset:
+        return Dataset(self.held_back.examples[: self.text.watched], digest=self.held_back.digest)
 
     def train_backbone(self, seed: int, directory: Path) -> None:
         """Fine-tune the model; backbone-SEED.json keeps the held-back curve, which must have flattened."""
@@ -96,8 +110,9 @@ class TextLab(lab.Lab):
         )
         curve_file = self.plan.build / "backbones" / f"{seed}.curve.json"
         curve = json.loads(curve_file.read_text()) if curve_file.exists() else {}
-        for iteration in lab.run(self, trainer, f"backbone {seed}", parts=8):
-            curve[str(iteration)] = trainer.evaluate().kinds["all"].processor
+        as_trained = FineTuned(self, {})
+        for iteration, _ in lab.run(self, trainer, f"backbone {seed}", parts=8):
+            curve[str(iteration)] = -self.watch(as_trained, trainer.model, trainer)
             lab.write(curve_file, curve)
         trainer.export(directory)
 
@@ -106,20 +121,81 @@ class TextLab(lab.Lab):
         curve = json.loads((self.plan.build / "backbones" / f"{seed}.curve.json").read_text())
         return {"passes": True, "cross_entropy": curve}
 
-    def watch(self, variant: Variant, model: Any, trainer: Trainer | None) -> float:
-        return -variant.losses(self._placed(model, trainer), trainer, self.held_back).mean
+    def watch(self, variant: Variant, model: Any, trainer: Trainer | None, *, some: bool = False) -> float:
+        of = self._watched if some else self.held_back
+        return -variant.losses(self._placed(model, trainer), trainer, of).mean
 
     def finish(self, variant: Variant, name: str, seed: int, model: Any, trainer: Trainer | None) -> dict[str, Any]:
-        """Answers generated to the test problems, right where their last number is; and where the texts are kept."""
+        """Answers generated to the test problems, right where their last number is; the texts are kept.
+
+        Where what judges answers is missing, `complete` does it later, elsewhere.
+        """
+        found: dict[str, Any] = {"decoding_seconds": 0.0}
+        if isinstance(variant, Processor):
+            found["edits"] = self._edits(variant, trainer)
+        variant.settle(trainer)
+        if trainer is not None:
+            trainer.optimizer.state.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # training took more, and others train
         model = model.to(self.device, getattr(torch, self.plan.dtype)).eval()  # as it would be served
         began = time.perf_counter()
-        texts: list[str] = []
-        for begin in range(0, len(self._test.examples), _TOGETHER):
-            texts += self._answers(variant, model, trainer, self._test.examples[begin : begin + _TOGETHER])
-        kept = self.plan.build / "answers" / f"{seed}-{name}.json"
-        lab.write(kept, {"answers": texts})
-        right = judged(texts, self._gold)
-        return {"test": lab.score(right), "decoding_seconds": time.perf_counter() - began}
+        examples = self._test.examples
+        texts: dict[int, str] = {}
+        order = sorted(range(len(examples)), key=lambda i: examples[i].segments[0][1])
+        for begin in range(0, len(order), self.text.decoded):
+            some = order[begin : begin + self.text.decoded]
+            answers = self._answers(variant, model, trainer, [examples[i] for i in some])
+            texts |= dict(zip(some, answers, strict=True))
+        found["decoding_seconds"] = time.perf_counter() - began
+        lab.write(self._kept(name, seed), {"answers": [texts[i] for i in range(len(examples))]})
+        return self.complete({**found, "variant": name, "seed": seed}) or found
+
+    def _kept(self, name: str, seed: int) -> Path:
+        return self.plan.build / "answers" / f"{seed}-{name}.json"
+
+    def complete(self, outcome: dict[str, Any]) -> dict[str, Any] | None:
+        path = self._kept(outcome["variant"], outcome["seed"])
+        if not path.exists():
+            return None
+        try:
+            return outcome | {"test": lab.score(judged(lab.read(path)["answers"], self._gold))}
+        except ImportError as error:
+            lab.say(f"{path}: not judged here ({error})")
+            return None
+
+    def _edits(self, variant: Variant, trainer: Trainer | None) -> dict[str, Any]:
+        """How large rewrites are on held-back problems whose right answers are given.
+
+        relative, keys, values: per layer and number of the rewrite (0 for the first of an answer), the norm of the edit
+        divided by that of the rows it is added to, mean over problems; problems: how many have a rewrite of a number.
+        """
+        assert isinstance(trainer, ProcessorTrainer)
+        width = trainer.backbone.kv_width // 2
+        found: list[torch.Tensor] = []
+        counts: list[int] = []
+
+        def keep(module: Any, arguments: Any, edit: torch.Tensor) -> None:
+            rows, lengths = arguments[0], torch.tensor(arguments[1])
+            sequence = torch.repeat_interleave(lengths).to(edit.device)
+            squares = torch.stack([edit.float().square(), rows.float().square()])  # [2, layers, rows, C]
+            halves = torch.stack([squares[..., :width].sum(-1), squares[..., width:].sum(-1)])
+            sums = halves.new_zeros(*halves.shape[:3], len(lengths)).index_add_(3, sequence, halves)
+            sums = torch.cat([sums.sum(0, keepdim=True), sums])  # both; keys; values
+            found.append((sums[:, 0] / sums[:, 1]).sqrt().mean(-1).cpu())  # [3, layers]
+            counts.append(len(lengths))
+
+        hook = trainer.processor.register_forward_hook(keep)
+        examples = self._watched.examples[: self.batch_size]
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(0)
+                trainer.losses(list(variant.reads(Dataset(examples, digest="some")).examples))
+        finally:
+            hook.remove()
+        table = torch.stack(found, -1)  # [3, layers, rewrites]
+        rounded = [[[float(f"{x:.3g}") for x in layer] for layer in part] for part in table.tolist()]
+        return dict(zip(("relative", "keys", "values"), rounded, strict=True)) | {"problems": counts}
 
     def _answers(self, variant: Variant, model: Any, trainer: Trainer | None, examples: Any) -> list[str]:
         options: dict[str, Any] = {}
@@ -164,7 +240,7 @@ class TextLab(lab.Lab):
         return {"test": self._test.num_steps().tolist()}
 
     def fresh(self, seed: int = 0) -> Any:
-        return backbones.load(self.text.model)[0]
+        return backbones.load(self._stock if self._stock.exists() else self.text.model)[0]
 
     def clock(self) -> float:
         """Wall clock on a GPU, once it is done; else this process's seconds."""

@@ -86,6 +86,13 @@ class Variant(abc.ABC):
         """How many are trained."""
         return 0 if trainer is None else sum(p.numel() for p in trainer.parameters.values())
 
+    def settle(self, trainer: Trainer | None) -> None:  # noqa: B027
+        """Training is over: make the model what it would be served as. Most are that already."""
+
+    def export(self, trainer: Trainer, directory: Path) -> None:
+        """Write what was trained, in bfloat16, before `settle`. NotImplementedError where that is of no use."""
+        raise NotImplementedError(f"{type(self).__name__} is not exported")
+
     def _training(self, data: Dataset | None) -> tuple[Dataset, Dataset | None]:
         if data is not None:
             return self.reads(data), None
@@ -130,7 +137,8 @@ class FineTuned(Variant):
     ) -> Trainer | None:
         model.float()
         self._prepare(model, seed)
-        settings = {**self.plan.training, "method": self.method, **self._more(model), **_fields(schedule)}
+        common = {**self.plan.training, **self.plan.fine_tuning}
+        settings = {**common, "method": self.method, **self._more(model), **_fields(schedule)}
         used, curriculum = self._training(data)
         return BackboneTrainer(
             model,
@@ -152,14 +160,30 @@ class FineTuned(Variant):
 
 
 class LowRank(FineTuned):
-    """LoRA in every linear layer but the head, with as many parameters as the Processor, within half a rank."""
+    """LoRA in every linear layer but the head.
 
-    known = ()
+    rank: default: that with as many parameters as the Processor, within half a rank.
+    """
+
+    known = ("rank",)
     method = "lora"
 
     def _more(self, model: Any) -> dict[str, Any]:
-        rank = lora_rank(model, processor_parameters(self.lab, model))
+        rank = int(self.options.get("rank", 0)) or lora_rank(model, processor_parameters(self.lab, model))
         return {"lora_rank": rank, "lora_alpha": float(rank)}
+
+    def settle(self, trainer: Trainer | None) -> None:
+        """The adapters are merged."""
+        assert isinstance(trainer, BackboneTrainer)
+        if trainer._adapted is not None:
+            trainer._adapted.merge_and_unload()
+            trainer._adapted = None
+
+    def export(self, trainer: Trainer, directory: Path) -> None:
+        """As peft writes adapters."""
+        assert isinstance(trainer, BackboneTrainer)
+        trainer._adapted.save_pretrained(directory)
+        _narrow(directory / "adapter_model.safetensors")
 
 
 class AddedLayer(FineTuned):
@@ -230,6 +254,11 @@ class Processor(Variant):
         with torch.random.fork_rng():
             torch.manual_seed(0)  # of random positions
             return _scored(self.lab, self.reads(dataset), likeliest)
+
+    def export(self, trainer: Trainer, directory: Path) -> None:
+        """The Processor's checkpoint and its card."""
+        trainer.export(directory)
+        _narrow(directory / "model.safetensors")
 
     def parameters(self, trainer: Trainer | None) -> int:
         assert isinstance(trainer, ProcessorTrainer)
@@ -363,6 +392,16 @@ def _likeliest(backbone: PackedBackbone, batch: Sequence[Example]) -> list[list[
     stretch = Stretch([e.tokens[:-1] for e in batch], [0] * len(batch), wanted)
     best = iter(backbone.forward(stretch).logits.argmax(1).tolist())
     return [[next(best) for _ in of_one] for of_one in wanted]
+
+
+def _narrow(path: Path) -> None:
+    """All tensors of a file to bfloat16."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        about = file.metadata()
+    save_file({name: t.to(torch.bfloat16) for name, t in load_file(path).items()}, path, metadata=about)
 
 
 def _fields(schedule: Schedule) -> dict[str, Any]:

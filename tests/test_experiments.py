@@ -111,6 +111,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> TaskLab:
     return TaskLab(plan(tmp_path_factory.mktemp("lab")))
 
 
+def timeless(record: dict[str, Any]) -> dict[str, Any]:
+    """An outcome without what no two runs have in common."""
+    known = record | {"machine": None, "wall_seconds": None}
+    return known | {"curve": [point[:2] for point in record["curve"]]} if "curve" in record else known
+
+
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     path = tmp_path_factory.mktemp("data") / "task.jsonl"
@@ -333,7 +339,7 @@ def test_a_training_that_was_stopped_goes_on(lab: TaskLab, monkeypatch: pytest.M
         labs.trained(lab, 0, "processor", 3e-3)
     _, again, of_again = labs.trained(lab, 0, "processor", 3e-3)
     assert steps == 6 + 4  # from the checkpoint after four
-    assert of_again["curve"] == record["curve"]
+    assert timeless(of_again) == timeless(record)
     for name, parameter in again.parameters.items():
         assert torch.equal(parameter, expected[name])
 
@@ -472,7 +478,7 @@ def test_processes_do_together_what_one_does(tmp_path: Path, monkeypatch: pytest
             for seed in (0, 1)
         ]
         outcomes = {p.name: labs.read(p) for p in made.results.iterdir()}
-        found.append({name: of | {"machine": None} for name, of in outcomes.items() if name != "costs.json"})
+        found.append({name: timeless(of) for name, of in outcomes.items() if name != "costs.json"})
     assert found[0] == found[1]
     assert {"0-processor.json", "1-processor.json", "1-sft2.json", "rates-sft2.json", "problems.json"} < set(found[0])
 
@@ -504,7 +510,7 @@ def test_when_time_is_up_nothing_starts_and_trainings_save(lab: TaskLab, monkeyp
     monkeypatch.setattr(lab, "until", None)
     monkeypatch.setattr(type(whole), "step", step)
     _, again, of_again = labs.trained(lab, 0, "random", 3e-3)
-    assert of_again == record
+    assert timeless(of_again) == timeless(record)
     for name, parameter in again.parameters.items():
         assert torch.equal(parameter, expected[name])
 
