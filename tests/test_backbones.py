@@ -152,8 +152,8 @@ def test_rope_parameters_of_old_and_new_files() -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("{", "is not JSON"),
-        ("[1]", "must hold a JSON object, not list"),
+        ("{", "is not valid JSON"),
+        ("[1]", r"the configuration is \[1\], but it must be a JSON object"),
         (json.dumps({"model_type": "vit"}), "num_hidden_layers must be a positive integer, not None"),
         (json.dumps(LLAMA_1B | {"num_attention_heads": 0}), "num_attention_heads .* not 0"),
         (json.dumps(LLAMA_1B | {"num_key_value_heads": "8"}), "num_key_value_heads .* not '8'"),

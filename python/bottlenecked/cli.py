@@ -540,7 +540,7 @@ def _token_ids(text: str) -> tuple[int, ...]:
 
 def _check_output(output: Path, *, force: bool) -> None:
     """Never write over another model's config.json, and over a Processor only when told to."""
-    from .config import MODEL_TYPE
+    from .config import MODEL_TYPE, read_object
 
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"--output {output} is a file: give a directory")
@@ -548,8 +548,8 @@ def _check_output(output: Path, *, force: bool) -> None:
     if not file.exists() and not (output / "model.safetensors").exists():
         return
     try:
-        ours = json.loads(file.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
-    except (OSError, ValueError, AttributeError):
+        ours = read_object(file).get("model_type") == MODEL_TYPE
+    except (OSError, ValueError):
         ours = False
     if not ours:
         raise FileExistsError(f"--output {output} holds something other than a Processor: give another directory")

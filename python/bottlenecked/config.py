@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ MAX_LAYERS = 4096
 MAX_DIMENSION = 65536
 MAX_TOP_K = 65536
 MAX_RECENT_WINDOW = 256
+
+# Of a config.json, which nobody vouches for. Those of model hubs have some kilobytes.
+MAX_CONFIG_BYTES = 16 << 20
 
 _SMALLEST_F32, _LARGEST_F32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers
 
@@ -270,15 +274,53 @@ class CacheProcessorConfig:
         """
         path = _config_path(Path(directory))
         try:
-            values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            values = read_object(path, parse_constant=_refuse_constant, parse_float=_finite)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}; give a Processor's directory") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
         try:
             return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        except RecursionError:
+            raise ValueError(f"{path}: a value is nested too deeply: remove it") from None
+
+
+def read_object(path: Path, **options: Any) -> dict[str, Any]:
+    """The JSON object in a file that nobody vouches for. options: of json.loads.
+
+    Symbolic links are followed. Raises OSError where there is no such file or it may not be read; ValueError, naming
+    the file, for one that is not regular, has more than MAX_CONFIG_BYTES bytes, is not JSON in UTF-8 or no object,
+    or has a key twice in one object, of which readers would take the first or the last.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # a FIFO: without waiting
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a regular file: give a directory with a config.json")
+        content = file.read(MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has more than {MAX_CONFIG_BYTES >> 20} MiB: this is no configuration")
+    try:
+        values = json.loads(content.decode("utf-8"), object_pairs_hook=_each_key_once, **options)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        _refuse(f"{path}: the configuration", values, "a JSON object")
+    return values
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:100]!r} is there twice")
+    return values
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:100]} is larger than any number")
+    return value
 
 
 def _config_path(directory: Path) -> Path:

@@ -303,7 +303,7 @@ def _stated_end_tokens(directory: Path) -> Any:
     from transformers import AutoConfig, GenerationConfig
 
     kind = GenerationConfig if (directory / "generation_config.json").is_file() else AutoConfig
-    return kind.from_pretrained(directory, local_files_only=True).eos_token_id
+    return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False).eos_token_id
 
 
 def peak_memory(device: str) -> int:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from .. import backbones
 from ..boundary import newline_token_ids
-from ..config import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE, BoundaryConfig, CacheProcessorConfig
+from ..config import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE, BoundaryConfig, CacheProcessorConfig, read_object
 from ..messages import loading
 from ..training.config import differences
 from ..training.data import Dataset, load_examples
@@ -228,8 +228,8 @@ def _check_names(what: str, names: Sequence[str], remedy: str) -> None:
 
 def _is_processor(path: Path) -> bool:
     try:
-        return bool(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE)
-    except (OSError, ValueError, AttributeError):
+        return bool(read_object(path / CONFIG_FILE).get("model_type") == MODEL_TYPE)
+    except (OSError, ValueError):
         return False
 
 
