@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from .decode import decode
 from .plan import Plan
 from .variants import FineTuned, Processor, Variant
 
+_WEIGHTS = "model.safetensors"
 _NO_LIMIT = 1 << 30  # tokens: no test problem is left out
 
 
@@ -47,7 +49,8 @@ class TextLab(lab.Lab):
         super().__init__(plan)
         assert plan.text is not None
         self.text = plan.text
-        self.tokenizer = backbones.load_tokenizer(self.text.model)
+        kept = self._stock / "tokenizer.json"  # weights may be missing yet
+        self.tokenizer = backbones.load_tokenizer(self._stock if kept.exists() else self.text.model)
         token = self.text.pause_token
         self.pause_token = None if token is None else self.tokenizer.convert_tokens_to_ids(token)
         if token is not None and self.pause_token in (None, self.tokenizer.unk_token_id):
@@ -83,15 +86,16 @@ class TextLab(lab.Lab):
     def prepare(self) -> None:
         for of in (self.train, self.held_back, self._test):
             assert of
-        if not self._stock.exists():
-            model, _ = backbones.load(self.text.model)
-            model.save_pretrained(self._stock.with_name("stock.new"))
-            self.tokenizer.save_pretrained(self._stock.with_name("stock.new"))
-            self._stock.with_name("stock.new").rename(self._stock)
+        if not (self._stock / _WEIGHTS).exists():
+            unfinished = self._stock.with_name("stock.new")
+            backbones.load(self.text.model)[0].save_pretrained(unfinished)
+            self.tokenizer.save_pretrained(unfinished)
+            shutil.rmtree(self._stock, ignore_errors=True)
+            unfinished.rename(self._stock)
 
     @property
     def _stock(self) -> Path:
-        """The model in float32: a GGUF file is slower to read."""
+        """The model in float32, and its tokenizer: a GGUF file is slower to read."""
         return self.plan.build / "stock"
 
     @functools.cached_property
@@ -240,7 +244,7 @@ class TextLab(lab.Lab):
         return {"test": self._test.num_steps().tolist()}
 
     def fresh(self, seed: int = 0) -> Any:
-        return backbones.load(self._stock if self._stock.exists() else self.text.model)[0]
+        return backbones.load(self._stock if (self._stock / _WEIGHTS).exists() else self.text.model)[0]
 
     def clock(self) -> float:
         """Wall clock on a GPU, once it is done; else this process's seconds."""
