@@ -7,18 +7,19 @@ whole KV-tokens and writes its own heads' part.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import bottleneck_ext
-from bottleneck_ext import BottleneckError, InvalidArgumentError, RebuildNeededError
+from bottleneck_ext import BottleneckError, DeviceError, InvalidArgumentError, RebuildNeededError
 
 from ...boundary import BoundaryEvent
 from ...checkpoint import load_weights
@@ -32,6 +33,8 @@ from .options import ServerOptions
 from .scheduler import Plan, Rewrite, Transfer, pages_per_row
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class WorkerHalf:
@@ -274,53 +277,47 @@ class ShardedRewriter:
         self.kv_cache = bottleneck_ext.KVCache(keys, values)
 
     def rewrite(self, events: Sequence[BoundaryEvent], block_table: Any, *, report: bool) -> Any:
-        """As BoundCache.rewrite; every rank calls it with the same events."""
-        config = self.processor.config
-        positions = self._select(events, block_table)  # per event [num_layers, rows]
-        lengths = [chosen.shape[1] for chosen in positions]
-        device, dtype = self.keys[0].device, self.keys[0].dtype
-        # A cache of the chosen rows alone, a block per event. All its prior positions are recalled, whatever their
-        # mass, so its queries may be anything.
-        shape = (config.num_layers, 2, len(events), max(lengths), self.keys[0].shape[2], config.head_dim)
-        ours = torch.zeros(shape, dtype=dtype, device=device)
-        slots = []
-        for i, (event, chosen) in enumerate(zip(events, positions, strict=True)):
-            table = torch.from_numpy(block_table[event.sequence].astype(np.int64))
-            slots.append((table[chosen // self.block_size].to(device), (chosen % self.block_size).to(device)))
-            for layer in range(config.num_layers):
-                at = (slots[i][0][layer], slots[i][1][layer])
-                ours[layer, 0, i, : lengths[i]] = self.keys[layer][at]
-                ours[layer, 1, i, : lengths[i]] = self.values[layer][at]
+        """As BoundCache.rewrite; every rank calls it with the same events.
+
+        What fails on one rank fails on all of them, at the same place: nobody waits for a rank that has given up, and
+        every rank writes its heads or none does. Raises the rank's own error or, where it was another's, DeviceError;
+        RebuildNeededError where writing has begun; RuntimeError where another rank raised what is no refusal.
+        """
+        mass = self._together(lambda: self._mass(events, block_table))
+        parts = self.group.all_gather(mass[None], dim=0)
+        ours, slots = self._together(lambda: self._chosen(self._select(events, parts), events, block_table))
         rows = self.group.all_gather(ours, dim=4)
-        queries = torch.zeros(
-            (len(events), config.recent_window, config.num_query_heads, config.head_dim), dtype=dtype, device=device
-        )
-        windows = [event.step_end - event.window_begin(config.recent_window) for event in events]
-        bound = self.processor.bind(
-            list(rows[:, 0]), list(rows[:, 1]), [queries] * config.num_layers, workspace=self.workspace,
-            softmax_scale=self.softmax_scale, max_relative_edit=self.max_relative_edit,
-        )  # fmt: skip
-        result = bound.rewrite(
-            [
-                BoundaryEvent(i, length - window, length, top_k=length - window)
-                for i, (length, window) in enumerate(zip(lengths, windows, strict=True))
-            ],
-            report=report,
-        )
-        heads = self.keys[0].shape[2]
-        mine = rows.narrow(4, self.group.rank_in_group * heads, heads)
-        for i, (blocks, offsets) in enumerate(slots):
-            for layer in range(config.num_layers):
-                at = (blocks[layer], offsets[layer])
-                self.keys[layer][at] = mine[layer, 0, i, : lengths[i]]
-                self.values[layer][at] = mine[layer, 1, i, : lengths[i]]
+        result = self._together(lambda: self._process(rows, slots, events, report))
+        self._together(lambda: self._write(rows, slots), writes=True)
         return result
 
-    def _select(self, events: Sequence[BoundaryEvent], block_table: Any) -> list[Tensor]:
-        """Positions to rewrite, ascending, the same on every rank: the recalled ones, then the window."""
+    def _together(self, step: Callable[[], Result], *, writes: bool = False) -> Result:
+        """What step() returns, if it succeeds on every rank. The host's group is asked: a device goes on meanwhile."""
+        error: Exception | None = None
+        try:
+            result = step()
+        except Exception as raised:
+            error = raised
+        fatal = error is not None and not isinstance(error, (BottleneckError, MemoryError, torch.OutOfMemoryError))
+        worst = torch.tensor(2 if fatal else 0 if error is None else 1)
+        torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX, group=self.group.cpu_group)
+        if not worst:
+            return result
+        # A GPU tells a rank of an earlier refusal when it happens to: none may be told of it in the next attempt.
+        with contextlib.suppress(BottleneckError):
+            self.workspace.synchronize()
+        if worst > 1:
+            raise error if fatal and error is not None else RuntimeError("another rank failed: its log says why")
+        reason = "another rank could not do its part: its log says why" if error is None else str(error)
+        if writes:
+            raise RebuildNeededError(reason) from error
+        # A rebuild is not needed: what the Processor wrote is a copy.
+        raise DeviceError(reason) from error
+
+    def _mass(self, events: Sequence[BoundaryEvent], block_table: Any) -> Tensor:
+        """This rank's share of the attention mass: float32 [num_layers, events, longest prior]."""
         config = self.processor.config
         begins = [event.window_begin(config.recent_window) for event in events]
-        # float32, summed in the order of the ranks: every rank must choose alike.
         mass = torch.zeros((config.num_layers, len(events), max(begins)), device=self.keys[0].device)
         if max(begins) > 0:
             bottleneck_ext.attention_mass(
@@ -333,13 +330,23 @@ class ShardedRewriter:
                 recent_window=config.recent_window,
                 softmax_scale=self.softmax_scale,
             )
-        parts = self.group.all_gather(mass[None], dim=0)
+        return mass
+
+    def _select(self, events: Sequence[BoundaryEvent], parts: Tensor) -> list[Tensor]:
+        """Positions to rewrite, ascending, the same on every rank: the recalled ones, then the window.
+
+        parts: the mass of every rank, [ranks, num_layers, events, longest prior]. Returned per event: [num_layers,
+        rows].
+        """
+        config = self.processor.config
+        # Summed in the order of the ranks: every rank must choose alike.
         total = parts[0]
         for part in parts[1:]:
             total = total + part
         total = total.cpu().contiguous()
         positions = []
-        for i, (event, begin) in enumerate(zip(events, begins, strict=True)):
+        for i, event in enumerate(events):
+            begin = event.window_begin(config.recent_window)
             top_k = min(config.top_k if event.top_k is None else event.top_k, begin)
             chosen = torch.empty((config.num_layers, top_k), dtype=torch.int64)
             if top_k:
@@ -347,6 +354,61 @@ class ShardedRewriter:
             window = torch.arange(begin, event.step_end).expand(config.num_layers, -1)
             positions.append(torch.cat((chosen, window), dim=1))
         return positions
+
+    def _chosen(
+        self, positions: Sequence[Tensor], events: Sequence[BoundaryEvent], block_table: Any
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The rows at `positions`: [num_layers, 2, events, most rows, heads, head_dim]; and, per event, their blocks
+        and offsets, [num_layers, rows] each."""
+        config, device = self.processor.config, self.keys[0].device
+        longest = max(chosen.shape[1] for chosen in positions)
+        shape = (config.num_layers, 2, len(events), longest, self.keys[0].shape[2], config.head_dim)
+        ours = torch.zeros(shape, dtype=self.keys[0].dtype, device=device)
+        slots = []
+        for i, (event, chosen) in enumerate(zip(events, positions, strict=True)):
+            table = torch.from_numpy(block_table[event.sequence].astype(np.int64))
+            slots.append((table[chosen // self.block_size].to(device), (chosen % self.block_size).to(device)))
+            length = chosen.shape[1]
+            for layer in range(config.num_layers):
+                at = (slots[i][0][layer], slots[i][1][layer])
+                ours[layer, 0, i, :length] = self.keys[layer][at]
+                ours[layer, 1, i, :length] = self.values[layer][at]
+        return ours, slots
+
+    def _process(
+        self, rows: Tensor, slots: Sequence[tuple[Tensor, Tensor]], events: Sequence[BoundaryEvent], report: bool
+    ) -> Any:
+        """Rewrites `rows`, of all heads: a cache of the chosen rows alone, a block per event. All its prior positions
+        are recalled, whatever their mass, so its queries may be anything."""
+        config = self.processor.config
+        queries = torch.zeros(
+            (len(events), config.recent_window, config.num_query_heads, config.head_dim),
+            dtype=rows.dtype,
+            device=rows.device,
+        )
+        bound = self.processor.bind(
+            list(rows[:, 0]), list(rows[:, 1]), [queries] * config.num_layers, workspace=self.workspace,
+            softmax_scale=self.softmax_scale, max_relative_edit=self.max_relative_edit,
+        )  # fmt: skip
+        lengths = [blocks.shape[1] for blocks, _ in slots]
+        windows = [event.step_end - event.window_begin(config.recent_window) for event in events]
+        return bound.rewrite(
+            [
+                BoundaryEvent(i, length - window, length, top_k=length - window)
+                for i, (length, window) in enumerate(zip(lengths, windows, strict=True))
+            ],
+            report=report,
+        )
+
+    def _write(self, rows: Tensor, slots: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """This rank's heads of `rows` to their places."""
+        heads = self.keys[0].shape[2]
+        mine = rows.narrow(4, self.group.rank_in_group * heads, heads)
+        for i, (blocks, offsets) in enumerate(slots):
+            for layer in range(self.processor.config.num_layers):
+                at = (blocks[layer], offsets[layer])
+                self.keys[layer][at] = mine[layer, 0, i, : blocks.shape[1]]
+                self.values[layer][at] = mine[layer, 1, i, : blocks.shape[1]]
 
 
 def processor_of_layers(
