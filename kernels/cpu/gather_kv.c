@@ -3,13 +3,46 @@
 #include "paging.h"
 #include "rope.h"
 
-/* to [num_kv_heads, head_dim] = one position of a key or value view. */
-static void gather_row(const btx_plan *plan, const btx_tensor *view, int64_t sequence, int64_t position, float *to)
+#define GATHER_ROWS 64 /* at a time */
+
+/* Column i of rows [num_rows, stride] = elements of one dtype at offsets [num_rows] + shift. */
+static inline void gather_column(const btx_tensor *view, const int64_t *offsets, int64_t shift, int64_t num_rows,
+                                 int64_t stride, float *to)
 {
-    int64_t offset = btx_kv_offset(plan, view, sequence, position);
-    for (int32_t head = 0; head < plan->num_kv_heads; head++)
-        btx_load_elements(view, offset + head * view->stride[2], view->stride[3], plan->head_dim,
-                          to + (int64_t)head * plan->head_dim);
+    const float *single = (const float *)view->data + shift;
+    const uint16_t *half = (const uint16_t *)view->data + shift;
+    if (view->dtype == BTX_F32) {
+        for (int64_t row = 0; row < num_rows; row++)
+            to[row * stride] = single[offsets[row]];
+    }
+    else if (view->dtype == BTX_BF16) {
+        for (int64_t row = 0; row < num_rows; row++)
+            to[row * stride] = btx_bf16_to_f32(half[offsets[row]]);
+    }
+    else {
+        for (int64_t row = 0; row < num_rows; row++)
+            to[row * stride] = btx_f16_to_f32(half[offsets[row]]);
+    }
+}
+
+/* to [num_rows, stride], of which [num_kv_heads, head_dim] are written = positions of a key or value view. Where the
+ * elements of a head lie apart, those of one column are read together: they share cache lines. */
+static void gather_rows(const btx_plan *plan, const btx_tensor *view, int64_t sequence, const int32_t *positions,
+                        int64_t num_rows, int64_t stride, float *to)
+{
+    const int64_t dim = plan->head_dim;
+    int64_t offsets[GATHER_ROWS];
+    for (int64_t row = 0; row < num_rows; row++)
+        offsets[row] = btx_kv_offset(plan, view, sequence, positions[row]);
+    for (int64_t row = 0; view->stride[3] == 1 && row < num_rows; row++) {
+        for (int32_t head = 0; head < plan->num_kv_heads; head++)
+            btx_load_elements(view, offsets[row] + head * view->stride[2], 1, dim, to + row * stride + head * dim);
+    }
+    for (int32_t head = 0; view->stride[3] != 1 && head < plan->num_kv_heads; head++) {
+        for (int64_t i = 0; i < dim; i++)
+            gather_column(view, offsets, head * view->stride[2] + i * view->stride[3], num_rows, stride,
+                          to + head * dim + i);
+    }
 }
 
 static btx_status btx_cpu_gather_kv(const btx_pass *pass, const int32_t *positions, float *rows, const float *weight,
@@ -23,16 +56,20 @@ static btx_status btx_cpu_gather_kv(const btx_pass *pass, const int32_t *positio
     for (int32_t layer = pass->layer_begin; layer < pass->layer_end; layer++) {
         for (int64_t s = pass->step_begin; s < pass->step_end; s++) {
             const btx_plan_step *step = &plan->steps[s];
-            for (int64_t i = 0; i < step->num_recalled + step->num_window; i++, rows += 2 * half_width) {
-                int64_t position = *positions++;
-                gather_row(plan, &plan->keys[layer], step->sequence, position, rows);
-                gather_row(plan, &plan->values[layer], step->sequence, position, rows + half_width);
-                if (plan->rope_inv_freq != NULL) {
-                    btx_rope_table(plan, position - step->sequence_begin, -1.0f, cosines, sines);
-                    btx_rope_turn(plan, cosines, sines, rows);
+            const int64_t num_rows = step->num_recalled + step->num_window;
+            for (int64_t done = 0, n; done < num_rows; done += n, positions += n) {
+                n = num_rows - done < GATHER_ROWS ? num_rows - done : GATHER_ROWS;
+                gather_rows(plan, &plan->keys[layer], step->sequence, positions, n, 2 * half_width, rows);
+                gather_rows(plan, &plan->values[layer], step->sequence, positions, n, 2 * half_width,
+                            rows + half_width);
+                for (int64_t row = 0; row < n; row++, rows += 2 * half_width) {
+                    if (plan->rope_inv_freq != NULL) {
+                        btx_rope_table(plan, positions[row] - step->sequence_begin, -1.0f, cosines, sines);
+                        btx_rope_turn(plan, cosines, sines, rows);
+                    }
+                    norm_row(rows, 2 * half_width, weight + layer * 2 * half_width, eps, dtype, normed);
+                    normed = (char *)normed + stride;
                 }
-                norm_row(rows, 2 * half_width, weight + layer * 2 * half_width, eps, dtype, normed);
-                normed = (char *)normed + stride;
             }
         }
     }

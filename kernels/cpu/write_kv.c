@@ -2,26 +2,36 @@
  * whose edit is too large. */
 #include "paging.h"
 
-/* One position of a key or value view = values [num_kv_heads, head_dim] of its dtype. Returns what lies behind them. */
-static const char *write_row(const btx_plan *plan, const btx_tensor *view, int64_t sequence, int64_t position,
-                             const char *values)
+#define WRITE_ROWS 64 /* at a time */
+
+/* Positions of a key or value view = rows [num_rows] of [num_kv_heads, head_dim] of its dtype, row_bytes apart. Where
+ * the elements of a head lie apart, those of one column are written together: they share cache lines. */
+static void write_rows(const btx_plan *plan, const btx_tensor *view, int64_t sequence, const int32_t *positions,
+                       int64_t num_rows, int64_t row_bytes, const char *rows)
 {
-    const int64_t size = view->dtype == BTX_F32 ? 4 : 2, stride = view->stride[3] * size;
-    char *to = (char *)view->data + btx_kv_offset(plan, view, sequence, position) * size;
-    for (int32_t head = 0; head < plan->num_kv_heads; head++, to += view->stride[2] * size) {
-        if (view->stride[3] == 1) {
-            memcpy(to, values, (size_t)(plan->head_dim * size));
-            values += plan->head_dim * size;
-            continue;
-        }
-        for (int32_t i = 0; i < plan->head_dim; i++, values += size) {
-            if (size == 4)
-                memcpy(to + i * stride, values, 4);
-            else
-                memcpy(to + i * stride, values, 2);
+    const int64_t size = view->dtype == BTX_F32 ? 4 : 2, dim = plan->head_dim;
+    char *to[WRITE_ROWS];
+    for (int64_t row = 0; row < num_rows; row++)
+        to[row] = (char *)view->data + btx_kv_offset(plan, view, sequence, positions[row]) * size;
+    for (int32_t head = 0; view->stride[3] == 1 && head < plan->num_kv_heads; head++) {
+        for (int64_t row = 0; row < num_rows; row++)
+            memcpy(to[row] + head * view->stride[2] * size, rows + row * row_bytes + head * dim * size,
+                   (size_t)(dim * size));
+    }
+    for (int32_t head = 0; view->stride[3] != 1 && head < plan->num_kv_heads; head++) {
+        for (int64_t i = 0; i < dim; i++) {
+            const int64_t shift = (head * view->stride[2] + i * view->stride[3]) * size;
+            const char *from = rows + (head * dim + i) * size;
+            if (size == 4) {
+                for (int64_t row = 0; row < num_rows; row++)
+                    memcpy(to[row] + shift, from + row * row_bytes, 4);
+            }
+            else {
+                for (int64_t row = 0; row < num_rows; row++)
+                    memcpy(to[row] + shift, from + row * row_bytes, 2);
+            }
         }
     }
-    return values;
 }
 
 static btx_status btx_cpu_write_kv(const btx_pass *pass, const int32_t *positions, const void *staged, btx_error *error)
@@ -40,10 +50,10 @@ static btx_status btx_cpu_write_kv(const btx_pass *pass, const int32_t *position
                 values += num_rows * row_bytes;
                 continue;
             }
-            for (int64_t i = 0; i < num_rows; i++) {
-                int64_t position = *positions++;
-                values = write_row(plan, &plan->keys[layer], step->sequence, position, values);
-                values = write_row(plan, &plan->values[layer], step->sequence, position, values);
+            for (int64_t left = num_rows, n; left > 0; left -= n, positions += n, values += n * row_bytes) {
+                n = left < WRITE_ROWS ? left : WRITE_ROWS;
+                write_rows(plan, &plan->keys[layer], step->sequence, positions, n, row_bytes, values);
+                write_rows(plan, &plan->values[layer], step->sequence, positions, n, row_bytes, values + row_bytes / 2);
             }
         }
     }
