@@ -1021,9 +1021,9 @@ static void fill_report(btx_report *report, const boundary_run *run, const char 
         for (int64_t s = 0; s < plan->num_steps; s++) {
             const btx_plan_step *step = &plan->steps[s];
             const int32_t *of_step = positions + layer * plan->total_rows + step->row_offset;
-            int64_t *row = (int64_t *)out->data + layer * out->stride[0] + s * out->stride[1];
             for (int64_t i = 0; i < top_k; i++)
-                row[i * out->stride[2]] = i < step->num_recalled ? of_step[i] : -1;
+                ((int64_t *)out->data)[layer * out->stride[0] + s * out->stride[1] + i * out->stride[2]] =
+                    i < step->num_recalled ? of_step[i] : -1;
         }
     }
     copy_norms(&report->delta_norm, delta_norm, plan);
@@ -1241,7 +1241,7 @@ btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, 
     if (n > INT32_MAX)
         return btx_fail(error, BTX_INVALID_ARGUMENT, "mass has %" PRId64 " columns; at most %d fit", n, INT32_MAX);
     /* Copied first: another thread may write the caller's tensor after it was checked. */
-    counts = malloc(((size_t)mass->shape[0] + 1) * sizeof *counts);
+    counts = calloc((size_t)mass->shape[0] + 1, sizeof *counts); /* of a view that repeats one row there may be 2^61 */
     if (counts == NULL)
         return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for %" PRId64 " lengths", mass->shape[0]);
     for (int64_t row = 0; row < mass->shape[0]; row++) {
@@ -1262,17 +1262,16 @@ btx_status btx_select_top_k(const btx_backend *backend, const btx_tensor *mass, 
         goto cleanup;
     }
     for (int64_t row = 0; row < mass->shape[0] && status == BTX_OK; row++) {
-        const float *from = (const float *)mass->data + row * mass->stride[0];
-        int64_t *to = (int64_t *)out->data + row * out->stride[0];
         int64_t length = counts[row];
         for (int64_t i = 0; i < length; i++)
-            row_mass[i] = from[i * mass->stride[1]];
+            row_mass[i] = ((const float *)mass->data)[row * mass->stride[0] + i * mass->stride[1]];
         step.num_prior = plan.total_prior = length;
         step.num_recalled = plan.total_rows = length < top_k ? length : top_k;
         btx_pass pass = {.plan = &plan, .layer_end = 1, .step_end = 1, .scratch = scratch};
         status = backend->top_k(&pass, 1, row_mass, positions, error);
         for (int64_t i = 0; i < top_k && status == BTX_OK; i++)
-            to[i * out->stride[1]] = i < step.num_recalled ? positions[i] : -1;
+            ((int64_t *)out->data)[row * out->stride[0] + i * out->stride[1]] =
+                i < step.num_recalled ? positions[i] : -1;
     }
 
 cleanup:

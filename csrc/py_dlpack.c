@@ -266,12 +266,11 @@ static int fill_view(module_state *state, btx_tensor *view, const dl_tensor *ten
     else if (tensor->device.type != DL_CPU && tensor->device.type != DL_CUDA_HOST)
         return refuse(state->unsupported_error, name, index, "is on DLPack device type %d; CPU and CUDA are supported",
                       (int)tensor->device.type);
-    int64_t stride = 1;
+    uint64_t stride = 1; /* of an empty tensor it may wrap around */
     for (int32_t d = tensor->ndim - 1; d >= 0; d--) {
         view->shape[d] = tensor->shape[d];
-        view->stride[d] = tensor->strides != NULL ? tensor->strides[d] : stride;
-        if (tensor->strides == NULL)
-            stride *= tensor->shape[d];
+        view->stride[d] = tensor->strides != NULL ? tensor->strides[d] : (int64_t)stride;
+        stride *= (uint64_t)tensor->shape[d];
     }
     view->data = tensor->data == NULL ? NULL : (char *)tensor->data + tensor->byte_offset;
     if (view->data != NULL && (uintptr_t)view->data % btx_dtype_size(view->dtype) != 0)

@@ -141,6 +141,9 @@ btx_status btx_tensor_check_on(const btx_tensor *tensor, const char *name, btx_d
         if (shape[d] >= 0 && tensor->shape[d] != shape[d])
             return btx_fail(error, BTX_INVALID_ARGUMENT, "dimension %d of %s is %" PRId64 "; it must be %" PRId64,
                             (int)d, name, tensor->shape[d], shape[d]);
+        if (tensor->shape[d] < 0)
+            return btx_fail(error, BTX_INVALID_ARGUMENT, "dimension %d of %s is %" PRId64 "; it must be 0 or more",
+                            (int)d, name, tensor->shape[d]);
         empty = empty || tensor->shape[d] == 0;
     }
     if (tensor->data == NULL && !empty)

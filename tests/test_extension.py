@@ -1373,6 +1373,18 @@ def test_select_top_k_against_sorting() -> None:
                 assert out[row].tolist() == best.tolist() + [-1] * (k - len(best)), (backend, n, k, row)
 
 
+def test_selection_among_rows_that_repeat() -> None:
+    """A view may have any number of rows where its strides are 0 (found by fuzzing: 2^61 lengths were given 8 bytes)."""
+    for rows in (2**61, 2**62):
+        mass, lengths = torch.zeros(1, 1).expand(rows, 1), torch.zeros(1, dtype=torch.int32).expand(rows)
+        nothing = torch.zeros(1, 0, dtype=torch.int64).expand(rows, 0)
+        with pytest.raises(InvalidArgumentError, match="lengths is int32"):
+            bottleneck_ext.select_top_k(mass, lengths, nothing)
+    mass, lengths = torch.zeros(1, 1).expand(2**61, 1), torch.zeros(1, dtype=torch.int64).expand(2**61)
+    with pytest.raises(MemoryError, match="out of memory for 2305843009213693952 lengths"):
+        bottleneck_ext.select_top_k(mass, lengths, torch.zeros(1, 0, dtype=torch.int64).expand(2**61, 0))
+
+
 def test_the_c_api_stays_hidden_in_the_module() -> None:
     """Two libraries that both compile the core into themselves do not meet."""
     library = ctypes.CDLL(bottleneck_ext._core.__file__)

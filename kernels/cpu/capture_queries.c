@@ -9,7 +9,7 @@ static btx_status btx_cpu_capture_queries(int32_t device_index, const btx_tensor
                                           btx_error *error)
 {
     const int64_t page_size = pages->shape[1], num_blocks = block_to_page->shape[0], num_pages = pages->shape[0];
-    const int64_t heads = query->shape[1], size = query->dtype == BTX_F32 ? 4 : 2, head_bytes = query->shape[2] * size;
+    const int64_t heads = query->shape[1], head_dim = query->shape[2], size = query->dtype == BTX_F32 ? 4 : 2;
     const int64_t *slot_of = slots->data;
     const int32_t *page_of = block_to_page->data;
     const int rows_are_whole = query->stride[2] == 1 && pages->stride[3] == 1;
@@ -29,7 +29,7 @@ static btx_status btx_cpu_capture_queries(int32_t device_index, const btx_tensor
                 return btx_fail(error, BTX_INVALID_ARGUMENT,
                                 "block_to_page[%" PRId64 "] is %" PRId64 "; there are %" PRId64 " pages", block, page,
                                 num_pages);
-            if (page < 0 || pass == 0)
+            if (page < 0 || pass == 0 || heads == 0 || head_dim == 0) /* empty tensors may have no data */
                 continue;
             const char *from = (const char *)query->data + i * query->stride[0] * size;
             char *to = (char *)pages->data + (page * pages->stride[0] + slot % page_size * pages->stride[1]) * size;
@@ -37,10 +37,10 @@ static btx_status btx_cpu_capture_queries(int32_t device_index, const btx_tensor
                 const char *from_head = from + head * query->stride[1] * size;
                 char *to_head = to + head * pages->stride[2] * size;
                 if (rows_are_whole) {
-                    memcpy(to_head, from_head, (size_t)head_bytes);
+                    memcpy(to_head, from_head, (size_t)(head_dim * size));
                     continue;
                 }
-                for (int64_t c = 0; c < query->shape[2]; c++)
+                for (int64_t c = 0; c < head_dim; c++)
                     memcpy(to_head + c * pages->stride[3] * size, from_head + c * query->stride[2] * size,
                            (size_t)size);
             }
