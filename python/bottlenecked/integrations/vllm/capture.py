@@ -48,9 +48,10 @@ class QueryCapture:
 
     def __call__(self, query: Tensor, attn_metadata: Any) -> None:
         """query: [num_tokens, num_query_heads, head_dim], perhaps padded behind `attn_metadata.num_actual_tokens`."""
-        count = attn_metadata.num_actual_tokens
-        slots = attn_metadata.slot_mapping[:count]
-        self.queries.capture(self.layer, query[:count], slots, self.block_to_page, workspace=self.workspace)
+        slots = attn_metadata.slot_mapping
+        if len(slots) != attn_metadata.num_actual_tokens:  # a slice takes longer than what else is done here
+            slots = slots[: attn_metadata.num_actual_tokens]
+        self.queries.capture(self.layer, query, slots, self.block_to_page, workspace=self.workspace)
 
 
 def hook(impl: Any, capture: QueryCapture) -> None:
