@@ -165,7 +165,7 @@ class TextLab(lab.Lab):
         try:
             return outcome | {"test": lab.score(judged(lab.read(path)["answers"], self._gold))}
         except ImportError as error:
-            lab.say(f"{path}: not judged here ({error})")
+            lab.say(f"{path}: not judged yet ({error})")
             return None
 
     def _edits(self, variant: Variant, trainer: Trainer | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+from bottlenecked import CacheProcessor  # noqa: E402
 from bottlenecked.integrations.transformers import attach  # noqa: E402
 from bottlenecked.module import CacheProcessorModule  # noqa: E402
 from bottlenecked.training.data import Dataset, Example, load_examples, write_lines  # noqa: E402
@@ -268,6 +270,27 @@ def test_costs_measured_later_are_in_the_first_ones_seconds(lab: TaskLab, monkey
     path.unlink()
 
 
+def test_operations_are_counted_alike_on_every_device(tmp_path: Path) -> None:
+    """Of whole products: two operations per weight and token, twice that backwards, and attention."""
+    made = plan(tmp_path, budget={"unit": "operations", "iterations": 8, "curriculum_iterations": 0}, pairs=[])
+    lab = TaskLab(dataclasses.replace(made, variants={n: made.variants[n] for n in ("processor", "sft2", "lora")}))
+    found = labs.costs(lab)
+    examples = lab.train.examples[:4]
+    model = tiny_backbone()
+    head = model.get_output_embeddings().weight.numel()
+    layers = sum(p.numel() for n, p in model.named_parameters() if "layers" in n and p.ndim == 2)
+    tokens = sum(len(e.tokens) - 1 for e in examples)
+    written = sum(sum(e.loss_mask[1:]) for e in examples)
+    padded = -(-tokens // 16) * 16
+    longest = -(-max(len(e.tokens) - 1 for e in examples) // 8) * 8
+    attention = 2 * 2 * 4 * 32 * len(examples) * longest**2 * 2  # heads, size, layers
+    expected = 3 * (2 * (layers * padded + head * written) + attention) * 8 / len(examples)
+
+    assert found["sft2"].after == pytest.approx(expected, rel=0.02)
+    assert found["lora"].after < found["sft2"].after
+    assert found["sft2"].after / 3 < found["processor"].after < 3 * found["sft2"].after
+
+
 # --- a whole experiment -----------------------------------------------------------------------------------------
 
 
@@ -445,6 +468,32 @@ def test_a_failure_takes_with_it_what_waits_for_it_and_nothing_else(tmp_path: Pa
     assert pretend_all(of_two, 1, Job("backbone", 0))[-1] == Job("outcome", 2, "sft")
 
 
+def test_the_headline_comes_first_and_some_variants_are_made_on_few_backbones(tmp_path: Path) -> None:
+    variants_of = BASED | {"sft": {"kind": "untouched", "backbones": 1}, "stock": {"kind": "lora", "base": "stock"}}
+    variants_of["stock"] |= {"learning_rate": 1e-3}
+    made = plan(tmp_path, variants=variants_of, pairs=[], headline=["processor", "sft2"])
+    outcomes = [(job.variant, job.seed) for job in pretend_all(Queue(made), 1) if job.kind == "outcome"]
+    assert outcomes[:4] == [("processor", 0), ("processor", 2), ("sft2", 0), ("sft2", 2)]
+    rest = [("sft", 0), ("on-half", 0), ("half", 0), ("stock", 0), ("on-half", 2), ("half", 2), ("stock", 2)]
+    assert outcomes[4:] == rest
+
+
+def test_too_little_memory_is_tried_again_when_another_has_ended(tmp_path: Path) -> None:
+    queue = Queue(plan(tmp_path, variants=BASED, pairs=[]))
+    for job in (Job("prepare"), Job("costs"), Job("backbone", 0)):
+        pretend(queue.plan, queue, job)
+    short = Result(Job("outcome", 0, "sft"), jobs_of.FAILED, "OutOfMemoryError: CUDA out of memory")
+    for _ in range(2):
+        assert short.job in queue.ready()
+        queue.running |= {short.job, Job("backbone", 1)}
+        queue.finish(short)
+        assert short.job not in queue.ready()
+        queue.finish(Result(Job("backbone", 1), jobs_of.STOPPED))
+    assert short.job in queue.ready()
+    queue.finish(short)
+    assert short.job in queue.failed
+
+
 def patched(plan: plans.Plan) -> TaskLab:
     """For a process of its own: with so few examples there is nothing to probe."""
     vars(tasks).update(probe=lambda *arguments, **options: [], lacking=lambda findings: [], _EDITS=4)
@@ -610,18 +659,28 @@ def test_an_experiment_on_a_text(
         "backbone": {"sft": {"iterations": 8, "batch_size": 8, "learning_rate": 3e-3}},
         "budget": {"iterations": 4, "curriculum_iterations": 0},
         "variants": {
-            n: SMALL["variants"][n] for n in ("sft", "sft2", "pause", "processor", "random", "every", "prompt")
+            n: SMALL["variants"][n] | ({"export": True} if n == "processor" else {})
+            for n in ("sft", "sft2", "pause", "processor", "random", "every", "prompt")
         },
     }
     made = plans.make("small", values, tmp_path / "build", tmp_path / "results", tmp_path)
     monkeypatch.setattr(plans, "load", lambda name, **where: made)
     monkeypatch.setattr(labs, "_ROUNDS", 4)
     monkeypatch.setattr(labs, "_CURVE", 2)
-    # How a number is read is tested where that is done.
+
+    def missing(texts: Any, gold: Any) -> list[bool]:
+        raise ImportError("no judge here")
+
+    monkeypatch.setattr(text_experiments, "judged", missing)
+    assert main(["small", "--data", str(tmp_path)]) == 1
+    assert "no judge here" in capsys.readouterr().out
+    # How a number is read is tested where that is done. It needs the answers and no weights.
+    shutil.rmtree(tmp_path / "build/small/backbones")
+    shutil.rmtree(tmp_path / "build/small/runs")
     monkeypatch.setattr(
         text_experiments, "judged", lambda texts, gold: [a == b for a, b in zip(texts, gold, strict=True)]
     )
-    assert main(["small", "--data", str(tmp_path)]) == 0, capsys.readouterr().err
+    assert main(["small", "--data", str(tmp_path), "--report"]) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "results/small.json").read_text())
     assert found["n"] == 10
     assert found["complete"]
@@ -629,4 +688,9 @@ def test_an_experiment_on_a_text(
     assert len(answers) == 10
     curve = json.loads((tmp_path / "results/small/backbone-0.json").read_text())["cross_entropy"]
     assert list(curve) == [str(i) for i in range(1, 9)]
+    edits = json.loads((tmp_path / "results/small/0-processor.json").read_text())["edits"]
+    assert np.shape(edits["relative"]) == np.shape(edits["keys"]) == (2, len(edits["problems"]))
+    assert np.all(np.array(edits["relative"])[:, : sum(n > 0 for n in edits["problems"])] > 0)
+    exported = CacheProcessor.from_pretrained(tmp_path / "build/small/export/processor")
+    assert exported.config.top_k == 4
     assert TextLab(made).pause_token == task_tokenizer().convert_tokens_to_ids("z")
