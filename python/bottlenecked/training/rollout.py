@@ -18,19 +18,20 @@ that boundary's rewrite: as at inference, so it counts for the call one step ear
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packed import POSITION_MULTIPLE, Output, PackedBackbone, Stretch, round_up
+from ..module import CacheProcessorModule, RowLayout
+from .packed import POSITION_MULTIPLE, Indices, Output, PackedBackbone, Plan, Stretch, round_up
 
 if TYPE_CHECKING:
-    from ..module import CacheProcessorModule
+    from ..config import CacheProcessorConfig
     from .data import Example
 
 FIRST, REST = 0, 1
@@ -86,12 +87,15 @@ def supervised(backbone: PackedBackbone, batch: Sequence[Example], *, denominato
         [0] * len(batch),
         [[i for i, wanted in enumerate(example.loss_mask[1:]) if wanted] for example in batch],
     )
-    tally = _Tally(batch, backbone.device)
+    indices, tally = Indices(), _Tally(batch)
+    plan = Plan(backbone, stretch, indices)
+    tally.plan(range(len(batch)), stretch, indices)
+    indices.send(backbone.device)
     with torch.set_grad_enabled(denominator is not None):
-        loss = tally.add(range(len(batch)), stretch, backbone.forward(stretch))
+        loss = tally.add(backbone.run(plan, None, backbone.layers()).logits, indices)
         if denominator is not None:
             (loss / denominator).backward()  # type: ignore[no-untyped-call]
-    return tally.losses()
+    return tally.losses(indices)
 
 
 def rollout(
@@ -116,44 +120,38 @@ def rollout(
     Activations of one step of all sequences are alive at a time. The random selection of `variant` draws from torch's
     default generator.
     """
+    # The host says everything that it knows beforehand, in one transfer, and waits for the device in the end only.
+    indices, tally = Indices(), _Tally(batch)
     sequences = _order(batch)
-    tally = _Tally(batch, backbone.device)
     store = _Store(backbone, [s.fed[-1][1] for s in sequences])
-    mass: Tensor | None = None
+    lines: list[_Line] = []
     for n in range(max(len(s.fed) for s in sequences)):
-        active = [s for s in sequences if len(s.fed) > n]
-        stretch = Stretch(
-            [s.example.tokens[slice(*s.fed[n])] for s in active],
-            [s.fed[n][0] for s in active],
-            [[i - s.fed[n][0] for i in range(*s.fed[n]) if s.example.loss_mask[i + 1]] for s in active],
-        )
-        called = n > 1 or (n == 1 and processor.config.rewrite_prompt)
+        lines.append(_Line(n, sequences, backbone, processor.config, store, lines[-1] if lines else None, indices))
+        tally.plan([s.index for s in lines[n].active], lines[n].stretch, indices)
+    indices.send(backbone.device)
+    layers, weights = backbone.layers(), processor.weights(autocast)
+    inv_freq = _inv_freq(processor.config, backbone.device)
+
+    mass: Tensor | None = None
+    for line in lines:
+        called = line.selection is not None
         with torch.set_grad_enabled(called and denominator is not None):
-            prior = store.read(len(active), stretch.begins) if n else None
+            prior = None if line.first else store.read(line.plan.batch, line.plan.num_prior)
             if prior is not None:
-                if called:
-                    ended = [s.fed[n - 1] for s in active]
-                    mass = None if mass is None else mass[:, : len(active)]
+                if line.selection is not None:
                     with torch.autocast(prior.device.type, dtype=autocast, enabled=autocast is not None):
-                        rewrite(processor, prior, ended, mass, variant)
-                prior = prior.view(backbone.num_layers, len(active), -1, backbone.kv_width)
-            goes_on = any(len(s.fed) > n + 1 for s in active)
-            output = backbone.forward(
-                stretch,
-                prior,
-                keep=goes_on,
-                mass_window=processor.config.recent_window if goes_on and processor.config.top_k else None,
-            )
-            loss = tally.add([s.index for s in active], stretch, output)
+                        line.selection.rewrite(processor, prior, mass, variant, weights, inv_freq)
+                prior = prior.view(backbone.num_layers, line.plan.batch, -1, backbone.kv_width)
+            output = backbone.run(line.plan, prior, layers, keep=line.goes_on)
+            loss = tally.add(output.logits, indices)
             if denominator is not None and loss.requires_grad:
                 (loss / denominator).backward()  # type: ignore[no-untyped-call]
         if logits is not None:
-            targets = [(s.index, s.fed[n][0] + i + 1) for s, of in zip(active, stretch.wanted, strict=True) for i in of]
-            logits += [(*at, row) for at, row in zip(targets, output.logits.detach(), strict=True)]
+            logits += [(*at, row) for at, row in zip(line.targets(), output.logits.detach(), strict=True)]
         mass = output.mass
-        if goes_on:
-            store.write(stretch, prior, output)
-    return tally.losses()
+        if line.goes_on:
+            store.write(prior, output, indices[line.places])
+    return tally.losses(indices)
 
 
 @dataclass(frozen=True)
@@ -178,6 +176,48 @@ def _order(batch: Sequence[Example]) -> list[_Sequence]:
     return sorted(sequences, key=lambda s: -len(s.fed))
 
 
+class _Line:
+    """What the host knows of the n-th step of all sequences that still go on, and of the call before it."""
+
+    def __init__(
+        self,
+        n: int,
+        sequences: Sequence[_Sequence],
+        backbone: PackedBackbone,
+        config: CacheProcessorConfig,
+        store: _Store,
+        before: _Line | None,
+        indices: Indices,
+    ) -> None:
+        active = [s for s in sequences if len(s.fed) > n]
+        begins = [s.fed[n][0] for s in active]
+        self.active, self.first = active, n == 0
+        self.stretch = Stretch(
+            [s.example.tokens[slice(*s.fed[n])] for s in active],
+            begins,
+            [[i - s.fed[n][0] for i in range(*s.fed[n]) if s.example.loss_mask[i + 1]] for s in active],
+        )
+        self.goes_on = any(len(s.fed) > n + 1 for s in active)
+        self.plan = Plan(
+            backbone,
+            self.stretch,
+            indices,
+            num_prior=0 if self.first else round_up(max(begins), POSITION_MULTIPLE),
+            mass_window=config.recent_window if self.goes_on and config.top_k else None,
+        )
+        self.places = indices.add([b * store.capacity + i for b, s in enumerate(active) for i in range(*s.fed[n])])
+        self.selection: Selection | None = None
+        if n > 1 or (n == 1 and config.rewrite_prompt):
+            assert before is not None
+            ended = [s.fed[n - 1] for s in active]
+            self.selection = Selection(config, ended, self.plan.num_prior, before.plan.num_candidates, indices)
+
+    def targets(self) -> list[tuple[int, int]]:
+        """(example, index of the predicted token) of every logit."""
+        pairs = zip(self.active, self.stretch.begins, self.stretch.wanted, strict=True)
+        return [(s.index, begin + i + 1) for s, begin, of in pairs for i in of]
+
+
 class _Store:
     """The cache of a batch, constant for autograd: [num_layers, B, positions, C] in the backbone's dtype.
 
@@ -189,20 +229,20 @@ class _Store:
         shape = (backbone.num_layers, len(lengths), self.capacity, backbone.kv_width)
         self.rows = torch.zeros(shape, dtype=backbone.model.dtype, device=backbone.device)
 
-    def read(self, batch: int, begins: Sequence[int]) -> Tensor:
-        """A copy of the first sequences' rows, up to the longest of `begins`: [num_layers * B * S, C]."""
-        count = round_up(max(begins), POSITION_MULTIPLE)
-        return self.rows[:, :batch, :count].clone(memory_format=torch.contiguous_format).flatten(0, 2)
+    def read(self, batch: int, count: int) -> Tensor:
+        """A copy of the first sequences' first `count` rows: [num_layers * B * count, C]."""
+        chosen = self.rows[:, :batch, :count]
+        # No view of something else: autograd would then copy gradients when rows are written in place.
+        rows = self.rows.new_empty(chosen[..., 0].numel(), chosen.shape[3])
+        rows.view(chosen.shape).copy_(chosen)
+        return rows
 
-    def write(self, stretch: Stretch, prior: Tensor | None, output: Output) -> None:
-        """Keep the rewritten rows and the new ones."""
+    def write(self, prior: Tensor | None, output: Output, places: Tensor) -> None:
+        """Keep the rewritten rows and the new ones. places: of the latter, in [B * positions]."""
         assert output.kv is not None
         if prior is not None:
             self.rows[:, : prior.shape[1], : prior.shape[2]] = prior.detach()
-        starts = [b * self.capacity + begin for b, begin in enumerate(stretch.begins)]
-        places = [s + i for s, tokens in zip(starts, stretch.tokens, strict=True) for i in range(len(tokens))]
-        index = torch.tensor(places).to(self.rows.device, non_blocking=True)
-        self.rows.flatten(1, 2).index_copy_(1, index, output.kv.to(self.rows.dtype))
+        self.rows.flatten(1, 2).index_copy_(1, places, output.kv.to(self.rows.dtype))
 
 
 def rewrite(
@@ -217,54 +257,103 @@ def rewrite(
     cache: [num_layers * B * S, C], a constant for autograd until now. ended: per sequence, its step [begin, end). mass:
     [num_layers, B, positions], -1 where nothing can be recalled; None: nowhere.
     """
-    config = processor.config
-    num_layers, batch = config.num_layers, len(ended)
-    size = len(cache) // (num_layers * batch)
-    windows = [max(begin, end - config.recent_window) for begin, end in ended]
-    counts = [end - window for window, (_, end) in zip(windows, ended, strict=True)]
-    most, longest = (0 if mass is None else min(config.top_k, mass.shape[2])), max(counts)
-    recalled = [min(most, window) for window in windows]
-
-    # Per sequence `most` recalled positions and `longest` of the window; `chosen` are those that there are.
-    table = torch.tensor(windows)[:, None] + torch.arange(longest)
-    table = table.clamp(max=size - 1).to(cache.device, non_blocking=True).expand(num_layers, -1, -1)
-    if mass is not None:
-        table = torch.cat([_recall(mass, recalled, most, variant, size), table], 2)
-    starts = range(0, batch * (most + longest), most + longest)
-    parts = [
-        (*range(start, start + k), *range(start + most, start + most + count))
-        for start, k, count in zip(starts, recalled, counts, strict=True)
-    ]
-    chosen = torch.tensor(list(itertools.chain(*parts))).to(cache.device, non_blocking=True)
-    positions = table.flatten(1).index_select(1, chosen)  # [num_layers, rows]
-    firsts = torch.arange(0, len(cache), size, device=cache.device).view(num_layers, batch, 1)
-    places = (table + firsts).flatten(1).index_select(1, chosen).flatten()
-
-    dtype = torch.promote_types(cache.dtype, torch.float32)
-    rows = cache.index_select(0, places).to(dtype).view(*positions.shape, -1)
-    seen, angles = rows, None
-    if config.key_space == "unrotated":
-        inv_freq = torch.tensor(config.inv_freq(), dtype=torch.float32, device=cache.device)
-        angles = (positions[..., None].float() * inv_freq).to(dtype)  # float32, as in the backbone
-        seen = _rotate_keys(rows, -angles, config.num_kv_heads)
-    lengths = [k + count for k, count in zip(recalled, counts, strict=True)]
-    edit = processor(seen, lengths, positions if variant.positions else None).to(dtype)
-    if angles is not None:
-        edit = _rotate_keys(edit, angles, config.num_kv_heads)
-    if variant.write == "recalled":
-        kept = [i < k for k, n in zip(recalled, lengths, strict=True) for i in range(n)]
-        edit = edit * torch.tensor(kept, device=cache.device)[:, None]
-    cache.index_copy_(0, places, (rows + edit).to(cache.dtype).flatten(0, 1))
+    indices, config = Indices(), processor.config
+    size = len(cache) // (config.num_layers * len(ended))
+    selection = Selection(config, ended, size, 0 if mass is None else mass.shape[2], indices)
+    indices.send(cache.device)
+    selection.rewrite(processor, cache, mass, variant, None, _inv_freq(config, cache.device))
 
 
-def _recall(mass: Tensor, recalled: Sequence[int], most: int, variant: Variant, size: int) -> Tensor:
-    """The recalled positions, ascending, [num_layers, B, most]; of equal masses the smaller position wins."""
-    if variant.selection == "random":
-        mass = torch.rand(mass.shape).to(mass.device).masked_fill(mass < 0, -1.0)
-    order = mass.sort(dim=2, descending=True, stable=True).indices[..., :most]
-    counts = torch.tensor(recalled)[:, None].to(mass.device, non_blocking=True)
-    missing = torch.arange(most, device=mass.device) >= counts
-    return order.masked_fill(missing, size - 1).sort(dim=2).values
+class Selection:
+    """Which rows a call rewrites, as far as the host knows: all but which positions are recalled.
+
+    ended: per sequence, its step [begin, end). size: S, positions of a sequence in the cache. num_candidates: positions
+    in the attention mass, 0 where there is none.
+    """
+
+    def __init__(
+        self,
+        config: CacheProcessorConfig,
+        ended: Sequence[tuple[int, int]],
+        size: int,
+        num_candidates: int,
+        indices: Indices,
+    ) -> None:
+        self.indices, self.size, self.batch = indices, size, len(ended)
+        windows = [max(begin, end - config.recent_window) for begin, end in ended]
+        counts = [end - window for window, (_, end) in zip(windows, ended, strict=True)]
+        self.most = min(config.top_k, num_candidates)
+        self.recalled = [min(self.most, window) for window in windows]
+        self.lengths = [k + count for k, count in zip(self.recalled, counts, strict=True)]
+
+        # Rows are chosen from `most` recalled positions per sequence and then all windows.
+        ends = np.cumsum(counts) + self.batch * self.most
+        chosen = [
+            (*range(b * self.most, b * self.most + k), *range(end - count, end))
+            for b, (k, count, end) in enumerate(zip(self.recalled, counts, ends.tolist(), strict=True))
+        ]
+        self.chosen = indices.add(np.concatenate(chosen))
+        in_windows = [range(window, end) for window, (_, end) in zip(windows, ended, strict=True)]
+        self.windows = indices.add(np.concatenate(in_windows))
+        layers = np.arange(config.num_layers)[:, None] * (self.batch * size)
+        self.firsts = indices.add(layers + np.repeat(np.arange(self.batch) * size, self.lengths))
+        self.missing: int | None = None
+        if min(self.recalled) < self.most:
+            self.missing = indices.add(np.arange(self.most) >= np.array(self.recalled)[:, None])
+        self.kept = indices.add([[i < k] for k, n in zip(self.recalled, self.lengths, strict=True) for i in range(n)])
+        self.padded, layout = RowLayout.arrays(self.lengths)
+        self.layout = [indices.add(array) for array in layout]
+
+    def rewrite(
+        self,
+        processor: CacheProcessorModule,
+        cache: Tensor,
+        mass: Tensor | None,
+        variant: Variant,
+        weights: Mapping[str, Tensor] | None,
+        inv_freq: Tensor | None,
+    ) -> None:
+        """See the function of this name. mass: of these sequences and maybe others behind. weights: of `processor`.
+
+        inv_freq: of the keys' RoPE, where the Processor sees them without.
+        """
+        config, indices = processor.config, self.indices
+        among = indices[self.windows].expand(config.num_layers, -1)
+        if self.most:
+            assert mass is not None
+            among = torch.cat([self._recall(mass[:, : self.batch], variant).flatten(1), among], 1)
+        positions = among.index_select(1, indices[self.chosen])  # [num_layers, rows]
+        places = (positions + indices[self.firsts]).flatten()
+
+        dtype = torch.promote_types(cache.dtype, torch.float32)
+        rows = cache.index_select(0, places).to(dtype).view(*positions.shape, -1)
+        seen, angles = rows, None
+        if inv_freq is not None:
+            angles = (positions[..., None].float() * inv_freq).to(dtype)  # float32, as in the backbone
+            seen = _rotate_keys(rows, -angles, config.num_kv_heads)
+        layout = RowLayout(self.lengths, self.padded, *(indices[number] for number in self.layout))
+        turned = positions if variant.positions else None
+        edit = processor(seen, self.lengths, turned, layout=layout, weights=weights).to(dtype)
+        if angles is not None:
+            edit = _rotate_keys(edit, angles, config.num_kv_heads)
+        if variant.write == "recalled":
+            edit = edit * indices[self.kept]
+        cache.index_copy_(0, places, (rows + edit).to(cache.dtype).flatten(0, 1))
+
+    def _recall(self, mass: Tensor, variant: Variant) -> Tensor:
+        """The recalled positions, ascending, [num_layers, B, most]; of equal masses the smaller position wins."""
+        if variant.selection == "random":
+            mass = torch.rand(mass.shape).to(mass.device).masked_fill(mass < 0, -1.0)
+        order = mass.sort(dim=2, descending=True, stable=True).indices[..., : self.most]
+        if self.missing is not None:
+            order = order.masked_fill(self.indices[self.missing].bool(), self.size - 1)
+        return order.sort(dim=2).values
+
+
+def _inv_freq(config: CacheProcessorConfig, device: torch.device) -> Tensor | None:
+    if config.key_space != "unrotated":
+        return None
+    return torch.tensor(config.inv_freq(), dtype=torch.float32).to(device, non_blocking=True)
 
 
 def _rotate_keys(rows: Tensor, angles: Tensor, num_heads: int) -> Tensor:
@@ -279,14 +368,16 @@ def _rotate_keys(rows: Tensor, angles: Tensor, num_heads: int) -> Tensor:
 class _Tally:
     """Sums up the losses of a batch on its device, without waiting for it."""
 
-    def __init__(self, batch: Sequence[Example], device: torch.device) -> None:
+    def __init__(self, batch: Sequence[Example]) -> None:
         self.batch = batch
         self.starts = [{begin for begin, _ in example.segments} for example in batch]
-        self.sums = torch.zeros(2 * len(batch), dtype=torch.float64, device=device)
         self.counts = [0] * (2 * len(batch))
+        self.targets: list[int] = []  # of forwards, in `Indices`
+        self.columns: list[int] = []
+        self.found: list[Tensor] = []
 
-    def add(self, examples: Sequence[int], stretch: Stretch, output: Output) -> Tensor:
-        """The summed loss of one forward. examples: which of the batch the stretch's sequences are."""
+    def plan(self, examples: Sequence[int], stretch: Stretch, indices: Indices) -> None:
+        """What one forward will be asked for. examples: which of the batch the stretch's sequences are."""
         targets, columns = [], []
         for example, begin, wanted in zip(examples, stretch.begins, stretch.wanted, strict=True):
             for i in wanted:
@@ -294,16 +385,22 @@ class _Tally:
                 targets.append(self.batch[example].tokens[target])
                 columns.append(2 * example + (FIRST if target in self.starts[example] else REST))
                 self.counts[columns[-1]] += 1
-        device = output.logits.device
-        of_tokens = torch.tensor(targets, dtype=torch.long).to(device, non_blocking=True)
-        dtype = torch.promote_types(output.logits.dtype, torch.float32)
-        losses = F.cross_entropy(output.logits.to(dtype), of_tokens, reduction="none")
-        index = torch.tensor(columns, dtype=torch.long).to(device, non_blocking=True)
-        self.sums.index_add_(0, index, losses.detach().double())
+        self.targets.append(indices.add(targets))
+        self.columns.append(indices.add(columns))
+
+    def add(self, logits: Tensor, indices: Indices) -> Tensor:
+        """The summed loss of the next forward."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        losses = F.cross_entropy(logits.to(dtype), indices[self.targets[len(self.found)]], reduction="none")
+        self.found.append(losses.detach())
         return losses.sum()
 
-    def losses(self) -> Losses:
-        return Losses(self.sums.view(-1, 2).cpu(), torch.tensor(self.counts).view(-1, 2))
+    def losses(self, indices: Indices) -> Losses:
+        """Waits for the device."""
+        found = torch.cat(self.found).double()
+        sums = torch.zeros(2 * len(self.batch), dtype=torch.float64, device=found.device)
+        sums.index_add_(0, torch.cat([indices[number] for number in self.columns]), found)
+        return Losses(sums.view(-1, 2).cpu(), torch.tensor(self.counts).view(-1, 2))
 
 
 __all__ = ["FIRST", "METHOD", "REST", "Losses", "Variant", "count_targets", "rewrite", "rollout", "supervised"]

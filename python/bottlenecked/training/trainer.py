@@ -146,7 +146,8 @@ class Trainer(abc.ABC):
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self.accelerator.reduce(parameter.grad)
+            if self.accelerator.num_processes > 1:  # alone it would be copied
+                parameter.grad = self.accelerator.reduce(parameter.grad)
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip))
         if not math.isfinite(loss + norm):
             self._refuse(passes, found)
