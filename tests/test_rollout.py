@@ -319,6 +319,35 @@ def test_other_backbones(kind: str) -> None:
     assert not torch.allclose(rollout(backbone, made, RAGGED).sums.sum(1).float(), plain, rtol=1e-2)
 
 
+def test_layers_are_written_down_once_more_only_where_they_compute_the_same() -> None:
+    """What decoder.py does not know must be seen by trying, whatever the class is called."""
+    stretch = Stretch([[3, 1, 4, 1, 5], [9, 2, 6]], [0, 0], [range(5), range(3)])
+    for dtype in (torch.float32, torch.bfloat16):
+        assert PackedBackbone(tiny.model(dtype)).layers() is not None
+
+    model = tiny.model()
+    expected = torch.cat([model(input_ids=torch.tensor([tokens])).logits[0] for tokens in stretch.tokens])
+    torch.testing.assert_close(PackedBackbone(model).forward(stretch).logits, expected, rtol=1e-4, atol=1e-4)
+
+    def doubled(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        return 2 * output
+
+    # A hook on a part of one layer, another norm, another activation: all classes stay what they were.
+    for change in ("hook", "norm", "activation"):
+        model = tiny.model()
+        layer = model.model.layers[1]
+        if change == "hook":
+            layer.mlp.register_forward_hook(doubled)
+        elif change == "norm":
+            layer.input_layernorm.forward = lambda x: torch.nn.functional.layer_norm(x, x.shape[-1:])
+        else:
+            layer.mlp.forward = lambda x, mlp=layer.mlp: mlp.down_proj(torch.relu(mlp.gate_proj(x)) * mlp.up_proj(x))
+        backbone = PackedBackbone(model)
+        assert backbone.layers() is None, change
+        own = torch.cat([model(input_ids=torch.tensor([tokens])).logits[0] for tokens in stretch.tokens])
+        torch.testing.assert_close(backbone.forward(stretch).logits, own, rtol=1e-4, atol=1e-4)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny.model()
     ids = torch.tensor([[5, 6, 7, 8]])
