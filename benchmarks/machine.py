@@ -16,7 +16,8 @@ PACKAGES = ("numpy", "torch", "transformers")
 
 
 def describe() -> dict[str, Any]:
-    """The processor, its cores, our backend and its instruction set, versions, commit and date.
+    """The processor, its cores, the first GPU that PyTorch sees, our backend and its instruction set, versions, commit
+    and date.
 
     `load_average` (one minute) tells whether the machine was busy; `commit` ends in "+changes" where the
     checkout differs from it and is None outside a git checkout.
@@ -25,6 +26,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": gpu_model(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "backend": bottleneck_ext.default_backend(),
         "platform": platform.platform(),
@@ -46,6 +48,13 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def gpu_model() -> str | None:
+    """The name of the first GPU that PyTorch sees, or None."""
+    import torch
+
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+
+
 def last_level_cache() -> int:
     """Bytes of the largest cache that the first core sees; 32 MiB where the system does not tell."""
     sizes = []
@@ -64,7 +73,9 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, or None where there is no git or no commit."""
+    """BOTTLENECKED_COMMIT where it is set, for copies without git; else the checkout's, or None where there is none."""
+    if named := os.environ.get("BOTTLENECKED_COMMIT"):
+        return named
     try:
         head = _git("rev-parse", "HEAD")
         return head + "+changes" if _git("status", "--porcelain") else head

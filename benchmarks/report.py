@@ -98,9 +98,10 @@ def _machine(line: Mapping[str, Any]) -> str:
         f"{p['read_bandwidth'] / 1e9:.1f} | {p['copy_bandwidth'] / 1e9:.1f} | {p['cached_bandwidth'] / 1e9:.0f} |"
         for threads, p in line["peaks"].items()
     ]
+    of_gpu = f"{line['gpu']}; " if line.get("gpu") else ""
     return "\n".join(
         [
-            f"{line['cpu']}, {line['usable_cores']} of {line['cores']} cores, {line['backend']}; {versions}; "
+            f"{of_gpu}{line['cpu']}, {line['usable_cores']} of {line['cores']} cores, {line['backend']}; {versions}; "
             f"commit {line['commit']}; {line['date']}; load {line['load_average']}.",
             "",
             "| threads | float32 GFLOP/s | bfloat16 GFLOP/s | 1e9 exp/s | read GB/s | copied GB/s | in cache GB/s |",

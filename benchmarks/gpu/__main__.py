@@ -112,7 +112,7 @@ def about(context: Context) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"bottlenecked": bottleneck_ext.__version__}
         | {name: machine.version(name) for name in (*machine.PACKAGES, "triton")},
-        "commit": os.environ.get("BOTTLENECKED_COMMIT") or machine.commit(),
+        "commit": machine.commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "quick": context.quick,
     }
