@@ -21,6 +21,7 @@ export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export PYTHONPATH="$PWD:$PWD/python"
 export BOTTLENECKED_PARITY_EXAMPLES="${BOTTLENECKED_PARITY_EXAMPLES:-60}"
 "$python" -c "import bottleneck_ext._core as m; assert '/asan/' in m.__file__, m.__file__"
-exec "$python" -m pytest -q -p no:cacheprovider "$@" \
+"$python" -m pytest -q -p no:cacheprovider "$@" \
     tests/test_extension.py tests/test_linear.py tests/test_parity.py tests/test_config.py tests/test_boundary.py \
     tests/test_checkpoint.py tests/test_reference.py
+echo "make asan: no memory error and no undefined behaviour in the C core and the extension"

@@ -1374,7 +1374,7 @@ def test_select_top_k_against_sorting() -> None:
 
 
 def test_selection_among_rows_that_repeat() -> None:
-    """A view may have any number of rows where its strides are 0 (found by fuzzing: 2^61 lengths were given 8 bytes)."""
+    """A view may have any number of rows where its strides are 0 (fuzzing: 2^61 lengths got 8 bytes)."""
     for rows in (2**61, 2**62):
         mass, lengths = torch.zeros(1, 1).expand(rows, 1), torch.zeros(1, dtype=torch.int32).expand(rows)
         nothing = torch.zeros(1, 0, dtype=torch.int64).expand(rows, 0)

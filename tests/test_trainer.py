@@ -21,6 +21,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
 from bottlenecked import CacheProcessor, CacheProcessorConfig  # noqa: E402
 from bottlenecked.checkpoint import load_weights  # noqa: E402
 from bottlenecked.integrations.transformers import attach  # noqa: E402
@@ -291,8 +294,18 @@ def test_damaged_or_missing_checkpoints_are_named(tmp_path: Path) -> None:
     trainer.checkpoint.write_bytes(trainer.checkpoint.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"processor\.checkpoint cannot be read"):
         trainer.resume()
-    torch.save({"format": 0}, trainer.checkpoint)
+    save_file({"a": torch.zeros(1)}, trainer.checkpoint)
     with pytest.raises(ValueError, match="no checkpoint of this version"):
+        trainer.resume()
+    torch.save({"format": 1}, trainer.checkpoint)
+    with pytest.raises(ValueError, match="cannot be read"):
+        trainer.resume()
+    processor_trainer(tmp_path).save()
+    with safe_open(trainer.checkpoint, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors.pop(next(name for name in tensors if name.startswith("parameters.")))
+    save_file(tensors, trainer.checkpoint, metadata)
+    with pytest.raises(ValueError, match="lacks the parameter"):
         trainer.resume()
     with pytest.raises(ValueError, match="no output directory"):
         processor_trainer().save()

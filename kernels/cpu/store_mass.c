@@ -10,12 +10,11 @@ static btx_status btx_cpu_store_mass(const btx_pass *pass, int32_t num_parts, co
         const float *of_step = mass;
         for (int64_t s = pass->step_begin; s < pass->step_end; s++) {
             const int64_t num_prior = pass->plan->steps[s].num_prior;
-            float *row = (float *)out->data + layer * out->stride[0] + s * out->stride[1];
             for (int64_t i = 0; i < out->shape[2]; i++) {
                 float sum = 0.0f;
                 for (int32_t part = 0; i < num_prior && part < num_parts; part++)
                     sum += of_step[part * prior + i];
-                row[i * out->stride[2]] = sum;
+                ((float *)out->data)[layer * out->stride[0] + s * out->stride[1] + i * out->stride[2]] = sum;
             }
             of_step += num_prior;
         }

@@ -31,6 +31,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..backbones import model_weights_hash
@@ -47,7 +49,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_CHECKPOINT_FORMAT = 1
+_CHECKPOINT_FORMAT = 2
+_OPTIMIZER = "optimizer."  # how its tensors are called in a checkpoint: optimizer.NUMBER OF A PARAMETER.NAME
 
 
 class NonFiniteLossError(ValueError):
@@ -299,20 +302,23 @@ class Trainer(abc.ABC):
     def save(self) -> None:
         """Write the checkpoint: weights, optimiser, data position, random state, configuration and data digest.
 
-        Under a temporary name, flushed and renamed: OSError where the disk refuses, and then the earlier one is as it
-        was. Of several devices the first one writes.
+        A safetensors file: nothing is pickled. Under a temporary name, flushed and renamed: OSError where the disk
+        refuses, and then the earlier one is as it was. Of several devices the first one writes.
         """
         if self.accelerator.is_main_process:
+            # Nothing goes on from a finished stage.
+            optimizer = self.optimizer.state_dict() if self.iteration < self.total else None
             state = {
                 "format": _CHECKPOINT_FORMAT,
                 "fingerprint": self.fingerprint(),
                 "iteration": self.iteration,
-                "parameters": {name: p.detach() for name, p in self.parameters.items()},
-                # Nothing goes on from a finished stage.
-                "optimizer": self.optimizer.state_dict() if self.iteration < self.total else None,
-                "random": torch.get_rng_state(),
+                "groups": None if optimizer is None else optimizer["param_groups"],
             }
-            _write_atomically(self.checkpoint, state)
+            tensors = {f"parameters.{name}": p.detach() for name, p in self.parameters.items()}
+            tensors["random"] = torch.get_rng_state()
+            for number, of_parameter in ({} if optimizer is None else optimizer["state"]).items():
+                tensors |= {f"{_OPTIMIZER}{number}.{name}": tensor for name, tensor in of_parameter.items()}
+            _write_atomically(self.checkpoint, tensors, state)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
@@ -322,27 +328,37 @@ class Trainer(abc.ABC):
         listing what differs.
         """
         path = self.checkpoint
+        if not path.exists():
+            raise ValueError(f"{path} does not exist: there is nothing to resume")
         try:
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        except FileNotFoundError:
-            raise ValueError(f"{path} does not exist: there is nothing to resume") from None
-        except Exception as error:  # whatever reading a damaged archive raises
+            with safe_open(path, framework="pt", device=str(self.accelerator.device)) as file:
+                state = json.loads((file.metadata() or {}).get("state", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read ({error}): start again without --resume") from None
         if not isinstance(state, dict) or state.get("format") != _CHECKPOINT_FORMAT:
             raise ValueError(f"{path} is no checkpoint of this version: start again without --resume")
-        changed = differences(state["fingerprint"], self.fingerprint())
+        changed = differences(state["fingerprint"], json.loads(json.dumps(self.fingerprint())))
         if changed:
             raise ValueError(
                 f"{path} is of another run: {'; '.join(changed)}; use the same, or another output directory"
             )
+        for name, parameter in self.parameters.items():
+            if (stored := tensors.get(f"parameters.{name}")) is None or stored.shape != parameter.shape:
+                raise ValueError(f"{path} lacks the parameter {name} of this shape: start again without --resume")
         self.iteration = state["iteration"]
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(state["parameters"][name])
-        if state["optimizer"] is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+                parameter.copy_(tensors[f"parameters.{name}"])
+        if state["groups"] is not None:
+            of_parameters: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                if key.startswith(_OPTIMIZER):
+                    number, name = key.removeprefix(_OPTIMIZER).split(".", 1)
+                    of_parameters.setdefault(int(number), {})[name] = tensor
+            self.optimizer.load_state_dict({"state": of_parameters, "param_groups": state["groups"]})
         if self.accelerator.num_processes == 1:
-            torch.set_rng_state(state["random"].cpu())
+            torch.set_rng_state(tensors["random"].cpu())
         else:
             torch.manual_seed(self.config.seed + self.accelerator.process_index + 1000 * self.iteration)
         self._stream = None
@@ -697,19 +713,22 @@ class _Log:
                 file.close()
 
 
-def _write_atomically(path: Path, state: Mapping[str, Any]) -> None:
+def _write_atomically(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """A safetensors file; state: JSON values, in its header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".new")
     try:
         try:
-            with unfinished.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except RuntimeError as error:  # torch's archive writer hides what the file raised
-            raise OSError(
-                f"{unfinished} cannot be written: {error.__context__ or error}; {path} is as it was"
-            ) from error
+            save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, {"state": json.dumps(state)})
+        except SafetensorError as error:
+            raise OSError(f"{unfinished} cannot be written: {error}; {path} is as it was") from error
+        # safetensors lets nobody else read what it writes: whoever may read the directory may read this.
+        unfinished.chmod(path.parent.stat().st_mode & 0o666)
+        descriptor = os.open(unfinished, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         os.replace(unfinished, path)
         directory = os.open(path.parent, os.O_RDONLY)
         try:
