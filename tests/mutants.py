@@ -125,10 +125,10 @@ MUTANTS = [
     ),
     Mutant(
         "kernels/cpu/stage_kv.c",
-        "an edit that is NaN is taken",
-        "if (!(peak < limit))",
-        "if (peak >= limit)",
-        "tests/test_extension.py -k 'nan or finite'",
+        "values may overflow where keys do not",
+        "peak = value_peak > peak ? value_peak : peak;",
+        "",
+        "tests/test_extension.py tests/test_robustness.py -k 'overflow or any_size'",
     ),
     Mutant(
         "kernels/cpu/write_kv.c",

@@ -163,6 +163,8 @@ def run_tests(part: str) -> None:
     command = [str(python), "-m", "pytest", "-q", f"--junitxml={report}", "-o", "junit_family=xunit1"]
     command += ["--override-ini", "addopts=-ra --strict-markers"]
     report.unlink(missing_ok=True)
+    if with_vllm:
+        subprocess.run(["make", "install-vllm"], cwd=ROOT, check=True)
     subprocess.run([*command, *sorted(f"tests/{test}" for test in tests)], cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""})
     note(part, {"results": read_report(report)})
 

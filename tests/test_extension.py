@@ -267,18 +267,27 @@ def test_nan_in_the_cache_is_refused_before_the_write(case: Case) -> None:
 
 
 @pytest.mark.parametrize("key_space", ["rotated", "unrotated"])
-@pytest.mark.parametrize(("dtype", "value"), [("float16", 65504.0), ("bfloat16", 3.38e38), ("float32", 3.4e38)])
-def test_an_edit_that_would_overflow_the_cache_is_refused(dtype: str, value: float, key_space: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "dtype", "value"),
+    # Keys of the other dtypes would be too large for attention before an edit is.
+    [
+        ("values", "float16", 65504.0),
+        ("values", "bfloat16", 3.38e38),
+        ("values", "float32", 3.4e38),
+        ("keys", "float16", 65504.0),
+    ],
+)
+def test_an_edit_that_would_overflow_the_cache_is_refused(part: str, dtype: str, value: float, key_space: str) -> None:
     """Not the edit but its sum with the old value, rounded, is infinite."""
     case = make_case(Shape(lengths=((0, 30, 9),), dtype=dtype, key_space=key_space))
     for name, weight in case.weights.items():
         if "out_proj" in name:
             weight[...] = 0
         if name.endswith("layers.1.out_proj.bias"):
-            weight[-1] = value / 16
+            weight[-1 if part == "values" else len(weight) // 2 - 1] = value / 16
         if name.endswith("gate"):
             weight[...] = 30  # sigmoid 1
-    case.values[1][0, 25, 1, 15] = value
+    getattr(case, part)[1][0, 25, 1, 15] = value
     refused(case, "the edit of sequence 0 in layer 1 is not finite")
 
 
