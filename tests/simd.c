@@ -575,14 +575,36 @@ static void check_exp2_of(const float *t, float reference)
     }
 }
 
+/* The polynomial alone, and powers without a reference: the same bits, and NaN of NaN. */
+static void check_exp2_normal(const float *t)
+{
+    float limited[BTX_VL], fractions[BTX_VL], part[BTX_VL], got[BTX_VL], expected[BTX_VL];
+    for (int i = 0; i < BTX_VL; i++) {
+        limited[i] = fabsf(t[i]) <= 126.0f || isnan(t[i]) ? t[i] : t[i] < 0.0f ? -126.0f : 126.0f;
+        fractions[i] = isnan(t[i]) ? t[i] : limited[i] - rintf(limited[i]);
+    }
+    vf_store(part, vf_exp2_fraction(vf_load(fractions)));
+    vf_store(got, vf_exp2_normal(vf_load(limited)));
+    vf_store(expected, vf_exp2_from(vf_load(limited), vf_zero()));
+    for (int i = 0; i < BTX_VL; i++) {
+        double exact = exp2((double)fractions[i]);
+        expect(got[i], expected[i], "%.9g, without a reference", limited[i], 0, 0);
+        if (!(fabs((double)part[i] - exact) <= exact * 0x1p-22) && !isnan(t[i]))
+            expect(part[i], (float)exact, "%.9g, a fraction", fractions[i], 0, 0);
+        if (isnan(t[i]))
+            expect(got[i], NAN, "NaN", 0, 0, 0);
+    }
+}
+
 static void check_exp2(void)
 {
     float t[BTX_VL];
-    begin("vf_exp2_from");
+    begin("vf_exp2_from, vf_exp2_fraction, vf_exp2_normal");
     for (int k = 0; k < NUM_SPECIAL + RANDOM_VALUES; k += BTX_VL) {
         for (int i = 0; i < BTX_VL; i++)
             t[i] = input(k + i);
         check_exp2_of(t, (float)(k % 64 - 32));
+        check_exp2_normal(t);
     }
     /* Every 1999th float from 0 to past where it overflows, and as far on the other side. */
     int used = 0;
@@ -591,6 +613,7 @@ static void check_exp2(void)
             t[used++] = float_of(bits | sign << 31);
             if (used == BTX_VL) {
                 check_exp2_of(t, 0.0f);
+                check_exp2_normal(t);
                 used = 0;
             }
         }

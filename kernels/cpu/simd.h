@@ -687,25 +687,45 @@ static inline void vf_store_bf16_n(uint16_t *to, vf a, int n)
 
 /* ---- powers of two ---------------------------------------------------------------------------------------- */
 
-/* 2^(t - reference) of a whole reference, by a polynomial of degree 5: within 2^-22 of the true value, relatively, down
- * to about 2^-126, below which it loses bits and ends as 0; infinity above 2^128. The fraction of t alone decides the
- * significand: another reference gives the same bits with another exponent. t below -2^23 is 0, NaN gives NaN; an
- * infinite t gives NaN or its limit. */
-static inline vf vf_exp2_from(vf t, vf reference)
+/* 2^r of |r| <= 1/2, by a polynomial of degree 5: within 2^-22 of the true value, relatively. */
+static inline vf vf_exp2_fraction(vf r)
 {
-    vf n = vf_round(t);
-    vf r = vf_sub(t, n); /* exact; |r| <= 1/2 */
     vf p = vf_set1(1.3276475e-3f);
     p = vf_fma(p, r, vf_set1(9.6755410e-3f));
     p = vf_fma(p, r, vf_set1(5.5507131e-2f));
     p = vf_fma(p, r, vf_set1(2.4022120e-1f));
     p = vf_fma(p, r, vf_set1(6.9314694e-1f));
-    p = vf_fma(p, r, vf_set1(1.0000001f));
+    return vf_fma(p, r, vf_set1(1.0000001f));
+}
+
+/* 2^(t - reference) of a whole reference: within 2^-22 of the true value, relatively, down to about 2^-126, below which
+ * it loses bits and ends as 0; infinity above 2^128. The fraction of t alone decides the significand: another reference
+ * gives the same bits with another exponent. t below -2^23 is 0, NaN gives NaN; an infinite t gives NaN or its limit.
+ */
+static inline vf vf_exp2_from(vf t, vf reference)
+{
+    vf n = vf_round(t);
+    vf p = vf_exp2_fraction(vf_sub(t, n)); /* the difference is exact */
     n = vf_sub(n, reference);
 #if BTX_VL != 16 /* that one's vf_scale2 takes any n */
     n = vf_min(vf_set1(160.0f), vf_max(vf_set1(-160.0f), n));
 #endif
     return vf_scale2(p, n);
+}
+
+/* The same of t in [-126, 126] or NaN, and reference 0, in fewer instructions. */
+static inline vf vf_exp2_normal(vf t)
+{
+    vf n = vf_round(t), p = vf_exp2_fraction(vf_sub(t, n));
+#if BTX_VL == 8 /* no result is subnormal, so n goes into the exponent; a NaN has none that it could change */
+    __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+#elif BTX_VL == 4
+    int32x4_t exponent = vshlq_n_s32(vcvtq_s32_f32(n), 23);
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), exponent));
+#else
+    return vf_scale2(p, n);
+#endif
 }
 
 /* ---- many vectors at once ------------------------------------------------------------------------------- */

@@ -69,8 +69,9 @@ typedef void (*btx_tile_function)(const btx_tile *tile);
 /* silu(gate) * up, silu(x) = x / (1 + exp(-x)). Below -87 silu(x) is taken as silu(-87), above -2e-36. */
 static inline vf btx_swiglu(vf gate, vf up)
 {
-    gate = vf_max(vf_set1(-87.0f), gate); /* a NaN goes through */
-    vf power = vf_exp2_from(vf_mul(gate, vf_set1(-1.44269504f)), vf_zero());
+    gate = vf_max(vf_set1(-87.0f), gate);      /* a NaN goes through */
+    vf bounded = vf_min(vf_set1(87.0f), gate); /* above, 1 + power is 1 */
+    vf power = vf_exp2_normal(vf_mul(bounded, vf_set1(-1.44269504f)));
     return vf_mul(vf_div(gate, vf_add(vf_set1(1.0f), power)), up);
 }
 
