@@ -65,7 +65,7 @@ MISTAKES = [
         "counts = malloc(((size_t)mass->shape[0] + 1) * sizeof *counts);", "heap-buffer-overflow",
     ),
     ("rewrite", "boundary", "entry < 0 || entry >= table->num_entries", "entry < 0", "AddressSanitizer"),
-    ("rewrite", "processor", "of_step[i] : -1;", "of_step[i] + 1 : -1;", "a recalled position is none"),
+    ("rewrite", "processor", "of_step[i] : -1;", "of_step[i] + 1 : -1;", "bytes were written that may not be"),
 ]  # fmt: skip
 
 
