@@ -33,6 +33,7 @@ POOL, LENGTHS = 12, (5, 40, 90)  # prompts, and tokens of an answer
 CLIENTS = 12
 NEAR = 2e-3  # of log-probabilities, as in test_load
 MOST_GROWTH = 32.0  # MiB, from the first quarter after warming up to the last
+MEASURED = ("seconds", "mib", "threads", "files")
 OFF = {"kv_transfer_params": {"bottlenecked_rewrite": False}}
 CACHE = 22 * 32 * 4 * 2 * 2 * 32 * 4  # 22 blocks of 32 positions
 FLAGS = (
@@ -218,10 +219,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             (server,) = set(psutil.Process().children()) - before
             say("the server runs")
             soak = Soak(address, str(model), options.seed)
-            begin = time.monotonic()
 
             def measure() -> None:
-                samples.append({"seconds": time.monotonic() - begin, **measure_tree(server)})
+                begin = samples[0]["time"] if samples else time.monotonic()
+                now = time.monotonic()
+                samples.append({"time": now, "seconds": now - begin, **measure_tree(server)})
 
             asyncio.run(soak.traffic(options.seconds, measure))
             counted = metrics(address)
@@ -240,7 +242,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "requests": sum(soak.asked.values()), "asked": dict(soak.asked), "tokens": soak.tokens,
         "lost": soak.lost, "compared": soak.compared, "near_ties": soak.near, "different": soak.different,
         "errors_logged": errors[:20], "metrics": {name: counted.get(f"vllm:{name}", 0.0) for name in kept},
-        "memory": judged, "samples": [{key: round(value, 1) for key, value in sample.items()} for sample in samples],
+        "memory": judged,
+        "samples": [{key: round(sample[key], 1) for key in MEASURED} for sample in samples[:: 1 + len(samples) // 400]],
     }  # fmt: skip
 
 
@@ -269,7 +272,9 @@ def draw(file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3))
     axes.plot([s["seconds"] / 60 for s in result["samples"]], [s["mib"] for s in result["samples"]], linewidth=1)
     axes.axvline(result["memory"]["warm_seconds"] / 60, color="0.8", linewidth=1)
-    axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
+    axes.set(
+        xlabel="minutes", ylabel="resident memory, MiB", xlim=(0, None), ylim=(0, 1.1 * result["memory"]["mib_max"])
+    )
     axes.set_title(
         f"{result['requests']} requests, {result['memory']['slope_mib_per_hour']:+.1f} MiB/h after warming up",
         fontsize=10,
