@@ -3,7 +3,7 @@ it.
 
     python tests/fuzz/run.py --seconds 60            the targets that --targets names, or all
     python tests/fuzz/run.py --replay                the committed inputs, once
-    python tests/fuzz/run.py --seconds 3600 --record    and write down how much has been run
+    python tests/fuzz/run.py --seconds 3600 --record    and add to record.json how much has been run
     python tests/fuzz/run.py --keep                  make the committed corpus anew of all that was found
 
 An input that fails a target lies in build/fuzz/failures, named after the target; `run.py --targets NAME --input FILE`
@@ -159,9 +159,11 @@ def main() -> int:
     total = {key: sum(result[key] for result in results) for key in ("runs", "places", "failures")}
     summary = {"seconds": round(time.monotonic() - begin), **total, "targets": results}
     (BUILD / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    recorded = json.loads(RECORD.read_text())["targets"].values() if RECORD.exists() else []
     print(
         f"make fuzz: {len(results)} targets, {total['runs']} runs in {summary['seconds']} s, "
-        f"{total['places']} places reached, {total['failures']} failures"
+        f"{total['places']} places reached ({sum(of['runs'] for of in recorded)} runs on record), "
+        f"{total['failures']} failures"
     )
     return int(total["failures"] > 0)
 
