@@ -43,7 +43,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLa
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bottleneck_ext import InvalidArgumentError, QueryCache, UnsupportedError
+from bottleneck_ext import InvalidArgumentError, UnsupportedError
 
 from ..backbones import describe, model_weights_hash, rope_parameters
 from ..boundary import BoundaryDetector, BoundaryEvent, newline_token_ids
@@ -305,7 +305,7 @@ class Attachment:
         if request is not state.request:
             self._begin_request(state, request, arguments.get("attention_mask"), past)
         if state.newest_slot is not None:
-            state.move_newest(state.slots[state.newest_slot])
+            state.by_slot[state.newest_slot].copy_(state.newest_rows)
             state.newest_slot = None
 
         events: list[BoundaryEvent] = []
@@ -391,8 +391,8 @@ class Attachment:
             "queries",
             "slot",
             "newest",
-            "slots",
-            "move_newest",
+            "newest_rows",
+            "by_slot",
             "workspace",
             "skipped_steps",
             "bound",
@@ -409,27 +409,18 @@ class Attachment:
         static: graphs may be compiled for this cache, as with the cache's own memory, which write to these addresses.
         """
         dtype, device = self.model.dtype, self._device
-        layers, batch_size, window, heads, head_dim = shape
-        rows = layers * batch_size
+        layers, batch_size, _, heads, head_dim = shape
         ring = torch.full(shape, torch.nan, dtype=dtype, device=device)
         slot = torch.zeros(1, dtype=torch.long, device=device)
-        newest = torch.full((rows, heads, 1, head_dim), torch.nan, dtype=dtype, device=device)
-        workspace = self.processor.workspace(self._num_threads or torch.get_num_threads())
+        newest = torch.full((layers * batch_size, heads, 1, head_dim), torch.nan, dtype=dtype, device=device)
         state = _State(
             ring=ring,
             queries=ring.unbind(0),
             slot=slot,
             newest=newest,
-            # To `capture` a layer of a row of the batch is a token of one wide head, its block the page of that number.
-            slots=torch.arange(rows * window, device=device).view(rows, window).unbind(1),
-            move_newest=functools.partial(
-                QueryCache([ring.view(rows, window, 1, heads * head_dim)]).capture,
-                0,
-                newest.view(rows, 1, heads * head_dim),
-                block_to_page=torch.arange(rows, dtype=torch.int32, device=device),
-                workspace=workspace,
-            ),
-            workspace=workspace,
+            newest_rows=newest.view(layers, batch_size, heads, head_dim),
+            by_slot=ring.unbind(2),
+            workspace=self.processor.workspace(self._num_threads or torch.get_num_threads()),
         )
         if device.type != "cpu":
             state.on_host = torch.empty(batch_size, 1, dtype=torch.long, pin_memory=True)
@@ -600,8 +591,8 @@ class _State:
     queries: tuple[Tensor, ...]  # the ring's layers
     slot: Tensor  # [1], where the queries of a prompt begin
     newest: Tensor  # [layers * batch, query heads, 1, head_dim], the queries of the latest decoded token
-    slots: tuple[Tensor, ...]  # by row of the ring: where `move_newest` is to put them, [layers * batch]
-    move_newest: Callable[[Tensor], None]
+    newest_rows: Tensor  # the same memory as [layers, batch, query heads, head_dim]
+    by_slot: tuple[Tensor, ...]  # the ring's rows, each of the same shape
     workspace: bottleneck_ext.Workspace
     skipped_steps: int = 0  # of the workspace's, those that were counted
     newest_slot: int | None = None  # where in the ring they belong, as long as they are not there
