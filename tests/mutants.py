@@ -142,42 +142,42 @@ MUTANTS = [
         "a key behind the last one counts",
         "for (int64_t j = num_keys; j < num_scores; j++)",
         "for (int64_t j = num_keys + 1; j < num_scores; j++)",
-        "tests/test_parity.py -k named",
+        "tests/test_parity.py -k 'named and long'",
     ),
     Mutant(
         "kernels/cpu/attention.c",
         "the output of earlier blocks of keys is not scaled",
         "if (!first_block && factor != 1.0f)",
         "if (first_block && factor != 1.0f)",
-        "tests/test_parity.py",
+        "tests/test_parity.py -k 'named and long'",
     ),
     Mutant(
         "kernels/cpu/attention_mass.c",
         "a query sees the token behind it",
         "? (first_key + key) * group_size - block->first_row : lanes;",
         "? (first_key + key - 1) * group_size - block->first_row : lanes;",
-        "tests/test_parity.py -k 'mass or named'",
+        "tests/test_parity.py -k 'mass or long'",
     ),
     Mutant(
         "kernels/cpu/scores.h",
         "the queries of another KV head",
         "kv_head * group_size * queries->stride[2];",
         "kv_head * queries->stride[2];",
-        "tests/test_parity.py -k 'mass or named'",
+        "tests/test_parity.py -k 'mass or long'",
     ),
     Mutant(
         "kernels/cpu/executor.c",
         "threads flush subnormal numbers where their host does",
         "uint64_t seen = 0; fesetenv(FE_DFL_ENV);",
         "uint64_t seen = 0;",
-        "tests/test_extension.py -k subnormals",
+        "tests/test_threads.py -k subnormal",
     ),
     Mutant(
         "kernels/cpu/executor.c",
         "a forked child waits for its parent's threads",
         "if (run->pid != getpid()) { run->pid = getpid();",
         "if (run->pid == 0) { run->pid = getpid();",
-        "tests/test_extension.py tests/test_threads.py -k fork",
+        "tests/test_threads.py -k 'fork and inherited'",
     ),
     Mutant(
         "kernels/cpu/capture_queries.c",
@@ -238,7 +238,7 @@ MUTANTS = [
         "self._forget(cache) raise",
         "report = bound.rewrite(events, report=self._on_boundary is not None)\n"
         "        except BaseException:\n            raise",
-        "tests/test_fault.py tests/test_transformers_refusals.py",
+        "tests/test_fault.py -k generate",
     ),
     # ---- vLLM
     Mutant(
@@ -275,7 +275,7 @@ MUTANTS = [
         "a resumed run draws other random numbers",
         'torch.set_rng_state(tensors["random"].cpu())',
         "pass",
-        "tests/test_trainer.py -k resum",
+        "tests/test_trainer.py -k 'is_the_uninterrupted_one and random'",
     ),
 ]
 

@@ -136,15 +136,23 @@ static int num_threads_here(void)
     return count;
 }
 
-/* Looks once, at the first run: a host that computes with OpenMP has started its threads by then. Where the runtime is
- * there but no thread is, this may be the child of a process whose pool it was, and the runtime would wait for threads
- * that do not exist here. */
+/* The process that loaded this library. */
+static pid_t loaded_in;
+
+__attribute__((constructor)) static void remember_process(void)
+{
+    loaded_in = getpid();
+}
+
+/* Looks once, at the first run: a host that computes with OpenMP has started its threads by then. A forked child may
+ * have inherited a pool whose threads do not exist here, for which the runtime would wait for ever. That it is one
+ * shows where this library was loaded before the fork; else, where there is no other thread. */
 static void find_host_threads(executor *run)
 {
     const char *path = NULL;
     run->host_pid = getpid();
     dl_iterate_phdr(find_openmp, &path);
-    if (path == NULL || num_threads_here() < 2)
+    if (path == NULL || run->host_pid != loaded_in || num_threads_here() < 2)
         return;
     run->host_library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
     if (run->host_library != NULL) {
