@@ -274,7 +274,7 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
 
 /* Selection alone: exact attention mass of every prior position, f32 out [num_layers, num_steps, max_prior],
  * zero behind each step's prior (section 3.2, equation for alpha). recent_window bounds the window as in a
- * rewrite. */
+ * rewrite. On a device that finds values which are not finite (INVALID_ARGUMENT) out may have been written. */
 btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspace, const btx_boundary *boundary,
                               int32_t recent_window, btx_tensor *out, btx_error *error);
 

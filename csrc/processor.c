@@ -742,12 +742,14 @@ static run_size size_of_plan(const btx_plan *plan, const btx_config *config)
 }
 
 /* The work is split by KV heads too where units are few. The results do not depend on it: parts are single heads, and
- * their sum has one order. */
+ * their sum has one order. Attention mass alone always is: all of it is known before any is stored. */
 static int is_split(const boundary_run *run, int64_t units)
 {
     const btx_processor *processor = run->processor;
-    return run->backend->layers_per_pass > 0 && units < 4 * (int64_t)run->num_lanes &&
-           (processor == NULL || processor->config.top_k > 0);
+    if (run->backend->layers_per_pass == 0)
+        return 0;
+    return processor == NULL ||
+           (units < 4 * (int64_t)run->num_lanes && processor->config.top_k > 0 && processor->config.num_kv_heads > 1);
 }
 
 /* Layers of a unit when num_steps steps end. */
@@ -819,7 +821,9 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
     }
     /* Of mass in parts, for as many chunks as are still split. */
     int64_t layer_units = (plan->num_layers + run->layers_per_unit - 1) / run->layers_per_unit, split_prior = 0;
-    if (is_split(run, layer_units) && plan->num_kv_heads > 1)
+    if (config == NULL && is_split(run, layer_units))
+        split_prior = all_prior;
+    else if (is_split(run, layer_units))
         split_prior = smaller(all_prior, (4 * (int64_t)run->num_lanes - 1) / layer_units * chunk_prior);
 
     const btx_plan_step longest = {.num_prior = size->max_positions, .num_window = size->max_window};
@@ -910,7 +914,7 @@ static btx_status begin_run(boundary_run *run, btx_workspace *workspace, void *s
     run->row_norm = (float *)(memory + layout.row_norm);
     run->staged = run->selection = memory + layout.staged;
     cut_chunks(run);
-    run->mass_is_apart = plan->total_prior > 0 && plan->num_kv_heads > 1 && is_split(run, num_units(run));
+    run->mass_is_apart = plan->total_prior > 0 && is_split(run, num_units(run));
     run->num_parts = run->mass_is_apart || run->backend->mass_by_head ? plan->num_kv_heads : 1;
     if (run->backend->begin == NULL)
         return BTX_OK;

@@ -129,6 +129,26 @@ def test_scores_beyond_float32_are_refused(backend: str) -> None:
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(case.pools, before, strict=True))
 
 
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize(("num_kv_heads", "num_threads"), [(2, 1), (1, 1), (2, 2)])
+def test_attention_mass_is_refused_before_it_is_stored(backend: str, num_kv_heads: int, num_threads: int) -> None:
+    """The last of many layers is not finite (found by fuzzing: those before it were written)."""
+    case = make_case(Shape(((0, 60, 10), (3, 40, 8)), num_layers=9, num_kv_heads=num_kv_heads))
+    fill(case.queries[-1:], lambda view: torch.full_like(view, float("inf")))
+    out = np.full((9, 2, 50), 7, np.float32)
+    with pytest.raises(InvalidArgumentError, match="in layer 8 is not finite.*nothing was written"):
+        bottleneck_ext.attention_mass(
+            bottleneck_ext.KVCache(case.keys, case.values),
+            bottleneck_ext.QueryCache(case.queries, case.query_table),
+            [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in case.events],
+            case.block_table,
+            out=out,
+            workspace=bottleneck_ext.Workspace(num_threads, backend),
+            recent_window=16,
+        )
+    assert (out == 7).all()
+
+
 # ---- the size of what is cached --------------------------------------------------------------------------------------
 
 

@@ -310,11 +310,16 @@ static void make_results(fuzz_bytes *from, fuzz_case *of)
 
 /* ---- what a step may reach ---- */
 
-static int64_t window_begin(const fuzz_case *of, const btx_step *step, int64_t recent_window)
+/* Steps may be of any numbers, of which nothing is known before the API has looked at them. */
+static int64_t minus(int64_t a, int64_t b)
 {
-    const int64_t length = step->step_end - step->step_begin;
-    (void)of;
-    return step->step_end - (length < recent_window ? length : recent_window);
+    return (int64_t)((uint64_t)a - (uint64_t)b);
+}
+
+static int64_t window_begin(const btx_step *step, int64_t recent_window)
+{
+    const int64_t length = minus(step->step_end, step->step_begin);
+    return minus(step->step_end, length < recent_window ? length : recent_window);
 }
 
 /* Calls for every element of a position of one view. */
@@ -357,7 +362,7 @@ static void forbid_the_rest(fuzz_case *of, int64_t recent_window)
                 memset(readable, 0, sizeof readable);
             for (int64_t s = 0; s < of->boundary.num_steps; s++) {
                 const btx_step *step = &of->steps[s];
-                const int64_t begin = kind == QUERIES ? window_begin(of, step, recent_window) : step->sequence_begin;
+                const int64_t begin = kind == QUERIES ? window_begin(step, recent_window) : step->sequence_begin;
                 for (int64_t p = begin; p < step->step_end; p++)
                     for_each_element(of, kind, layer, step, p, mark_readable);
             }
@@ -389,7 +394,7 @@ static void check_written(fuzz_case *of)
 {
     for (int64_t s = 0; s < of->boundary.num_steps; s++) {
         const btx_step *step = &of->steps[s];
-        const int64_t begin = window_begin(of, step, of->config.recent_window), zero[1] = {s};
+        const int64_t begin = window_begin(step, of->config.recent_window), zero[1] = {s};
         int32_t skipped = 0;
         if (of->report.skipped.data != NULL)
             memcpy(&skipped, of->skipped.memory + fuzz_at(&of->skipped, zero), 4);
@@ -423,7 +428,7 @@ static void check_recalled(const fuzz_case *of)
 {
     for (int64_t s = 0; s < of->boundary.num_steps && of->report.recalled.data != NULL; s++) {
         const btx_step *step = &of->steps[s];
-        const int64_t prior = window_begin(of, step, of->config.recent_window) - step->sequence_begin;
+        const int64_t prior = window_begin(step, of->config.recent_window) - step->sequence_begin;
         int64_t wanted = step->top_k == 0 ? of->config.top_k : step->top_k < 0 ? 0 : step->top_k;
         wanted = wanted < prior ? wanted : prior;
         for (int64_t layer = 0; layer < of->num_layers; layer++) {
@@ -441,12 +446,11 @@ static void check_recalled(const fuzz_case *of)
 }
 
 /* The same without gaps, in the same order of elements. */
-static btx_tensor copy_tensor(const fuzz_tensor *from, const btx_tensor *view, const fuzz_tensor *memory)
+static btx_tensor copy_tensor(const btx_tensor *view, const fuzz_tensor *memory)
 {
     btx_tensor copy = btx_tensor_contiguous(NULL, view->dtype, view->num_dims, view->shape);
     const int64_t size = (int64_t)btx_dtype_size(view->dtype);
     int64_t count = 1, index[4] = {0};
-    (void)from;
     for (int32_t d = 0; d < view->num_dims; d++)
         count *= view->shape[d];
     char *to = malloc((size_t)(count * size));
@@ -492,8 +496,8 @@ static void check_twin(fuzz_case *of, const btx_processor *processor, btx_worksp
     for (int kind = 0; kind < NUM_KINDS; kind++) {
         for (int64_t layer = 0; layer < of->num_layers; layer++) {
             const fuzz_tensor *tensor = &of->tensors[kind][layer];
-            copies[kind][layer] = copy_tensor(tensor, &of->views[kind][layer],
-                                              tensor->memory != NULL ? tensor : &of->tensors[KEYS][layer]);
+            copies[kind][layer] =
+                copy_tensor(&of->views[kind][layer], tensor->memory != NULL ? tensor : &of->tensors[KEYS][layer]);
         }
     }
     FUZZ_REQUIRE(btx_rewrite(processor, workspace, &boundary, NULL, &error) == status,
@@ -556,7 +560,7 @@ static void run_mass(fuzz_bytes *from, fuzz_case *of, const btx_backend *backend
     int64_t longest = 0;
     btx_error error = {{0}};
     for (int64_t s = 0; s < of->boundary.num_steps; s++) {
-        const int64_t prior = window_begin(of, &of->steps[s], recent_window) - of->steps[s].sequence_begin;
+        const int64_t prior = minus(window_begin(&of->steps[s], recent_window), of->steps[s].sequence_begin);
         longest = prior > longest && prior < FUZZ_MAX_BYTES ? prior : longest;
     }
     make_result(from, &of->mass, make_tensor(BTX_F32, 3, of->num_layers, of->boundary.num_steps, longest, 0),
@@ -576,7 +580,7 @@ static void run_mass(fuzz_bytes *from, fuzz_case *of, const btx_backend *backend
     for_each_tensor(of, must_be_unchanged);
     for (int64_t layer = 0; status == BTX_OK && layer < mass.view.shape[0]; layer++) {
         for (int64_t s = 0; s < mass.view.shape[1]; s++) {
-            const int64_t prior = window_begin(of, &of->steps[s], recent_window) - of->steps[s].sequence_begin;
+            const int64_t prior = minus(window_begin(&of->steps[s], recent_window), of->steps[s].sequence_begin);
             double total = 0.0;
             for (int64_t i = 0; i < mass.view.shape[2]; i++) {
                 const int64_t index[3] = {layer, s, i};
