@@ -16,6 +16,7 @@ Weights do not matter here: shapes without weights at hand are made on the spot.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import statistics
 import subprocess
@@ -57,6 +58,10 @@ def measure(context: Context, setting: Setting) -> Figure:
     contenders = {name: Contender(functools.partial(step, trainer)) for name, trainer in stages.items()}
     times = context.measure(contenders, threads=setting.threads, scrub=False)
     stages.clear()
+    contenders.clear()
+    gc.collect()
+    if torch.cuda.is_available():  # the processes that measure memory need the device's
+        torch.cuda.empty_cache()
     memory = {name: memory_of(setting, name) for name in ("sft", OURS)}
     return figure(
         "training",
