@@ -150,6 +150,11 @@ class Input:
     def below(self, limit: int) -> int:
         return self.provider.ConsumeIntInRange(0, limit - 1)
 
+    def accept(self) -> None:
+        """A call succeeded: what it wrote is right."""
+        for tensor in self.made:
+            tensor.before = tensor.memory.raw if tensor.memory is not None else b""
+
     def number(self) -> int:
         """Small, or at an edge, or any."""
         kind = self.below(8)
@@ -340,8 +345,12 @@ def rewrite(given: Input) -> None:
         if given.below(4) == 3:
             out[name] = given.maybe(given.tensor(shape, dtype))
     if given.below(16) == 15 and given.made:
-        victim = given.made[given.below(len(given.made))]
-        victim.reenter = lambda: PROCESSOR.rewrite(kv_cache, query_cache, steps, block_table, workspace=WORKSPACE)
+
+        def again() -> None:
+            PROCESSOR.rewrite(kv_cache, query_cache, steps, block_table, workspace=WORKSPACE)
+            given.accept()
+
+        given.made[given.below(len(given.made))].reenter = again
     if given.below(16) == 15 and given.made:
         given.made[given.below(len(given.made))].reenter = steps.clear
     seconds = PROCESSOR.rewrite(
@@ -351,8 +360,7 @@ def rewrite(given: Input) -> None:
         stream=given.maybe(None), **out,
     )  # fmt: skip
     assert seconds is None or all(value >= 0 for value in seconds.values())
-    for tensor in given.made:  # it may have been written
-        tensor.before = tensor.memory.raw if tensor.memory is not None else b""
+    given.accept()
 
 
 def attention_mass(given: Input) -> None:
