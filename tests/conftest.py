@@ -14,6 +14,12 @@ from typing import Any
 
 import pytest
 
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import Phase, settings
+
+    # For tests/mutants.py, where it is enough to know that something failed.
+    settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.generate])
+
 
 def smollm2_source() -> str | Path:
     """What backbones.load takes: BOTTLENECKED_SMOLLM2 (a GGUF file, a folder that holds one, a model's folder), else

@@ -253,14 +253,14 @@ MUTANTS = [
         "a block that changes hands loses its page",
         "changes = dict.fromkeys(plan.unmap, -1) | dict(plan.map)",
         "changes = dict(plan.map) | dict.fromkeys(plan.unmap, -1)",
-        WORKER,
+        f"{WORKER} -k block",
     ),
     Mutant(
         f"{VLLM}/worker.py",
         "the last block of a preempted request is not saved where it is not full",
         "used = -(-transfer.length // self.keys[0].shape[1])",
         "used = transfer.length // self.keys[0].shape[1]",
-        WORKER,
+        f"{WORKER} -k block",
     ),
     Mutant(
         f"{VLLM}/prompts.py",
@@ -329,7 +329,7 @@ def copy_changed(source: Path, target: Path) -> None:
 def run_tests(tests: str) -> str:
     """The name of a test that failed, or how all ended; "" where none failed."""
     environment = {**os.environ, "PYTHONPATH": f"{TREE / 'python'}{os.pathsep}{TREE}", "PYTHONDONTWRITEBYTECODE": "1"}
-    options = ["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
+    options = ["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "--hypothesis-profile=unshrunk"]
     command = [sys.executable, "-P", "-m", "pytest", *options, *shlex.split(tests)]
     process = subprocess.Popen(
         command, cwd=TREE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -342,7 +342,7 @@ def run_tests(tests: str) -> str:
         return "does not end"
     if process.returncode == 0:
         return ""
-    failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in said.splitlines() if line.startswith(("FAILED tests/", "ERROR tests/"))]
     if process.returncode not in (1, 2) and not failed and process.returncode > 0:
         raise RuntimeError(f"{shlex.join(command)} found no tests:\n{said[-2000:]}")
     return failed[0].partition(" ")[2].partition(" - ")[0] if failed else f"ended with {process.returncode}"

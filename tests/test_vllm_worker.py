@@ -28,7 +28,7 @@ from bottleneck_ext import InvalidArgumentError
 from bottlenecked import BoundaryEvent, CacheProcessor, CacheProcessorConfig
 from bottlenecked.checkpoint import initial_weights, save_checkpoint
 from bottlenecked.integrations.vllm.options import ServerOptions
-from bottlenecked.integrations.vllm.scheduler import Plan, Rewrite
+from bottlenecked.integrations.vllm.scheduler import Plan, Rewrite, Transfer
 
 from .test_vllm_scheduler import Histories, Request, Worker, config
 
@@ -337,3 +337,31 @@ class WorkerHistories(Histories):
 
 TestWorkerHistories = WorkerHistories.TestCase
 TestWorkerHistories.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, print_blob=True)
+
+
+def half() -> Any:
+    """Of blocks of four positions, filled with numbers that say where they are."""
+    real = RealWorker(config(**SHAPE, recent_window=6), 10, 4, 2, None).real
+    for i, view in enumerate((*real.keys, *real.values)):
+        view.copy_(torch.arange(view.numel()).view(view.shape) + 10_000 * i)
+    return real
+
+
+def test_a_block_that_changes_hands_keeps_its_new_page() -> None:
+    real = half()
+    real.prepare(Plan(map=[(3, 0), (4, 1)]))
+    real.prepare(Plan(unmap=[3, 4], map=[(3, 2)]))
+    assert real.block_to_page.tolist() == [-1, -1, -1, 2, -1, -1, -1, -1, -1, -1]
+
+
+def test_a_block_that_is_not_full_is_saved_and_restored() -> None:
+    real = half()
+    before = [view.clone() for view in (*real.keys, *real.values)]
+    real.prepare(Plan(save=[Transfer("r", 0, 5, (2, 7))]))
+    for view in (*real.keys, *real.values):
+        view.fill_(torch.nan)
+    real.run(Plan(restore=[Transfer("r", 1, 5, (6, 1, 4))]))
+    for view, then in zip((*real.keys, *real.values), before, strict=True):
+        assert torch.equal(view[6], then[2])
+        assert torch.equal(view[1, 0], then[7, 0])
+        assert view[[0, 2, 3, 4, 5, 7, 8, 9]].isnan().all()
