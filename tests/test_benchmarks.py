@@ -542,7 +542,8 @@ def test_pages_hold_what_contiguous_caches_do(monkeypatch: pytest.MonkeyPatch) -
     context = GpuContext("cpu", True, 5, set())
     for case in (paged, capture):
         figures = list(case.run(context))
-        assert len(figures) == 2 and not [f["refused"] for f in figures if "refused" in f]
+        assert len(figures) == 2
+        assert not [f["refused"] for f in figures if "refused" in f]
     setting = context.setting("llama-3.2-1b", 2, 40)
     pages = paged.Pages(context.inputs(setting))
     pages.query_table = pages.query_table[::-1].copy()  # queries of the other sequence

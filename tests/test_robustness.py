@@ -136,7 +136,7 @@ def test_attention_mass_is_refused_before_it_is_stored(backend: str, num_kv_head
     case = make_case(Shape(((0, 60, 10), (3, 40, 8)), num_layers=9, num_kv_heads=num_kv_heads))
     fill(case.queries[-1:], lambda view: torch.full_like(view, float("inf")))
     out = np.full((9, 2, 50), 7, np.float32)
-    with pytest.raises(InvalidArgumentError, match="in layer 8 is not finite.*nothing was written"):
+    with pytest.raises(InvalidArgumentError, match=r"in layer 8 is not finite.*nothing was written"):
         bottleneck_ext.attention_mass(
             bottleneck_ext.KVCache(case.keys, case.values),
             bottleneck_ext.QueryCache(case.queries, case.query_table),

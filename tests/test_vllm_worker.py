@@ -246,6 +246,8 @@ class RealWorker(Worker):
         for view in (*self.real.keys, *self.real.values):
             view[cells] = torch.nan
         self.real.queries[:, rows] = torch.nan
+        for cell in [cell for cell in self.pages if rows[cell]]:
+            del self.pages[cell]  # a request that loses blocks has a window further back: of other queries than these
 
     def check(self, requests: dict[str, Request]) -> None:
         """Before a forward: what running requests have computed, and the queries of their last positions."""
