@@ -399,7 +399,7 @@ def _narrow(path: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(path, "pt") as file:
         about = file.metadata()
     save_file({name: t.to(torch.bfloat16) for name, t in load_file(path).items()}, path, metadata=about)
 
