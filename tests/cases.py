@@ -63,6 +63,8 @@ NAMED = {
         ((0, 200, 30),), num_layers=1, head_dim=64, num_kv_heads=3, group=3, processor_dim=512, processor_heads=16,
         processor_mlp_dim=2240, top_k=32, recent_window=96,
     ),
+    # All that came before is recalled: no tie lets the values go unchecked. 34 keys in the Processor's second block.
+    "longer than a block of keys": Shape(((0, 290, 256),), recent_window=256, top_k=48),
     # What the MLP holds is more than all else that a thread keeps: too little memory for it shows.
     "a wide MLP": Shape(((0, 60, 20),), processor_dim=8, processor_heads=2, processor_mlp_dim=8192),
 }  # fmt: skip

@@ -291,6 +291,32 @@ def test_an_edit_that_would_overflow_the_cache_is_refused(part: str, dtype: str,
     refused(case, "the edit of sequence 0 in layer 1 is not finite")
 
 
+@pytest.mark.parametrize("part", ["keys", "values"])
+@pytest.mark.parametrize(("dtype", "limit"), [("float16", 65520.0), ("bfloat16", float.fromhex("0x1.ffp127"))])
+def test_what_rounds_to_the_largest_number_is_written_and_what_rounds_to_infinity_is_not(
+    part: str, dtype: str, limit: float
+) -> None:
+    """limit: half a unit in the last place above the dtype's largest number, from where on rounding gives infinity."""
+
+    def with_edit(value: np.float32) -> Case:
+        case = make_case(Shape(lengths=((0, 1, 1),), dtype=dtype))  # of several rows, the norm would be infinite
+        for name, weight in case.weights.items():
+            if "out_proj" in name:
+                weight[...] = 0
+            if name.endswith("layers.1.out_proj.bias"):
+                weight[-1 if part == "values" else len(weight) // 2 - 1] = value
+            if name.endswith("gate"):
+                weight[...] = 30  # sigmoid 1
+        getattr(case, part)[1][:, :, 1, 15] = 0
+        return case
+
+    below = with_edit(np.nextafter(np.float32(limit), np.float32(0)))
+    below.rewrite(below.processor())
+    written = getattr(below, part)[1][below.block_table[0, 0], 0, 1, 15]
+    assert float(written) == torch.finfo(written.dtype).max
+    refused(with_edit(np.float32(limit)), "the edit of sequence 0 in layer 1 is not finite")
+
+
 def test_nan_that_only_the_selection_sees_is_refused(case: Case) -> None:
     case.keys[0][case.block_table[0, 1], 2] = float("nan")  # position 10: prior, it need not be selected
     refused(case, "the attention of sequence 0 in layer 0 is not finite")
