@@ -12,11 +12,10 @@ from bottlenecked.evaluation.statistics import share
 
 from .lab import read, unpack
 from .plan import Plan
+from .report import Outcomes, shared
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .report import Outcomes
 
 _MAIN = ("sft", "sft2", "processor", "consolidation", "random", "lora", "layer")  # in plots with many lines
 
@@ -33,7 +32,8 @@ def draw(plan: Plan, found: Mapping[str, Any], outcomes: Outcomes) -> list[Path]
         for name, plot in (
             ("accuracy", _accuracy),
             ("steps", _steps),
-            ("compute", _compute),
+            ("compute", _progress("compute")),
+            ("clock", _progress("clock")),
             ("edits", _edits),
             ("top_k", _sensitivity("top_k", "positions recalled (k)")),
             ("recent_window", _sensitivity("recent_window", "window (R)")),
@@ -50,28 +50,40 @@ def draw(plan: Plan, found: Mapping[str, Any], outcomes: Outcomes) -> list[Path]
 
 
 def _accuracy(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcomes) -> bool:
-    """Every variant: each backbone a dot with its interval over problems, their mean a line."""
-    rows = [row for row in found["variants"].values() if not row["group"]]
-    for y, row in enumerate(reversed(rows)):
+    """Every variant: each backbone a dot with its interval over problems, their mean a line. In the table's blocks."""
+    lines: list[tuple[str, Mapping[str, Any] | None]] = []
+    for block in found["blocks"]:
+        if len(found["blocks"]) > 1:
+            lines.append((f"on {', '.join(map(str, block['seeds']))}:", None))
+        lines += [(row["label"], row) for row in block["variants"].values()]
+    lines.reverse()
+    for y, (_, row) in enumerate(lines):
+        if row is None:
+            continue
         each = np.array(row["accuracy"]["per_seed"])
-        at = y + np.linspace(-0.2, 0.2, len(each)) if len(each) > 1 else np.array([float(y)])
-        axes.errorbar(each[:, 0], at, xerr=_arms(each), fmt="o", ms=3, lw=1, color="C0")
-        axes.plot([row["accuracy"]["mean"]] * 2, [y - 0.35, y + 0.35], color="C3")
-    axes.set_yticks(range(len(rows)), [row["label"] for row in reversed(rows)])
+        at = y + np.linspace(-0.25, 0.25, len(each)) if len(each) > 1 else np.array([float(y)])
+        axes.errorbar(each[:, 0], at, xerr=_arms(each), fmt="o", ms=2.5, lw=0.8, color="C0")
+        axes.plot([row["accuracy"]["mean"]] * 2, [y - 0.4, y + 0.4], color="C3")
+    axes.set_yticks(range(len(lines)), [label for label, _ in lines])
+    for tick, (_, row) in zip(axes.get_yticklabels(), lines, strict=True):
+        tick.set_fontstyle("italic" if row is None else "normal")
     axes.set_xlabel("whole answers right (dots: backbones, 95% over problems; line: mean)")
     axes.set_xlim(0, 1)
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.set_size_inches(6.4, 1 + 0.32 * len(rows))
+    figure.set_size_inches(6.4, 1 + 0.32 * len(lines))
     return True
 
 
 def _steps(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcomes) -> bool:
-    """Accuracy against the steps that a problem's answer has, all backbones together."""
+    """Accuracy against the steps that a problem's answer has, all backbones that the variants share together."""
     steps = read(plan.results / "problems.json")
-    for name in (n for n in _MAIN if n in outcomes):
+    several, seeds = _several(outcomes)
+    if not seeds:
+        return False
+    for name in several:
         of_step: dict[int, list[bool]] = {}
-        for run in outcomes[name].values():
+        for run in several[name].values():
             for part in steps:
                 for right, count in zip(unpack(run[part]), steps[part], strict=True):
                     of_step.setdefault(count, []).append(right)
@@ -81,28 +93,45 @@ def _steps(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcomes)
         axes.errorbar(counts, bounds[:, 0], yerr=_arms(bounds), fmt=".-", lw=1, label=plan.variants[name].label)
     if plan.longer is not None:
         axes.axvspan(plan.longer.steps[0] - 0.5, plan.longer.steps[1] + 0.5, color="0.93", zorder=0)
-    axes.set_xlabel("steps of the answer (shaded: more than any that was trained on)")
+    axes.set_xlabel(f"steps of the answer{' (shaded: more than any that was trained on)' if plan.longer else ''}")
     axes.set_ylabel("whole answers right")
-    axes.legend(fontsize=7)
+    _legend(axes, seeds)
     return True
 
 
-def _compute(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcomes) -> bool:
-    """Accuracy on held-back problems against compute spent, mean over backbones."""
-    for name in (n for n in _MAIN if n in outcomes):
-        curves = [run["curve"] for run in outcomes[name].values() if "curve" in run]
-        if curves:
-            seconds = [point[0] for point in curves[0]]
-            axes.plot(
-                seconds, np.mean([[p[1] for p in c] for c in curves], 0), ".-", lw=1, label=plan.variants[name].label
-            )
-        else:
-            level = float(np.mean([run["held_back"] for run in outcomes[name].values()]))
-            axes.axhline(level, color="0.6", lw=1, label=plan.variants[name].label)
-    axes.set_xlabel(f"{plan.budget.unit} of training beyond the backbone, as costs.json counts them")
-    axes.set_ylabel("held-back answers right" if plan.task else "held-back cross-entropy, negative")
-    axes.legend(fontsize=7)
-    return True
+def _progress(kind: str) -> Any:
+    """The held-back figure while training, mean over the backbones that the variants share, against what was spent.
+
+    kind: "compute", as the budget counts it, or "clock", seconds of the training's steps, which say how busy the
+    machine was as well. Of the second some outcomes know nothing; there is no plot where the reference's do not.
+    """
+
+    def plot(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcomes) -> bool:
+        column = {"compute": 0, "clock": 2}[kind]
+        several, seeds = _several(outcomes)
+        if not seeds:
+            return False
+        drawn = set()
+        for name, runs in several.items():
+            curves = [run["curve"] for run in runs.values() if "curve" in run]
+            label = plan.variants[name].label
+            if not plan.variants[name].learning_rate:
+                level = float(np.mean([run["held_back"] for run in runs.values()]))
+                axes.axhline(level, color="0.6", lw=1, label=label)
+            elif curves and all(len(point) > column for curve in curves for point in curve):
+                spent, score = (np.mean([[point[i] for point in curve] for curve in curves], 0) for i in (column, 1))
+                axes.plot(spent, score, ".-", lw=1, label=label)
+                drawn.add(name)
+        axes.set_xlabel(
+            f"{plan.budget.unit} of training beyond the backbone, as costs.json counts them"
+            if kind == "compute"
+            else "seconds of the training's steps by the clock, beside whatever else ran, mean over backbones"
+        )
+        axes.set_ylabel("held-back answers right" if plan.task else "held-back cross-entropy, negative")
+        _legend(axes, seeds)
+        return plan.budget.variant in drawn
+
+    return plot
 
 
 def _edits(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcomes) -> bool:
@@ -122,16 +151,12 @@ def _edits(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcomes)
 
 
 def _sensitivity(group: str, label: str) -> Any:
-    """Accuracy against a setting, each point retrained; the experiment's own setting among them."""
+    """Accuracy against a setting, each point retrained, on the backbones that all have; its own setting among them."""
 
     def plot(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcomes) -> bool:
-        points = {float(row["label"]): row["accuracy"] for row in found["variants"].values() if row["group"] == group}
-        own = found["variants"].get(plan.budget.variant)
-        if not points or own is None:
+        points = {row["value"]: row["accuracy"] for row in found["settings"].get(group, [])}
+        if not points:
             return False
-        points[float(plan.processor[group])] = own["accuracy"]
-        if group == "top_k" and "consolidation" in found["variants"]:
-            points[0.0] = found["variants"]["consolidation"]["accuracy"]
         for value, accuracy in sorted(points.items()):
             each = np.array(accuracy["per_seed"])
             axes.errorbar([value] * len(each), each[:, 0], yerr=_arms(each), fmt="o", ms=3, lw=1, color="C0")
@@ -142,6 +167,17 @@ def _sensitivity(group: str, label: str) -> Any:
         return True
 
     return plot
+
+
+def _several(outcomes: Outcomes) -> tuple[Outcomes, list[int]]:
+    """What plots with many lines show: variants of `_MAIN` on the backbones that all of them have, and these."""
+    names = [name for name in _MAIN if name in outcomes]
+    seeds = shared(outcomes, names)
+    return {name: {seed: outcomes[name][seed] for seed in seeds} for name in names}, seeds
+
+
+def _legend(axes: Axes, seeds: Sequence[int]) -> None:
+    axes.legend(fontsize=7, title=f"backbones {', '.join(map(str, seeds))}", title_fontsize=7)
 
 
 def _arms(bounds: Any) -> Sequence[Any]:

@@ -7,8 +7,9 @@ problems with these very backbones. With one backbone there is only the second.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,18 @@ def summary(plan: Plan, outcomes: Outcomes) -> dict[str, Any]:
     """What NAME.json holds. Gains and differences are in points, shares are not."""
     reference, baseline = plan.budget.variant, plan.baseline
     gain = difference(outcomes, reference, baseline)
-    backbones = [json.loads(p.read_text()) for p in sorted(plan.results.glob("backbone-*.json"))]
+    backbones = _backbones(plan)
+
+    @functools.cache
+    def row(name: str, seeds: tuple[int, ...]) -> dict[str, Any]:
+        return _row(plan, {of: {s: runs[s] for s in seeds if s in runs} for of, runs in outcomes.items()}, name)
+
     return {
         "experiment": plan.name,
         "title": plan.title,
         "seeds": gain["seeds"] if gain else [],
         "n": next(iter(next(iter(outcomes.values())).values()))["test"]["n"],
-        "complete": all(
-            len(outcomes.get(name, {})) >= min(plan.backbones, entry.backbones or plan.backbones)
-            for name, entry in plan.variants.items()
-        ),
+        "complete": complete(plan, outcomes),
         "unit": plan.budget.unit,
         "gain_over_equal_compute_sft": gain,
         "backbones": {
@@ -85,8 +88,61 @@ def summary(plan: Plan, outcomes: Outcomes) -> dict[str, Any]:
             for one, other in plan.pairs
             if (found := difference(outcomes, one, other)) is not None
         ],
-        "variants": {name: _row(plan, outcomes, name) for name in plan.variants if name in outcomes},
+        "variants": {name: row(name, tuple(outcomes[name])) for name in plan.variants if name in outcomes},
+        "blocks": [
+            {"seeds": seeds, "variants": {name: row(name, tuple(seeds)) for name in names}}
+            for seeds, names in blocks(plan, outcomes)
+        ],
+        "settings": {
+            group: [{"value": value, "variant": name, **row(name, tuple(seeds))} for value, name in points]
+            for group in ("top_k", "recent_window")
+            for seeds, points in [settings(plan, outcomes, group)]
+            if seeds
+        },
     }
+
+
+def complete(plan: Plan, outcomes: Outcomes) -> bool:
+    """Whether all backbones that are wanted passed, and every variant has an outcome on each of those that it is to be
+    made on."""
+    passed = [b["seed"] for b in _backbones(plan) if b["passes"]][: plan.backbones]
+    return len(passed) == plan.backbones and all(
+        seed in outcomes.get(name, {}) for name, entry in plan.variants.items() for seed in passed[: entry.backbones]
+    )
+
+
+def _backbones(plan: Plan) -> list[dict[str, Any]]:
+    """What is known of those that were judged, in the order of the plan's seeds."""
+    files = (plan.results / f"backbone-{seed}.json" for seed in plan.seeds)
+    return [json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()]
+
+
+def shared(outcomes: Outcomes, names: Sequence[str]) -> list[int]:
+    """The backbones on which there are outcomes of all these variants: what their means can be compared on."""
+    return [seed for seed in outcomes[names[0]] if all(seed in outcomes[name] for name in names)] if names else []
+
+
+def blocks(plan: Plan, outcomes: Outcomes) -> list[tuple[list[int], list[str]]]:
+    """The main table's parts: (backbones, the variants that have outcomes on all of them), most backbones first.
+
+    There is a part for each set of backbones that some variant has, so each variant stands beside all others on the
+    same backbones, and no mean beside one over others.
+    """
+    names = [name for name in plan.variants if name in outcomes and not plan.variants[name].group]
+    sets = sorted({tuple(outcomes[name]) for name in names}, key=lambda seeds: (-len(seeds), seeds))
+    return [(list(seeds), [name for name in names if set(seeds) <= set(outcomes[name])]) for seeds in sets]
+
+
+def settings(plan: Plan, outcomes: Outcomes, group: str) -> tuple[list[int], list[tuple[float, str]]]:
+    """Variants that differ in one setting, the experiment's own among them: the backbones that all have, and
+    (value, variant) in the order of values. Empty where nothing was retrained with another value."""
+    points = [(float(e.label), n) for n, e in plan.variants.items() if e.group == group and n in outcomes]
+    if not points or plan.budget.variant not in outcomes:
+        return [], []
+    points.append((float(plan.processor[group]), plan.budget.variant))
+    if group == "top_k" and "consolidation" in outcomes:
+        points.append((0.0, "consolidation"))
+    return shared(outcomes, [name for _, name in points]), sorted(points)
 
 
 def _row(plan: Plan, outcomes: Outcomes, name: str) -> dict[str, Any]:
@@ -156,9 +212,6 @@ def over_backbones(values: Sequence[float]) -> Interval:
 
 def markdown(plan: Plan, found: Mapping[str, Any]) -> str:
     """NAME.md."""
-    rows: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
-    for name, row in found["variants"].items():
-        rows.setdefault(row["group"], []).append((name, row))
     passed, failed = found["backbones"]["passed"], found["backbones"]["failed"]
     partial = "" if found["complete"] else " **Partial: more is to be run; each row says how many backbones it has.**"
     used = f"Backbones: seeds {_list(passed)}"
@@ -172,24 +225,30 @@ def markdown(plan: Plan, found: Mapping[str, Any]) -> str:
         f"Whole answers right, of {found['n']:,} problems that nothing was trained or chosen on, greedy. Every variant "
         f"got the compute of `{plan.budget.variant}` beyond the backbone, on the same data and curriculum. {used}.",
         "",
-        "Mean over backbones; intervals are 95%, Student's t over backbones, and in brackets a bootstrap over problems "
-        "with these backbones. Gains are paired.",
+        "Mean over the backbones that the row's column says; intervals are 95%, Student's t over backbones, and in "
+        "brackets a bootstrap over problems with these backbones. Gains and differences are paired, on the backbones "
+        "that both have.",
         "",
-        *_table(plan, rows.pop("", []), found),
     ]
+    for number, block in enumerate(found["blocks"]):
+        if len(found["blocks"]) > 1:
+            beside = "" if number == 0 else ": every variant that has them, on these alone"
+            text += [*[""] * (number > 0), f"**On {_count(block['seeds'])}{beside}.**", ""]
+        text += _table(plan, block["variants"].items())
     if found["pairs"]:
         text += [
             "",
-            "| difference, points | | over backbones | [over problems] | each backbone |",
-            "|---|---|---|---|---|",
+            "| difference, points | backbones | | over backbones | [over problems] | each backbone |",
+            "|---|---|---|---|---|---|",
         ]
         text += [
-            f"| {_label(plan, p['of'])} over {_label(plan, p['over'])} | {p['mean']:+.1f} | {_over(p)} | "
-            f"{_range(p['over_problems'])} | {_each(p)} |"
+            f"| {_label(plan, p['of'])} over {_label(plan, p['over'])} | {len(p['seeds'])} | {p['mean']:+.1f} | "
+            f"{_over(p)} | {_range(p['over_problems'])} | {_each(p)} |"
             for p in found["pairs"]
         ]
-    for group, of_group in rows.items():
-        text += ["", f"## `{group}`, retrained", "", *_table(plan, of_group, found)]
+    for group, points in found["settings"].items():
+        rows = [(row["variant"], {**row, "label": f"{row['value']:g}"}) for row in points]
+        text += ["", f"## `{group}`, retrained with each, on {_count(points[0]['seeds'])}", "", *_table(plan, rows)]
     if plan.budget.unit == "operations":
         walls = {name: row["wall_seconds"] for name, row in found["variants"].items() if row["wall_seconds"]}
         text += [
@@ -204,7 +263,7 @@ def markdown(plan: Plan, found: Mapping[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
-def _table(plan: Plan, rows: Sequence[tuple[str, Mapping[str, Any]]], found: Mapping[str, Any]) -> list[str]:
+def _table(plan: Plan, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     longer = "" if plan.longer is None else f"{_steps(plan.longer)} steps |"
     compute = "seconds" if plan.budget.unit == "seconds" else "10^15 operations"
     lines = [
@@ -250,6 +309,10 @@ def _label(plan: Plan, name: str) -> str:
 
 def _steps(task: Any) -> str:
     return f"{task.steps[0]} to {task.steps[1]}"
+
+
+def _count(seeds: Sequence[int]) -> str:
+    return f"{len(seeds)} backbone{'s' * (len(seeds) > 1)} (seed{'s' * (len(seeds) > 1)} {_list(seeds)})"
 
 
 def _list(values: Any) -> str:

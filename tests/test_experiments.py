@@ -37,7 +37,7 @@ from bottlenecked.training.trainer import ProcessorTrainer  # noqa: E402
 from experiments import jobs as jobs_of  # noqa: E402
 from experiments import lab as labs  # noqa: E402
 from experiments import plan as plans  # noqa: E402
-from experiments import report, tasks, variants  # noqa: E402
+from experiments import plots, report, tasks, variants  # noqa: E402
 from experiments import text as text_experiments  # noqa: E402
 from experiments.__main__ import main  # noqa: E402
 from experiments.decode import decode  # noqa: E402
@@ -322,7 +322,7 @@ def test_an_experiment_goes_on_where_it_stopped(
     gain = found["gain_over_equal_compute_sft"]
     assert gain["low"] <= gain["mean"] <= gain["high"]
     assert gain["interval"] == "over backbones"
-    for name in ("accuracy", "steps", "compute", "edits", "top_k"):
+    for name in ("accuracy", "steps", "compute", "clock", "edits", "top_k"):
         assert (small.results.parent / f"small-{name}.svg").stat().st_size > 1000
     text = (small.results.parent / "small.md").read_text()
     assert "Partial" not in text
@@ -568,6 +568,107 @@ def test_intervals_over_backbones_are_students() -> None:
     found = report.over_backbones([0.1, 0.2, 0.3])
     assert found.value == pytest.approx(0.2)
     assert found.high - found.value == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+
+
+SHARES = {  # of right answers, per variant and seed; seed 1 did not pass
+    "sft": {0: 0.2, 2: 0.3, 3: 0.9, 4: 0.9},
+    "sft2": {0: 0.4, 2: 0.5, 3: 0.1, 4: 0.1},
+    "processor": {0: 0.6, 2: 0.7, 3: 0.2, 4: 0.4},
+    "random": {0: 0.3, 2: 0.4},
+    "k-2": {0: 0.5, 2: 0.5},
+}
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> plans.Plan:
+    """Outcomes that nobody trained: two variants on the first two backbones, the others on four."""
+    few = {name: SMALL["variants"][name] | {"backbones": 2} for name in ("random", "k-2")}
+    kept = {name: few.get(name, SMALL["variants"][name]) for name in SHARES}
+    made = plan(tmp_path, variants=kept, seeds=[0, 1, 2, 3, 4], backbones=4)
+    for seed in made.seeds:
+        found = {"seed": seed, "passes": seed != 1, "look_ups": 0.5, "lacking": []}
+        labs.write(made.results / f"backbone-{seed}.json", found)
+    labs.write(made.results / "problems.json", {"test": [2] * 50, "longer": [5] * 10})
+    for name, shares in SHARES.items():
+        for seed, share in shares.items():
+            curve = [[1.0, share / 2, 10.0 + seed], [2.0, share, 20.0 + seed]]
+            trained = {} if name == "sft" else {"curve": curve, "seconds": 2.0}
+            scores = {part: labs.score([i < share * n for i in range(n)]) for part, n in (("test", 50), ("longer", 10))}
+            outcome = {"backbone": f"of {seed}", "parameters": 7, "held_back": share, **trained, **scores}
+            labs.write(made.results / f"{seed}-{name}.json", outcome)
+    return made
+
+
+def test_variants_are_compared_on_the_backbones_that_both_have(uneven: plans.Plan) -> None:
+    report.write(uneven)
+    found = json.loads((uneven.results.parent / "small.json").read_text())
+    assert found["complete"]
+    assert found["seeds"] == [0, 2, 3, 4]
+    assert found["gain_over_equal_compute_sft"]["mean"] == pytest.approx(20.0)
+    assert found["gain_over_equal_compute_sft"]["seeds"] == [0, 2, 3, 4]
+    (pair,) = found["pairs"]
+    assert (pair["mean"], pair["seeds"]) == (pytest.approx(30.0), [0, 2])
+    assert found["variants"]["random"]["gain"]["mean"] == pytest.approx(-10.0)
+    # No mean over two backbones stands beside one over four.
+    all_of_them, first_two = found["blocks"]
+    assert (all_of_them["seeds"], list(all_of_them["variants"])) == ([0, 2, 3, 4], ["sft", "sft2", "processor"])
+    assert (first_two["seeds"], list(first_two["variants"])) == ([0, 2], ["sft", "sft2", "processor", "random"])
+    assert all_of_them["variants"]["processor"]["accuracy"]["mean"] == pytest.approx(0.475)
+    assert first_two["variants"]["processor"]["accuracy"]["mean"] == pytest.approx(0.65)
+    points = {row["value"]: row["accuracy"]["mean"] for row in found["settings"]["top_k"]}
+    assert points == {2.0: pytest.approx(0.5), 4.0: pytest.approx(0.65)}
+    text = (uneven.results.parent / "small.md").read_text()
+    assert "Partial" not in text
+    assert text.index("**On 4 backbones (seeds 0, 2, 3, 4).**") < text.index("**On 2 backbones (seeds 0, 2): every")
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert [row[5:7] for row in rows if row[1] == "**processor**"] == [["4", "0.475"], ["2", "0.650"]]
+    assert [row[5:7] for row in rows if row[1] == "**4**"] == [["2", "0.650"]]
+    assert [row[2:4] for row in rows if row[1] == "processor over random"] == [["2", "+30.0"]]
+
+
+def test_an_outcome_that_is_missing_makes_a_report_partial(uneven: plans.Plan) -> None:
+    def complete() -> bool:
+        return report.complete(uneven, report.read(uneven))
+
+    assert complete()
+    lost = uneven.results / "2-random.json"
+    kept = lost.read_bytes()
+    lost.unlink()
+    assert not complete()
+    (uneven.results / "3-random.json").write_bytes(kept.replace(b"of 2", b"of 3"))  # as many, and not the first two
+    assert not complete()
+    lost.write_bytes(kept)
+    assert complete()
+    (uneven.results / "backbone-4.json").unlink()
+    assert not complete()
+
+
+def lines_of(draw: Any, of: plans.Plan) -> dict[str, list[list[float]]] | None:
+    """What a plot draws, by its labels: x and y of each line; None where there is nothing to draw."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    if not draw(axes, of, {}, report.read(of)):
+        return None
+    return {str(line.get_label()): np.asarray(line.get_data()).tolist() for line in axes.get_lines()}
+
+
+def test_plots_show_means_over_the_backbones_that_all_lines_share(uneven: plans.Plan) -> None:
+    compute = lines_of(plots._progress("compute"), uneven)
+    assert compute is not None
+    assert compute["processor"] == [[1.0, 2.0], [pytest.approx(0.325), pytest.approx(0.65)]]
+    assert compute["sft"][1] == [pytest.approx(0.25)] * 2
+    clock = lines_of(plots._progress("clock"), uneven)
+    assert clock is not None
+    assert clock["random"] == [[11.0, 21.0], [pytest.approx(0.175), pytest.approx(0.35)]]
+    # What knows no wall clock is left out, and without the reference there is no plot.
+    for name, left in (("random", {"sft", "sft2", "processor"}), ("processor", None)):
+        for seed in SHARES[name]:
+            path = uneven.results / f"{seed}-{name}.json"
+            outcome = labs.read(path)
+            labs.write(path, outcome | {"curve": [point[:2] for point in outcome["curve"]]})
+        clock = lines_of(plots._progress("clock"), uneven)
+        assert (clock if clock is None else set(clock)) == left
 
 
 # --- generation -------------------------------------------------------------------------------------------------
