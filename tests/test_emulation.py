@@ -26,14 +26,17 @@ def run(command: list[str], cwd: Path = ROOT, **environment: str) -> None:
     assert result.returncode == 0, result.stdout[-12000:] + result.stderr[-12000:]
 
 
-@pytest.mark.parametrize(("variant", "seeds", "shared"), [("plain", "0 30", "227"), ("races", "0 20", "99")])
-def test_operations(variant: str, seeds: str, shared: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "seeds", "shared", "sm90a"),
+    [("plain", "0 30", "227", "0"), ("races", "0 20", "99", "0"), ("races", "30 6", "227", "1")],
+)
+def test_operations(variant: str, seeds: str, shared: str, sm90a: str) -> None:
     """The emulation itself, then every operation of the backend's table; "races" also sees every access of memory.
 
-    shared: KiB of shared memory, of a large device and of a small one.
+    shared: KiB of shared memory, of a large device and of a small one. sm90a: with attention_mass_sm90.cu.
     """
     make = ["make", "-s", f"-j{CPUS}", "-C", "tests/emulation", f"VARIANT={variant}", f"SEEDS={seeds}"]
-    run(make, BTX_EMULATE_SHARED_KIB=shared)
+    run(make, BTX_EMULATE_SHARED_KIB=shared, BTX_EMULATE_SM90A=sm90a)
 
 
 @pytest.fixture(scope="session")

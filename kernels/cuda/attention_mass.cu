@@ -463,11 +463,9 @@ btx_status cuda_attention_mass(const btx_pass *pass, int32_t head_begin, int32_t
     (void)head_begin, (void)head_end; /* all of them: mass_by_head */
     if (executor->plan.num_ranges == 0)
         return BTX_OK;
-#ifndef BTX_EMULATE
     if (executor->sm90a && pass->plan->keys[0].dtype != BTX_F32 &&
         (executor->plan.head_dim == 64 || executor->plan.head_dim == 128))
         return cuda_attention_mass_sm90(pass, mass, error);
-#endif
     switch (pass->plan->keys[0].dtype) {
     case BTX_BF16:
         return launch_16_bit<__nv_bfloat16>(executor, pass->layer_begin, num_layers, partials, mass, error);

@@ -7,7 +7,6 @@
  * A block works on several splits or ranges, where there are enough for all multiprocessors: fetching the queries, and
  * waiting for the first keys, took half of the time when it had one of 512 keys. What a split or a range adds up to
  * does not depend on the block that it fell to. */
-#ifndef BTX_EMULATE
 #include "hopper.cuh"
 #include "operations.cuh"
 #include "scores.cuh"
@@ -44,55 +43,80 @@ __device__ static inline void load_swizzled_row(T *shared, int tile_rows, int ro
     }
 }
 
+/* Where a KV head's keys lie: what the tiles of a step have in common, so that it is read once. */
+struct key_source {
+    const unsigned char *data; /* of a lane's 16 bytes of a key */
+    uint32_t unit_bytes;       /* zero: keys are fetched element by element, and nothing here is used */
+    uint32_t block_units, row_units;
+    int32_t first_block; /* of the sequence: in plan.blocks */
+};
+
+template <typename T, int D>
+__device__ static inline key_source make_key_source(const device_step &step, const device_view &view, int32_t kv_head)
+{
+    const int chunk = threadIdx.x % (D / 8), log2 = view.unit != 0 ? __ffs(view.unit) - 1 : 0;
+    return {(const unsigned char *)((const T *)view.data + kv_head * view.stride[2] + 8 * chunk),
+            (uint32_t)view.unit * (uint32_t)sizeof(T), (uint32_t)(view.stride[0] >> log2),
+            (uint32_t)(view.stride[1] >> log2), step.block_offset - step.first_block};
+}
+
 /* Keys [first, end) of a step to a tile of TILE_ROWS, swizzled or padded; rows behind them repeat the last. A lane
  * finds where one of its warp's keys lies, and then the lanes fetch 16 bytes each, a key's one after another: as few
- * requests to the second-level cache as there are lines. */
+ * requests to the second-level cache as there are lines. Of the lanes that fetch a key together, the i-th finds that of
+ * their i-th turn. */
 template <typename T, int D, int TILE_ROWS, int TILE_THREADS, bool SWIZZLED>
 __device__ static inline void load_key_tile(const device_plan &plan, const device_step &step, const device_view &view,
-                                            int32_t kv_head, int32_t first, int32_t end, T *tile)
+                                            const key_source &source, int32_t kv_head, int32_t first, int32_t end,
+                                            T *tile)
 {
     constexpr int CHUNKS = D / 8, ROWS = TILE_ROWS / (TILE_THREADS / BTX_WARP); /* of a key; of a warp */
-    constexpr int AT_ONCE = BTX_WARP / CHUNKS;                                  /* keys of all lanes */
-    static_assert(BTX_WARP % CHUNKS == 0 && ROWS <= BTX_WARP && ROWS % AT_ONCE == 0, "lanes share evenly");
-    const int lane = threadIdx.x % BTX_WARP, warp_row = threadIdx.x / BTX_WARP * ROWS, chunk = lane % CHUNKS;
-    const int32_t mine = min(first + warp_row + lane % ROWS, end - 1);
-    const int64_t offset = kv_offset(plan, step, view, mine) + kv_head * view.stride[2];
-    const T *data = (const T *)view.data;
-    const auto place = [&](int row) {
-        return SWIZZLED ? tile + (chunk / 8 * TILE_ROWS + row) * 64 + (chunk % 8 ^ row % 8) * 8
-                        : tile + row * padded<D>::stride + chunk * 8;
+    constexpr int AT_ONCE = BTX_WARP / CHUNKS, TURNS = ROWS / AT_ONCE;          /* keys of all lanes */
+    static_assert(BTX_WARP % CHUNKS == 0 && ROWS % AT_ONCE == 0 && TURNS <= CHUNKS, "lanes share evenly");
+    static_assert(8 % AT_ONCE == 0 && ROWS % 8 == 0, "of a row in a swizzled tile, a turn changes some bits");
+    const int lane = threadIdx.x % BTX_WARP, warp_row = threadIdx.x / BTX_WARP * ROWS;
+    const int chunk = lane % CHUNKS, row = lane / CHUNKS; /* of the first turn */
+    const int32_t mine = min(first + warp_row + chunk % TURNS * AT_ONCE + row, end - 1);
+    const auto place = [&](int turn) {
+        if (!SWIZZLED)
+            return tile + (warp_row + row + turn * AT_ONCE) * padded<D>::stride + chunk * 8;
+        return tile + (chunk / 8 * TILE_ROWS + warp_row + row + turn * AT_ONCE) * 64 +
+               ((chunk % 8 ^ row) * 8 ^ turn * AT_ONCE % 8 * 8);
     };
-    if (view.vector) {
+    if (source.unit_bytes != 0) {
+        const unsigned position = (unsigned)(step.sequence_begin + mine), size = (unsigned)plan.block_size;
+        const unsigned block = find_block(plan, position);
+        const uint32_t units = (uint32_t)plan.blocks[source.first_block + (int32_t)block] * source.block_units +
+                               (position - block * size) * source.row_units;
 #pragma unroll
-        for (int i = 0; i < ROWS; i += AT_ONCE) {
-            const int row = i + lane / CHUNKS;
-            copy_async_16(place(warp_row + row), data + __shfl_sync(BTX_ALL_LANES, offset, row) + 8 * chunk);
+        for (int turn = 0; turn < TURNS; turn++) {
+            const uint32_t of_turn = __shfl_sync(BTX_ALL_LANES, units, turn, CHUNKS);
+            copy_async_16(place(turn), source.data + (uint64_t)of_turn * source.unit_bytes);
         }
     }
     else {
+        const int64_t offset = kv_offset(plan, step, view, mine) + kv_head * view.stride[2];
 #pragma unroll 1
-        for (int i = 0; i < ROWS; i += AT_ONCE) {
-            const int row = i + lane / CHUNKS;
-            const T *from = data + __shfl_sync(BTX_ALL_LANES, offset, row);
-            T *to = place(warp_row + row);
+        for (int turn = 0; turn < TURNS; turn++) {
+            const T *from = (const T *)view.data + __shfl_sync(BTX_ALL_LANES, offset, turn, CHUNKS);
+            T *to = place(turn);
             for (int j = 0; j < 8; j++)
                 to[j] = from[(8 * chunk + j) * view.stride[3]];
         }
     }
 }
 
-/* The products of 64 rows, in registers, with 64 rows of a swizzled tile from row on. */
+/* The products of 64 rows, in registers, with 64 rows of swizzled tiles of tile_rows; right is the first's descriptor.
+ */
 template <typename T, int D>
-__device__ static inline void start_scores(float (&score)[32], const unsigned (&left)[D / 16][4], const T *tile,
-                                           int tile_rows, int row)
+__device__ static inline void start_scores(float (&score)[32], const unsigned (&left)[D / 16][4], uint64_t right,
+                                           int tile_rows)
 {
     wgmma_hold(score);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) {
-        const uint64_t right = make_descriptor(tile + (k / 4 * tile_rows + row) * 64 + k % 4 * 16);
-        wgmma_m64n64k16_registers(score, left[k], right, T(), k > 0);
-    }
+    for (int k = 0; k < D / 16; k++)
+        wgmma_m64n64k16_registers(score, left[k], move_descriptor(right, k / 4 * tile_rows * 64 + k % 4 * 16), T(),
+                                  k > 0);
     wgmma_commit();
 }
 
@@ -172,7 +196,7 @@ __global__ void __launch_bounds__(split_block<D, GROUPS>::threads, split_block<D
 {
 #ifdef BTX_SM90A
     constexpr int TILE = SPLIT_KEYS * D, ROWS = split_block<D, GROUPS>::rows;
-    extern __shared__ __align__(1024) unsigned char shared[];
+    BTX_SWIZZLED_SHARED(shared);
     T *tiles = (T *)shared; /* first the queries, padded, then SPLIT_STAGES tiles of keys */
     const int32_t kv_head = blockIdx.y / row_blocks, first_row = blockIdx.y % row_blocks * ROWS;
     const device_layer &layer = plan.layers[layer_begin + blockIdx.z];
@@ -205,13 +229,15 @@ __global__ void __launch_bounds__(split_block<D, GROUPS>::threads, split_block<D
         const int32_t num_keys = step.num_prior + step.num_window; /* rows behind the window's see no more either */
         const int32_t last_key[2] = {min(step.num_prior + r / plan.group, num_keys - 1),
                                      min(step.num_prior + (r + 8) / plan.group, num_keys - 1)};
+        const key_source source = make_key_source<T, D>(step, layer.keys, kv_head);
+        const uint64_t first_tile = make_descriptor(tiles);
         partial_sum row[2];
-        const auto load = [&](int32_t key, int32_t end,
-                              int stage) { /* scores of what lies behind end are masked */
-                                           if (key < end)
-                                               load_key_tile<T, D, SPLIT_KEYS, split_block<D, GROUPS>::threads, true>(
-                                                   plan, step, layer.keys, kv_head, key, end, tiles + stage * TILE);
-                                           copy_async_commit();
+        /* Scores of what lies behind end are masked. */
+        const auto load = [&](int32_t key, int32_t end, int stage) {
+            if (key < end)
+                load_key_tile<T, D, SPLIT_KEYS, split_block<D, GROUPS>::threads, true>(
+                    plan, step, layer.keys, source, kv_head, key, end, tiles + stage * TILE);
+            copy_async_commit();
         };
         const auto add = [&](auto reference, const float (&score)[32], int32_t key) {
             add_tile<decltype(reference)::value>(score, key + lane % 4 * 2, last_key, step.num_prior, plan.scale_log2,
@@ -229,11 +255,11 @@ __global__ void __launch_bounds__(split_block<D, GROUPS>::threads, split_block<D
             int stage = 0;
             for (int32_t key = begin; key < end; key += SPLIT_KEYS) {
                 float score[32];
+                const uint64_t tile = uniform_descriptor(move_descriptor(first_tile, stage * TILE));
                 copy_async_wait<1>();
                 fence_async_proxy();
                 __syncthreads();
-                const T *tile = tiles + stage * TILE;
-                start_scores<T, D>(score, query, tile, SPLIT_KEYS, 0);
+                start_scores<T, D>(score, query, tile, SPLIT_KEYS);
                 /* The stage that was read last turn is free: everyone has passed the barrier. */
                 load(key + 2 * SPLIT_KEYS, end, stage == 0 ? SPLIT_STAGES - 1 : stage - 1);
                 stage = stage == SPLIT_STAGES - 1 ? 0 : stage + 1;
@@ -248,7 +274,7 @@ __global__ void __launch_bounds__(split_block<D, GROUPS>::threads, split_block<D
                     add(later, score, key);
                 }
                 if (key + 64 < end) {
-                    start_scores<T, D>(score, query, tile, SPLIT_KEYS, 64);
+                    start_scores<T, D>(score, query, move_descriptor(tile, 64 * 64), SPLIT_KEYS);
                     wgmma_wait<0>();
                     wgmma_hold(score);
                     add(later, score, key + 64);
@@ -277,6 +303,22 @@ __global__ void __launch_bounds__(split_block<D, GROUPS>::threads, split_block<D
 #endif
 }
 
+/* What the four lanes of a row have, added up: a lane gets that of row lane % 2 of part lane / 2 % 2, if there are two
+ * parts, and the same in pairs of lanes if there is one. */
+template <int PARTS> __device__ static inline float add_lanes(const float (&total)[PARTS][2])
+{
+    const bool second_row = threadIdx.x % 2 != 0, second_part = threadIdx.x / 2 % 2 != 0;
+    float sum[PARTS];
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) {
+        sum[p] = second_row ? total[p][1] : total[p][0];
+        sum[p] += __shfl_xor_sync(BTX_ALL_LANES, second_row ? total[p][0] : total[p][1], 1);
+    }
+    static_assert(PARTS <= 2, "a bit of the lane says which part");
+    const float kept = PARTS == 2 && second_part ? sum[PARTS - 1] : sum[0];
+    return kept + __shfl_xor_sync(BTX_ALL_LANES, PARTS == 2 && !second_part ? sum[PARTS - 1] : sum[0], 2);
+}
+
 /* Keys on the left, the KV head's queries on the right. Block: per_block ranges of keys, a KV head, a layer. mass
  * [layers, num_kv_heads, total_prior]. capacity: rows of queries that shared memory holds, a multiple of 64. */
 template <typename T, int D>
@@ -286,12 +328,18 @@ __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_pro
 {
 #ifdef BTX_SM90A
     constexpr int STRIDE = padded<D>::stride, MASS_KEYS = mass_block<D>::keys;
-    extern __shared__ __align__(1024) unsigned char shared[];
+    BTX_SWIZZLED_SHARED(shared);
     T *queries = (T *)shared, *keys = queries + capacity * D;
     float *lse = (float *)(keys + MASS_KEYS * STRIDE);
     const int32_t kv_head = blockIdx.y, layer_index = layer_begin + blockIdx.z;
     const device_layer &layer = plan.layers[layer_index];
     const int warp = threadIdx.x / BTX_WARP, lane = threadIdx.x % BTX_WARP;
+    const uint64_t first_query = make_descriptor(queries);
+    constexpr int PARTS = MASS_KEYS * 2 / mass_block<D>::threads; /* of 64 keys, that a warpgroup has */
+    /* Of a tile's keys, the one whose sum add_lanes gives the lane. */
+    const int32_t key_of_lane =
+        (PARTS == 1 ? warp : lane / 2 % 2 * (mass_block<D>::threads / 32) + warp) * 16 + lane % 2 * 8 + lane / 4;
+    const bool stores = PARTS == 2 || lane % 4 < 2;
     partials += blockIdx.z * partials_of_layer(plan);
     mass += ((int64_t)blockIdx.z * plan.num_kv_heads + kv_head) * plan.total_prior;
 
@@ -308,9 +356,10 @@ __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_pro
         const int32_t all_rows = step.num_window * plan.group;
         const float weight = plan.mass_scale / (float)step.num_window;
         float *of_step = mass + step.prior_offset;
+        const key_source source = make_key_source<T, D>(step, layer.keys, kv_head);
         const auto load = [&](int32_t key) {
-            load_key_tile<T, D, MASS_KEYS, mass_block<D>::threads, false>(plan, step, layer.keys, kv_head, key, end,
-                                                                          keys);
+            load_key_tile<T, D, MASS_KEYS, mass_block<D>::threads, false>(plan, step, layer.keys, source, kv_head, key,
+                                                                          end, keys);
         };
         next_range += num_ranges;
         for (int32_t first_row = 0; first_row < all_rows; first_row += capacity) {
@@ -333,10 +382,10 @@ __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_pro
             copy_async_commit();
             load_lse(plan, step, range.step, layer_index, partials, kv_head, first_row, num_rows, lse);
             for (int32_t key = begin; key < end; key += MASS_KEYS) {
-                constexpr int PARTS = MASS_KEYS * 2 / mass_block<D>::threads; /* of 64 keys, that a warpgroup has */
                 unsigned left[PARTS][D / 16][4];
                 copy_async_wait<0>();
-                fence_async_proxy();
+                if (key == begin)
+                    fence_async_proxy(); /* for the queries; keys are read by threads */
                 __syncthreads();
 #pragma unroll
                 for (int p = 0; p < PARTS; p++) {
@@ -350,15 +399,15 @@ __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_pro
                     load(next);
                 copy_async_commit();
 
+                float total[PARTS][2] = {};
 #pragma unroll
                 for (int p = 0; p < PARTS; p++) {
-                    float total[2] = {};
                     /* While one warpgroup waits for its products, others of the multiprocessor take exponentials. */
 #pragma unroll 1
                     for (int block = 0; block < num_blocks; block++) {
                         const float *of_block = lse + block * 64 + lane % 4 * 2;
                         float score[32];
-                        start_scores<T, D>(score, left[p], queries, num_rows, block * 64);
+                        start_scores<T, D>(score, left[p], move_descriptor(first_query, block * 64 * 64), num_rows);
                         wgmma_wait<0>();
                         wgmma_hold(score);
 #pragma unroll
@@ -366,21 +415,17 @@ __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_pro
                             const float2 of_columns = *(const float2 *)(const void *)(of_block + n * 8);
 #pragma unroll
                             for (int h = 0; h < 2; h++) {
-                                total[h] += exp2_fast(fmaf(score[n * 4 + 2 * h], plan.scale_log2, -of_columns.x));
-                                total[h] += exp2_fast(fmaf(score[n * 4 + 2 * h + 1], plan.scale_log2, -of_columns.y));
+                                total[p][h] += exp2_fast(fmaf(score[n * 4 + 2 * h], plan.scale_log2, -of_columns.x));
+                                total[p][h] +=
+                                    exp2_fast(fmaf(score[n * 4 + 2 * h + 1], plan.scale_log2, -of_columns.y));
                             }
                         }
                     }
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        float sum = total[h];
-                        sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 1);
-                        sum += __shfl_xor_sync(BTX_ALL_LANES, sum, 2);
-                        const int32_t at = key + (p * mass_block<D>::threads / 32 + warp) * 16 + h * 8 + lane / 4;
-                        if (lane % 4 == 0 && at < end)
-                            of_step[at] = first_row == 0 ? sum * weight : of_step[at] + sum * weight;
-                    }
                 }
+                const float sum = add_lanes(total) * weight;
+                const int32_t at = key + key_of_lane;
+                if (stores && at < end)
+                    of_step[at] = first_row == 0 ? sum : of_step[at] + sum;
             }
             __syncthreads();
         }
@@ -462,4 +507,3 @@ btx_status cuda_attention_mass_sm90(const btx_pass *pass, float *mass, btx_error
     return wide ? launch<__half, 128>(executor, begin, count, partials, mass, error)
                 : launch<__half, 64>(executor, begin, count, partials, mass, error);
 }
-#endif /* BTX_EMULATE */

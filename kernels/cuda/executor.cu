@@ -285,6 +285,13 @@ static btx_status fill_sm90a(cuda_executor *executor, btx_error *error)
     }
     return BTX_OK;
 }
+#else
+static btx_status fill_sm90a(cuda_executor *executor, btx_error *error)
+{
+    (void)error;
+    executor->sm90a = btx_emulation_sm90a();
+    return BTX_OK;
+}
 #endif
 
 /* Whether products are to be plain arithmetic and plain stores: neither cuBLASLt's nor those of linear_swiglu_sm90.cu.
@@ -315,11 +322,9 @@ static btx_status fill_executor(cuda_executor *executor, btx_error *error)
     BTX_CUDA_TRY(
         cudaDeviceGetAttribute(&executor->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, executor->device),
         "asking for the device's shared memory");
-#ifndef BTX_EMULATE
     status = fill_sm90a(executor, error);
     if (status != BTX_OK)
         return status;
-#endif
     if (general) {
         executor->encode_tensor_map = NULL;
         return BTX_OK;
@@ -386,10 +391,25 @@ static int is_vector(const btx_tensor *view, int32_t head_dim)
            view->stride[0] % lanes == 0 && view->stride[1] % lanes == 0 && view->stride[2] % lanes == 0;
 }
 
+/* See device_view. */
+static int32_t unit_of_rows(const btx_tensor *view)
+{
+    const int64_t block = view->stride[0], row = view->stride[1];
+    int32_t log2 = view->dtype == BTX_F32 ? 2 : 3;
+    if (block < 0 || row < 0)
+        return 0;
+    while (log2 < 20 && ((block | row) >> log2) % 2 == 0)
+        log2++;
+    /* A strided extent of 2^63 elements would not be in memory. */
+    return (view->shape[0] * block + view->shape[1] * row) >> log2 <= INT32_MAX ? 1 << log2 : 0;
+}
+
 static device_view make_view(const btx_tensor *view, int32_t head_dim)
 {
     device_view made = {view->data, {view->stride[0], view->stride[1], view->stride[2], view->stride[3]}, 0, 0};
     made.vector = is_vector(view, head_dim);
+    if (made.vector)
+        made.unit = unit_of_rows(view);
     return made;
 }
 

@@ -10,10 +10,22 @@
 #ifndef BTX_HOPPER_CUH
 #define BTX_HOPPER_CUH
 
-#include <cuda.h> /* CUtensorMap */
 #include <stdint.h>
 
 #include "device.cuh"
+
+#define BTX_WARPGROUP 128
+#define BTX_SWIZZLED_ALIGNMENT 1024 /* bytes */
+
+#ifdef BTX_EMULATE /* emulation.h has what attention_mass_sm90.cu needs */
+#define BTX_SWIZZLED_SHARED(name) BTX_DYNAMIC_SHARED(name)
+#else
+#include <cuda.h> /* CUtensorMap */
+
+/* The dynamic shared memory of a kernel that has swizzled tiles, under this name. */
+#define BTX_SWIZZLED_SHARED(name)                                                                                      \
+    extern __shared__ __align__(BTX_SWIZZLED_ALIGNMENT)                                                                \
+    unsigned char name[]
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define BTX_SM90A
@@ -22,13 +34,11 @@
 #define BTX_HOPPER_ASM(...) ((void)0)
 #endif
 
-#define BTX_WARPGROUP 128
-#define BTX_SWIZZLED_ALIGNMENT 1024 /* bytes */
-
 __device__ static inline unsigned shared_address(const void *shared)
 {
     return (unsigned)__cvta_generic_to_shared(shared);
 }
+#endif /* BTX_EMULATE */
 
 /* ---- swizzled tiles ---------------------------------------------------------------------------------------------- */
 
@@ -47,6 +57,20 @@ __device__ static inline uint64_t make_descriptor(const void *first)
     return swizzle_128 << 62 | groups << 32 | leading << 16 | (shared_address(first) & 0x3ffff) >> 4;
 }
 
+/* The descriptor of what lies so many elements, a multiple of 8, behind what the descriptor is of. */
+__device__ static inline uint64_t move_descriptor(uint64_t descriptor, int elements)
+{
+    return descriptor >> 32 << 32 | (uint32_t)((uint32_t)descriptor + elements / 8);
+}
+
+/* The same descriptor, known to the compiler as one that all lanes have: what is computed from it and handed to wgmma
+ * is then computed once a warp, not moved from a lane's registers for each product. */
+__device__ static inline uint64_t uniform_descriptor(uint64_t descriptor)
+{
+    return descriptor >> 32 << 32 | __shfl_sync(BTX_ALL_LANES, (uint32_t)descriptor, 0);
+}
+
+#ifndef BTX_EMULATE
 /* ---- products of a warpgroup ------------------------------------------------------------------------------------- */
 
 /* What the warpgroup's threads did to their sums and operands in registers before comes before the products after. */
@@ -205,5 +229,7 @@ __device__ static inline void store_matrix_x4(void *shared_row, const unsigned (
     BTX_HOPPER_ASM("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared_row)),
                    "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3]) : "memory");
 }
+
+#endif /* BTX_EMULATE */
 
 #endif /* BTX_HOPPER_CUH */

@@ -27,7 +27,9 @@ typedef struct device_view {
     void *data;
     int64_t stride[4]; /* in elements */
     int32_t vector;    /* rows of a head are contiguous and start on 16 bytes */
-    int32_t unused;
+    /* Elements, a power of two, 16 bytes or more, of which strides of blocks and rows are multiples, and so many that
+     * 32 bits can count the units from data to any row of head 0; zero where there is no such number. */
+    int32_t unit;
 } device_view;
 
 typedef struct device_layer {
@@ -161,13 +163,20 @@ __host__ __device__ static inline int64_t operand_stride(int64_t dim)
     return (dim + 7) / 8 * 8;
 }
 
+/* The block, from a sequence's first one on, of a cache position. */
+__device__ static inline unsigned find_block(const device_plan &plan, unsigned position)
+{
+    const unsigned size = (unsigned)plan.block_size;
+    /* Most caches have one block a sequence, or blocks of a power of two: a division is 20 instructions. */
+    return position < size ? 0 : plan.block_shift >= 0 ? position >> plan.block_shift : position / size;
+}
+
 /* Element (head 0, 0) of a cache position, counted from the sequence's first token. */
 __device__ static inline int64_t kv_offset(const device_plan &plan, const device_step &step, const device_view &view,
                                            int32_t index)
 {
     const unsigned position = (unsigned)(step.sequence_begin + index), size = (unsigned)plan.block_size;
-    /* Most caches have one block a sequence, or blocks of a power of two: a division is 20 instructions. */
-    const unsigned block = position < size ? 0 : plan.block_shift >= 0 ? position >> plan.block_shift : position / size;
+    const unsigned block = find_block(plan, position);
     return plan.blocks[step.block_offset + (int32_t)block - step.first_block] * view.stride[0] +
            (int64_t)(position - block * size) * view.stride[1];
 }

@@ -126,6 +126,16 @@ struct pending_copy {
     unsigned group;
 };
 
+/* A lane's part of a product of its warpgroup. */
+struct pending_wgmma {
+    operation what;
+    float *sum;
+    unsigned a[4];
+    uint64_t b;
+    int accumulate;
+    unsigned group;
+};
+
 struct fiber {
     context registers;
     uint3 index;
@@ -136,8 +146,10 @@ struct fiber {
     unsigned mask;
     void *operands; /* of the collective */
     int barrier_result;
-    std::vector<pending_copy> copies; /* oldest first */
-    unsigned groups;                  /* committed */
+    std::vector<pending_copy> copies;    /* oldest first */
+    unsigned groups;                     /* committed */
+    std::vector<pending_wgmma> products; /* oldest first; of all lanes of a warp as many */
+    unsigned product_groups;
 };
 
 /* Lanes that wait for each other. */
@@ -313,7 +325,10 @@ static const char *operation_name(operation what)
                                         "__reduce_xor_sync",
                                         "load_matrix_x4",
                                         "multiply_16x8x16",
-                                        "multiply_16x8x16"};
+                                        "multiply_16x8x16",
+                                        "wgmma_m64n64k16_registers",
+                                        "wgmma_m64n64k16_registers",
+                                        "wgmma_wait"};
     return names[(int)what];
 }
 
@@ -487,6 +502,101 @@ static void do_load_matrix(fiber *lanes)
     }
 }
 
+/* Element chunk (of 8) of a row of the right side, where a wgmma descriptor says it is: rows of 128 bytes, swizzled by
+ * the address alone. */
+static const unsigned char *find_right(const fiber &lane, uint64_t descriptor, int row, int chunk)
+{
+    const unsigned start = (unsigned)(descriptor & 0x3fffu) << 4, groups = (unsigned)(descriptor >> 32 & 0x3fffu) << 4;
+    const unsigned plain = start + (unsigned)(row / 8) * groups + (unsigned)(row % 8) * 128 + (unsigned)chunk * 16;
+    const unsigned char *at = dynamic_memory.begin + (plain ^ (plain >> 7 & 7u) << 4);
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7u) != 0)
+        trap("wgmma at %s:%d: its descriptor %016llx is not one of a tile swizzled by 128 bytes",
+             file_name(lane.at.file), lane.at.line, (unsigned long long)descriptor);
+    if (!dynamic_memory.holds(at, 16))
+        trap("wgmma at %s:%d: row %d of its descriptor %016llx is not in shared memory", file_name(lane.at.file),
+             lane.at.line, row, (unsigned long long)descriptor);
+    return at;
+}
+
+/* The right side may be read at any time from the start to the wait. Lanes share its rows. */
+static void wgmma_reads(fiber *lanes, uint64_t descriptor)
+{
+    const int before = current_thread;
+    for (int row = 0; row < 64; row++) {
+        current_thread = (int)(&lanes[row / 2] - fibers);
+        for (int chunk = 0; chunk < 2; chunk++)
+            races_access(find_right(lanes[row / 2], descriptor, row, chunk), 16, false, false, nullptr);
+    }
+    current_thread = before;
+}
+
+static void start_wgmma(const group &all, fiber *lanes)
+{
+    const uint64_t descriptor = static_cast<wgmma_operands *>(lanes[0].operands)->b;
+    for (int l = 0; l < BTX_WARP; l++) {
+        const wgmma_operands &own = *static_cast<wgmma_operands *>(lanes[l].operands);
+        if (own.b != descriptor)
+            trap_as(cudaErrorLaunchFailure, "wgmma at %s:%d: lanes 0 and %d have different descriptors",
+                    file_name(lanes[l].at.file), lanes[l].at.line, l);
+        lanes[l].products.push_back(pending_wgmma{all.what,
+                                                  own.sum,
+                                                  {own.a[0], own.a[1], own.a[2], own.a[3]},
+                                                  own.b,
+                                                  own.accumulate,
+                                                  lanes[l].product_groups});
+        for (int i = 0; i < 32 && !own.accumulate; i++)
+            own.sum[i] = NAN; /* until the wait */
+    }
+    wgmma_reads(lanes, descriptor);
+}
+
+static void do_wgmma(fiber *lanes, size_t index)
+{
+    const operation what = lanes[0].products[index].what;
+    const uint64_t descriptor = lanes[0].products[index].b;
+    const auto value = [&](unsigned pair, int half) {
+        const uint16_t bits = (uint16_t)(pair >> 16 * half);
+        return what == operation::wgmma_bf16 ? __bfloat162float(__nv_bfloat16{bits}) : __half2float(__half{bits});
+    };
+    float a[16][16], b[64][16];
+    for (int l = 0; l < BTX_WARP; l++)
+        for (int i = 0; i < 8; i++)
+            a[l / 4 + i / 2 % 2 * 8][2 * (l % 4) + i % 2 + i / 4 * 8] = value(lanes[l].products[index].a[i / 2], i % 2);
+    wgmma_reads(lanes, descriptor);
+    for (int row = 0; row < 64; row++) {
+        for (int column = 0; column < 16; column++) {
+            uint16_t bits;
+            memcpy(&bits, find_right(lanes[row / 2], descriptor, row, column / 8) + column % 8 * 2, sizeof bits);
+            b[row][column] = value(bits, 0);
+        }
+    }
+    for (int l = 0; l < BTX_WARP; l++) {
+        const pending_wgmma &own = lanes[l].products[index];
+        for (int i = 0; i < 32; i++) {
+            const float *row = a[l / 4 + i / 2 % 2 * 8], *column = b[i / 4 * 8 + 2 * (l % 4) + i % 2];
+            float sum = own.accumulate ? own.sum[i] : 0.0f;
+            for (int k = 0; k < 16; k++)
+                sum += row[k] * column[k];
+            own.sum[i] = sum;
+        }
+    }
+}
+
+/* All lanes' products of groups that may not be under way any more. */
+static void wait_wgmma(fiber *lanes)
+{
+    const unsigned pending = *static_cast<unsigned *>(lanes[0].operands);
+    size_t done = 0;
+    for (int l = 1; l < BTX_WARP; l++)
+        if (lanes[l].products.size() != lanes[0].products.size() || lanes[l].product_groups != lanes[0].product_groups)
+            trap_as(cudaErrorLaunchFailure, "wgmma_wait at %s:%d: lanes 0 and %d have different products under way",
+                    file_name(lanes[l].at.file), lanes[l].at.line, l);
+    while (done < lanes[0].products.size() && lanes[0].products[done].group + pending < lanes[0].product_groups)
+        do_wgmma(lanes, done++);
+    for (int l = 0; l < BTX_WARP; l++)
+        lanes[l].products.erase(lanes[l].products.begin(), lanes[l].products.begin() + (ptrdiff_t)done);
+}
+
 static unsigned combine(operation what, unsigned x, unsigned y)
 {
     switch (what) {
@@ -546,6 +656,13 @@ static void do_collective(int warp, const group &all)
     case operation::multiply_bf16:
     case operation::multiply_f16:
         do_multiply(all, lanes);
+        break;
+    case operation::wgmma_bf16:
+    case operation::wgmma_f16:
+        start_wgmma(all, lanes);
+        break;
+    case operation::wgmma_wait:
+        wait_wgmma(lanes);
         break;
     default:
         for (unsigned left = all.arrived; left != 0; left &= left - 1) {
@@ -631,6 +748,11 @@ void copy_wait(unsigned pending)
         memcpy(copy.to, copy.from, 16);
     }
     self->copies.erase(self->copies.begin(), self->copies.begin() + (ptrdiff_t)done);
+}
+
+void wgmma_commit(void)
+{
+    current->product_groups++;
 }
 
 unsigned char *dynamic_shared(void)
@@ -741,6 +863,8 @@ static void run_block(void)
         thread.lane = t % BTX_WARP;
         thread.copies.clear();
         thread.groups = 0;
+        thread.products.clear();
+        thread.product_groups = 0;
         warps[thread.warp].live |= 1u << thread.lane;
         set_ready(&thread);
     }

@@ -134,7 +134,10 @@ enum class operation {
     reduce_xor,
     load_matrix,
     multiply_bf16,
-    multiply_f16
+    multiply_f16,
+    wgmma_bf16,
+    wgmma_f16,
+    wgmma_wait
 };
 struct shuffle_operands {
     uint64_t value, result;
@@ -152,6 +155,14 @@ struct multiply_operands {
     const unsigned *a; /* [4] */
     unsigned b[2];
 };
+/* sum [16 of a warpgroup's 64 rows, 64] = accumulate ? sum : 0, + a b^T; nothing is computed before a wait. */
+struct wgmma_operands {
+    float *sum;        /* [32] */
+    const unsigned *a; /* [4] */
+    uint64_t b;        /* descriptor */
+    int accumulate;
+};
+void wgmma_commit(void);
 void collective(operation what, unsigned mask, void *operands, site at);
 
 void copy_issue(void *shared, const void *global, bool wanted, site at); /* zeros come where it is not wanted */
@@ -683,6 +694,47 @@ static inline void multiply_16x8x16(float (&c)[4], const unsigned (&a)[4], unsig
     btx_emulation::collective(btx_emulation::operation::multiply_f16, BTX_ALL_LANES, &operands, at);
 }
 
+/* ---- the instructions of hopper.cuh that attention_mass_sm90.cu has ------------------------------------------------
+ *
+ * A warp's share of a warpgroup's product is its own: its 16 rows, all columns. So a warp is all that has to meet. */
+
+#define BTX_SM90A
+
+static inline unsigned shared_address(const void *shared)
+{
+    return (unsigned)((const unsigned char *)shared - btx_emulation::dynamic_shared());
+}
+static inline void wgmma_fence(void)
+{
+}
+static inline void fence_async_proxy(void)
+{
+}
+template <int N> static inline void wgmma_hold(float (&)[N])
+{
+}
+static inline void wgmma_m64n64k16_registers(float (&sum)[32], const unsigned (&a)[4], uint64_t b, __nv_bfloat16,
+                                             int accumulate, BTX_EMULATION_SITE)
+{
+    btx_emulation::wgmma_operands operands = {sum, a, b, accumulate};
+    btx_emulation::collective(btx_emulation::operation::wgmma_bf16, BTX_ALL_LANES, &operands, at);
+}
+static inline void wgmma_m64n64k16_registers(float (&sum)[32], const unsigned (&a)[4], uint64_t b, __half,
+                                             int accumulate, BTX_EMULATION_SITE)
+{
+    btx_emulation::wgmma_operands operands = {sum, a, b, accumulate};
+    btx_emulation::collective(btx_emulation::operation::wgmma_f16, BTX_ALL_LANES, &operands, at);
+}
+static inline void wgmma_commit(void)
+{
+    btx_emulation::wgmma_commit();
+}
+template <int pending> static inline void wgmma_wait(BTX_EMULATION_SITE)
+{
+    unsigned operands = pending;
+    btx_emulation::collective(btx_emulation::operation::wgmma_wait, BTX_ALL_LANES, &operands, at);
+}
+
 /* ---- the runtime: runtime.cpp -------------------------------------------------------------------------------------
  */
 
@@ -856,6 +908,8 @@ __attribute__((visibility("default"))) int64_t btx_emulation_calls(const char *f
 __attribute__((visibility("default"))) void btx_emulation_seed(uint64_t seed);
 /* Nonzero: work is done no sooner than somebody waits for it, as on a slow device (BTX_EMULATE_DEFER). */
 __attribute__((visibility("default"))) void btx_emulation_defer(int defer);
+/* Nonzero: executors take the kernels for sm_90a that are emulated (BTX_EMULATE_SM90A). */
+__attribute__((visibility("default"))) int btx_emulation_sm90a(void);
 }
 
 #endif /* BTX_EMULATION_H */

@@ -49,6 +49,7 @@ class Mutant:
 
 
 MASS, TOP_K, SWIGLU, CAPTURE = "attention_mass.cu", "top_k.cu", "linear_swiglu.cu", "capture_queries.cu"
+MASS_SM90 = "attention_mass_sm90.cu"
 
 MUTANTS = [
     Mutant(
@@ -107,6 +108,47 @@ MUTANTS = [
         "if (key < key_end) {",
     ),
     Mutant(MASS, "splits are not weighed", "sum += part.sum * exp2_fast(part.largest - largest);", "sum += part.sum;"),
+    Mutant(MASS_SM90, "descriptors of other columns", "k / 4 * tile_rows * 64 + k % 4 * 16", "k * 8"),
+    Mutant(
+        MASS_SM90,
+        "no barrier before a tile is read",
+        "fence_async_proxy(); __syncthreads(); start_scores",
+        "fence_async_proxy(); start_scores",
+    ),
+    Mutant(MASS_SM90, "waits for too few copies", "copy_async_wait<1>();", "copy_async_wait<2>();"),
+    Mutant(
+        MASS_SM90,
+        "scores are read before they are there",
+        "SPLIT_KEYS); wgmma_wait<0>(); wgmma_hold(score); add(later, score, key + 64);",
+        "SPLIT_KEYS); wgmma_hold(score); add(later, score, key + 64);",
+    ),
+    Mutant(
+        MASS_SM90,
+        "the tile that is being read is overwritten",
+        "stage == 0 ? SPLIT_STAGES - 1 : stage - 1);",
+        "stage);",
+    ),
+    Mutant(
+        MASS_SM90,
+        "a lane finds the key of another turn",
+        "chunk % TURNS * AT_ONCE + row, end - 1);",
+        "row * TURNS + chunk % TURNS, end - 1);",
+    ),
+    Mutant(MASS_SM90, "a turn forgets to swizzle", "^ turn * AT_ONCE % 8 * 8);", ");"),
+    Mutant(MASS_SM90, "blocks count from position 0", "step.block_offset - step.first_block};", "step.block_offset};"),
+    Mutant(
+        MASS_SM90,
+        "the log-sum-exps of the first queries",
+        "lse + block * 64 + lane % 4 * 2;",
+        "lse + lane % 4 * 2;",
+    ),
+    Mutant(
+        MASS_SM90,
+        "lanes add up different rows",
+        "second_row ? total[p][0] : total[p][1], 1);",
+        "total[p][1], 1);",
+    ),
+    Mutant(MASS_SM90, "no tail guard", "if (stores && at < end)", "if (stores)"),
     Mutant(TOP_K, "no barrier behind the clearing", "histogram[i] = 0; __syncthreads();", "histogram[i] = 0;"),
     Mutant(TOP_K, "one bin too far", "left <= before + first;", "left < before + first;"),
     Mutant(
@@ -312,8 +354,9 @@ def judge(mutant: Mutant) -> str:
         made = make(str(build / "operations"), kernels=kernels, build=build)
         assert made.returncode == 0, f"{mutant}: {made.stderr}"
         command = [str(build / "operations"), "0", str(SEEDS), "1"]
+        environment = {**os.environ, "BTX_EMULATE_SM90A": str(int("sm90" in mutant.about))}
         try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+            run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
         except subprocess.TimeoutExpired:
             return "does not end"
         if run.returncode == 0:

@@ -102,6 +102,15 @@ def test_parity(name: str, weight_dtype: str) -> None:
     assert EMULATION.btx_emulation_launches() > launches
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, shape in SHAPES.items() if shape.head_dim in (64, 128) and shape.dtype != "float32"]
+)
+def test_parity_of_hoppers_mass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """attention_mass_sm90.cu, in place of attention_mass.cu."""
+    monkeypatch.setenv("BTX_EMULATE_SM90A", "1")
+    cases.check_parity(replace(SHAPES[name], seed=len(name)), BACKEND, "bfloat16")
+
+
 small_lengths = st.tuples(st.integers(0, 20), st.integers(1, 160), st.integers(1, 60)).map(
     lambda t: (t[0], max(t[1], t[2]), t[2])
 )

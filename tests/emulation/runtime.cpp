@@ -807,6 +807,12 @@ void btx_emulation_seed(uint64_t seed)
     state().launches_of_seed = 0;
 }
 
+int btx_emulation_sm90a(void)
+{
+    const char *wanted = getenv("BTX_EMULATE_SM90A");
+    return wanted != nullptr && atoi(wanted) != 0;
+}
+
 void btx_emulation_defer(int defer)
 {
     std::lock_guard<std::recursive_mutex> lock(state().mutex);
