@@ -31,8 +31,12 @@ header = Path(__file__).with_name("csrc") / "btx.h"
 version = re.search(r'#define BTX_VERSION "([^"]+)"', header.read_text())
 assert version is not None, "csrc/btx.h defines BTX_VERSION"
 
+# The same sources, compiler and setuptools make the same wheel, wherever and whenever: no date but the first that an
+# archive can hold, no path of this machine.
+os.environ.setdefault("SOURCE_DATE_EPOCH", "315532800")
+
 emulate = os.environ.get("BOTTLENECKED_EMULATE") == "1"
-common_args = ["-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+common_args = ["-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", f"-ffile-prefix-map={Path.cwd()}=."]
 if os.environ.get("BOTTLENECKED_WERROR") == "1":
     common_args.append("-Werror")
 if sanitize := os.environ.get("BOTTLENECKED_SANITIZE"):

@@ -33,7 +33,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     shutil.copytree(
         ROOT,
         source,
-        ignore=shutil.ignore_patterns(".venv*", ".git", "build", "*.egg-info", "*.so", ".*_cache", "demo"),
+        ignore=shutil.ignore_patterns(".venv*", ".git", ".gpu", "build", "*.egg-info", "*.so", ".*_cache", "demo"),
     )
     run(sys.executable, "-m", "build", "--outdir", out, source, env=CPU_ONLY)
     (sdist,) = out.glob("*.tar.gz")
@@ -70,11 +70,29 @@ def test_sdist_holds_every_source(distributions: tuple[Path, Path]) -> None:
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names
 
 
+@pytest.fixture(scope="module")
+def built_elsewhere(distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that pip makes of the sdist: of the same sources, in another folder, at another time."""
+    out = tmp_path_factory.mktemp("elsewhere")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", out, distributions[0], env=CPU_ONLY)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_is_the_same_bytes_elsewhere(distributions: tuple[Path, Path], built_elsewhere: Path) -> None:
+    ours, theirs = zipfile.ZipFile(distributions[1]), zipfile.ZipFile(built_elsewhere)
+    assert [name for name in ours.namelist() if ours.read(name) != theirs.read(name)] == []
+    assert distributions[1].read_bytes() == built_elsewhere.read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
-def test_installs_into_an_empty_environment(distributions: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+def test_installs_into_an_empty_environment(
+    distributions: tuple[Path, Path], built_elsewhere: Path, tmp_path: Path, kind: str
+) -> None:
     run(sys.executable, "-m", "venv", tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", distributions[0 if kind == "sdist" else 1], env=CPU_ONLY)
+    wheel = built_elsewhere if kind == "sdist" else distributions[1]
+    run(python, "-m", "pip", "install", "--quiet", wheel, env=CPU_ONLY)
     info = json.loads(run(tmp_path / "env" / "bin" / "bottlenecked", "info", "--json", cwd=tmp_path).stdout)
     assert info["cuda"]["compiled"] is False
     assert "cpu:scalar" in info["backends"]
