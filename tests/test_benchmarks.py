@@ -527,9 +527,7 @@ def test_decoding_that_is_not_stocks_is_refused(monkeypatch: pytest.MonkeyPatch)
         assert gpu_decode.check(stock, setting, identity, expected) == {"stock_repeats": True}
 
         gather = integration._gather
-        monkeypatch.setattr(
-            integration, "_gather", lambda n, parts, layer, query: gather(n, parts, layer, query.neg_())
-        )
+        monkeypatch.setattr(integration, "_gather", lambda parts, layer, query: gather(parts, layer, query.neg_()))
         with pytest.raises(SystemExit, match=r"other tokens than stock, from token 0 on.* apart; stock repeats"):
             gpu_decode.check(stock, setting, identity, expected)
 

@@ -1090,7 +1090,7 @@ def test_an_emptied_static_cache_keeps_its_ring() -> None:
             output = generate(model, prompts(DEVICE), past_key_values=cache, disable_compile=True)
             sequences.append(output.sequences)
             (state,) = attachment._states.values()
-            rings.append([kept.data_ptr() for kept in (state.newest, state.ring, state.slot)])
+            rings.append([kept.data_ptr() for kept in (state.ring, state.slot, state.slots)])
             cache.reset()
     assert rings[0] == rings[1]
     assert torch.equal(*sequences)

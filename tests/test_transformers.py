@@ -9,14 +9,18 @@ import contextlib
 import copy
 import functools
 import gc
+import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from shutil import which
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -47,6 +51,7 @@ from . import tiny
 from .plain_loop import generate as plain_loop
 
 NEW = 48
+OURS = str(Path(integration.__file__).parents[1])
 LENGTHS = (20, 3, 11, 20, 7, 1, 16, 9)
 
 
@@ -710,6 +715,110 @@ def test_a_static_cache_is_bound_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokens == expected
     assert len(bound) == 2
     assert attachment.stats.rewrites == 2 * rewrites > 4
+
+
+def test_a_graph_may_hold_what_a_token_is_given() -> None:
+    """The first decoded token's, at every later one: the forward itself finds the row of the ring."""
+    model = tiny.model()
+    ids, mask = tiny.prompts((20, 20))
+    cache = StaticCache(config=model.config, max_cache_len=20 + NEW)
+    with attach(model, tiny.processor()) as attachment, torch.no_grad():
+        expected = generate(model, ids, mask).sequences[:, 20:]
+        boundaries = attachment.stats.boundaries
+        prepare = functools.partial(model.prepare_inputs_for_generation, past_key_values=cache, use_cache=True)
+        tokens = [model(**prepare(ids, is_first_iteration=True)).logits[:, -1:].argmax(-1)]
+        held: dict[str, Any] = {}
+        for _ in range(NEW - 1):
+            inputs = prepare(tokens[-1], next_sequence_length=1)
+            given = {name: value for name, value in inputs.items() if name.startswith("query_")}
+            held = held or given
+            assert all(given[name] is held[name] for name in given.keys() - {"query_parts"})
+            output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True, **held)
+            tokens.append(output.logits[:, -1:].argmax(-1))
+    assert torch.equal(torch.cat(tokens, dim=1), expected)
+    assert attachment.stats.boundaries == 2 * boundaries > 8
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of PyTorch, views included, and the calls of our own functions: Python's and C's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch: Counter[str] = Counter()
+        self.python: Counter[str] = Counter()
+        self.extension: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.torch[str(function)] += 1
+        return function(*args, **kwargs or {})
+
+    def __enter__(self) -> Any:
+        sys.setprofile(self._profile)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        sys.setprofile(None)
+        super().__exit__(*error)
+
+    def _profile(self, frame: Any, event: str, function: Any) -> None:
+        if event == "call":
+            if frame.f_code.co_filename.startswith(OURS):
+                self.python[frame.f_code.co_qualname] += 1
+        elif event == "c_call" and "bottleneck_ext" in f"{type(function.__self__).__module__} {function.__module__}":
+            self.extension[function.__name__] += 1
+
+
+IN_FORWARD = {
+    "static": {"cat.default": 1, "view.default": 2, "index_select.default": 1, "index_copy_.default": 1},
+    "dynamic": {"cat.out": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "told", "preparing"),
+    [
+        (1, "static", True, {}),
+        (16, "static", True, {}),
+        (1, "static", False, {"select.int": 1}),
+        (1, "dynamic", True, {"copy_.default": 1}),
+    ],
+)
+def test_what_an_ordinary_token_costs(
+    rows: int, kind: str, told: bool, preparing: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operations beyond stock's, counted: on a GPU each of those before the forward makes the device wait.
+
+    told: the loop hands over the tokens that it has read. preparing: operations of PyTorch before the forward.
+    """
+    monkeypatch.setattr(integration, "_waits", lambda counter: True)  # as on a GPU
+    model = tiny.model()
+    ids, _ = tiny.prompts((20,) * rows)
+
+    def decode(known: dict[str, Any]) -> list[tuple[Operations, Operations]]:
+        """Of the tokens after the first few, before which a StaticCache's counter is read: preparing and forward."""
+        dynamic = kind == "dynamic"
+        cache = DynamicCache(config=model.config) if dynamic else StaticCache(config=model.config, max_cache_len=40)
+        prepare = functools.partial(model.prepare_inputs_for_generation, past_key_values=cache, use_cache=True)
+        model(**prepare(ids, is_first_iteration=True))
+        counted = []
+        for _ in range(9):
+            with Operations() as before:
+                inputs = prepare(ids[:, :1], next_sequence_length=1, **known)
+            with Operations() as during:
+                model(**inputs)
+            counted.append((before, during))
+        return counted[4:]
+
+    with torch.no_grad():
+        stock = decode({})
+        with attach(model, tiny.processor(boundary={"min_step_length": 99}, rewrite_prompt=False)) as attachment:
+            ours = decode({"bottlenecked_tokens": ids[:, 0].tolist()} if told else {})
+    assert attachment.stats.rewrites == 0
+    for (before, during), (stock_before, stock_during) in zip(ours, stock, strict=True):
+        assert before.torch - stock_before.torch == Counter({f"aten.{name}": n for name, n in preparing.items()})
+        assert during.torch - stock_during.torch == Counter({f"aten.{name}": n for name, n in IN_FORWARD[kind].items()})
+        assert not before.extension.total() + during.extension.total()
+        assert before.python.total() <= 10, before.python
 
 
 # --- attaching and detaching --------------------------------------------------------------------------------

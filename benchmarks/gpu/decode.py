@@ -121,31 +121,35 @@ class Loop:
         self.step: Callable[[], object] | None = None
         self.logits = torch.empty(0)  # of the latest step, [batch, vocabulary]
         self.preparing: list[float] = []  # seconds of `prepare`, by token, of the latest `decode`
-        self.captured: dict[str, Tensor] = {}  # what an attached model's forward writes to
+        self.captured: dict[str, Any] = {}  # what the attached model's forward of a token is given for its queries
 
     def prefill(self) -> None:
-        """The prompt into an emptied cache, its first token into `token`; then, once, the graph."""
+        """The prompt into an emptied cache, its first token into `token`; before that, once, the graph."""
+        self.feed_prompt()
+        if self.step is None:
+            self.captured = queries_of(self.prepare_token())
+            self.step = Graph(self.forward, on_gpu=self.context.on_gpu).replay
+            self.feed_prompt()
+
+    def feed_prompt(self) -> None:
         self.cache.reset()
         inputs = self.prepare(self.ids, past_key_values=self.cache, use_cache=True, is_first_iteration=True)
         logits = self.model(**inputs, logits_to_keep=1).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
-        captured = {name: inputs[name] for name in ("query_newest",) if name in inputs}
-        if self.step is not None and self.context.on_gpu:
-            moved = [name for name, tensor in captured.items() if tensor is not self.captured[name]]
-            if moved:
-                raise SystemExit(f"{moved} moved when the cache was emptied: the graph still writes the old ones")
-        self.captured = captured
-        if self.step is None:
-            first = self.token.clone()
-            self.step = Graph(self.forward, on_gpu=self.context.on_gpu).replay
-            self.rewind()
-            self.token.copy_(first)
+
+    def prepare_token(self, **known: list[int]) -> dict[str, Any]:
+        return self.prepare(self.token, next_sequence_length=1, past_key_values=self.cache, use_cache=True, **known)
+
+    def check_addresses(self, inputs: dict[str, Any]) -> None:
+        """inputs: of a token. What the graph was captured with must be what a forward of it would be given now."""
+        given = queries_of(inputs)
+        moved = [name for name in given if name != "query_parts" and given[name] is not self.captured[name]]
+        if moved and self.context.on_gpu:
+            raise SystemExit(f"{moved} moved when the cache was emptied: the graph still uses the old ones")
+        self.captured = given
 
     def forward(self) -> None:
-        extra: dict[str, Any] = dict(self.captured)
-        if extra:
-            extra["query_parts"] = [None] * len(self.cache.layers)
-        output: Any = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, **extra)
+        output: Any = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, **self.captured)
         self.logits = output.logits[:, -1]  # held, so that the graph does not use its memory again
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
 
@@ -164,11 +168,13 @@ class Loop:
         read = [self.token[:, 0].tolist()]
         self.preparing = []
         begin = time.perf_counter()
-        for _ in range(tokens):
+        for index in range(tokens):
             known = {"bottlenecked_tokens": read[-1]} if hand_over else {}
             called = time.perf_counter()
-            self.prepare(self.token, next_sequence_length=1, past_key_values=self.cache, use_cache=True, **known)
+            inputs = self.prepare_token(**known)
             self.preparing.append(time.perf_counter() - called)
+            if index == 0:
+                self.check_addresses(inputs)
             self.step()
             self.read.copy_(self.token[:, 0], non_blocking=True)
             self.context.timer.synchronize()
@@ -300,6 +306,10 @@ def check(stock: Loop, setting: Setting, identity: CacheProcessor, expected: lis
         f"{stock_apart:.3g} apart), ours from {at} on ({ours_apart:.3g})"
     )
     return {"stock_repeats": False, "logit_difference": {OURS: ours_apart, "stock": stock_apart}}
+
+
+def queries_of(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name.startswith("query_")}
 
 
 def first_difference(tokens: list[list[int]], expected: list[list[int]]) -> int | None:

@@ -11,11 +11,13 @@ post-RoPE query for a ring of the last `recent_window` queries, then calls the a
 them travels as keyword arguments of `forward`, so nothing is stored on modules and a compiled graph sees plain inputs.
 
 A prompt's queries go into the ring layer by layer. Those of a decoded token are gathered and written together by the
-last layer, always to the same place, since a launch costs more than the copy; the next call of
+last layer, since a launch costs more than the copy. A StaticCache counts its positions on the device, and its counter
+says where in the ring they belong: so the forward puts them there, a graph of it too, and the host has nothing to do
+with them. A DynamicCache has no such counter: its queries always go to the same place, from which the next call of
 `prepare_inputs_for_generation` moves them into the ring. On a GPU, where the device waits for the host between two
-tokens, an ordinary token costs that move, and one small copy of the new ids to the host, which runs while inputs are
-prepared; a StaticCache's counter is read only where something may have changed it; rewrites are enqueued and not
-waited for; and what a forward writes keeps its address, so that CUDA graphs may hold it.
+tokens, an ordinary token of a StaticCache costs one small copy of the new ids to the host, which runs while inputs are
+prepared, and none where the caller tells them; the counter is read only where something may have changed it; rewrites
+are enqueued and not waited for; and what a forward reads and writes keeps its address, so that CUDA graphs may hold it.
 
 Every generation's state belongs to its cache object and goes with it.
 """
@@ -302,9 +304,11 @@ class Attachment:
         decoding = count == 1 and not arguments.get("is_first_iteration")
         past, read = _past(counter, found, decoding, request, arguments)
         state = self._start(cache, batch_size) if past == 0 else _going_on(found, batch_size, past)
+        if past == 0 or request is not state.request:
+            _check_complete(cache, past)
         if request is not state.request:
             self._begin_request(state, request, arguments.get("attention_mask"), past)
-        if state.newest_slot is not None:
+        if state.newest_slot is not None and state.newest_rows is not None:
             state.by_slot[state.newest_slot].copy_(state.newest_rows)
             state.newest_slot = None
 
@@ -332,13 +336,18 @@ class Attachment:
             if not read and (held := int(counter)) != past:
                 state.counter_step = None
                 _going_on(state, batch_size, held)
+            if self._device_type == "cpu":  # a GPU's counter would have to be waited for
+                _check_complete(cache, past)
             self._rewrite(cache, state, events)
         state.fresh = False
         state.length = past + count
-        inputs["query_newest"] = state.newest
-        if count == 1:
-            state.newest_slot = past % state.window
+        if count == 1 and state.slots is not None and (last := cache.layers[-1]).is_initialized:
             inputs["query_parts"] = [None] * state.num_layers
+            inputs["query_ring"], inputs["query_slots"] = state.ring, state.slots
+            inputs["query_length"] = last.cumulative_length
+        elif count == 1 and state.newest is not None:
+            state.newest_slot = past % state.window
+            inputs["query_parts"], inputs["query_newest"] = [None] * state.num_layers, state.newest
         else:
             state.slot.fill_(past % state.window)
             inputs["query_ring"], inputs["query_slot"] = state.ring, state.slot
@@ -367,33 +376,35 @@ class Attachment:
         config = self.processor.config
         _check_cache(cache, config.num_layers)
         shape = (config.num_layers, batch_size, config.recent_window, config.num_query_heads, config.head_dim)
-        state = self._kept_addresses(shape, self._states.get(cache)) or self._allocate(
-            shape, static=bool(getattr(cache, "is_compileable", False))
-        )
+        longest = cache.layers[-1].max_cache_len if getattr(cache, "is_compileable", False) else None
+        state = self._kept_addresses(shape, longest, self._states.get(cache)) or self._allocate(shape, longest)
         with self._lock:
             self._states[cache] = state
         return state
 
-    def _kept_addresses(self, shape: tuple[int, ...], before: _State | None) -> _State | None:
+    def _kept_addresses(self, shape: tuple[int, ...], longest: int | None, before: _State | None) -> _State | None:
         """A new state in the memory of an emptied cache's, on a GPU: graphs may have recorded its addresses."""
         if (
             self._device.type == "cpu"
             or before is None
             or before.ring.shape != shape
+            or before.longest != longest
             or before.ring.dtype != self.model.dtype
             or before.ring.is_inference() != torch.is_inference_mode_enabled()
         ):
             return None
         before.ring.fill_(torch.nan)
-        before.newest.fill_(torch.nan)
+        if before.newest is not None:
+            before.newest.fill_(torch.nan)
         kept = (
             "ring",
             "queries",
             "slot",
+            "workspace",
+            "slots",
             "newest",
             "newest_rows",
             "by_slot",
-            "workspace",
             "skipped_steps",
             "bound",
             "bound_to",
@@ -403,31 +414,33 @@ class Attachment:
         )
         return _State(**{name: getattr(before, name) for name in kept})
 
-    def _allocate(self, shape: tuple[int, ...], *, static: bool) -> _State:
+    def _allocate(self, shape: tuple[int, ...], longest: int | None) -> _State:
         """A ring, filled with NaN, which shows a layer whose attention never saw it, and what belongs to it.
 
-        static: graphs may be compiled for this cache, as with the cache's own memory, which write to these addresses.
+        longest: how many positions a StaticCache holds, None for a DynamicCache. Graphs may be compiled for the former,
+            as with the cache's own memory, which use these addresses.
         """
         dtype, device = self.model.dtype, self._device
-        layers, batch_size, _, heads, head_dim = shape
+        layers, batch_size, window, heads, head_dim = shape
         ring = torch.full(shape, torch.nan, dtype=dtype, device=device)
-        slot = torch.zeros(1, dtype=torch.long, device=device)
-        newest = torch.full((layers * batch_size, heads, 1, head_dim), torch.nan, dtype=dtype, device=device)
         state = _State(
             ring=ring,
             queries=ring.unbind(0),
-            slot=slot,
-            newest=newest,
-            newest_rows=newest.view(layers, batch_size, heads, head_dim),
-            by_slot=ring.unbind(2),
+            slot=torch.zeros(1, dtype=torch.long, device=device),
             workspace=self.processor.workspace(self._num_threads or torch.get_num_threads()),
         )
+        if longest is None:
+            state.newest = torch.full((layers * batch_size, heads, 1, head_dim), torch.nan, dtype=dtype, device=device)
+            state.newest_rows = state.newest.view(layers, batch_size, heads, head_dim)
+            state.by_slot = ring.unbind(2)
+        else:
+            state.slots = (torch.arange(longest + 1, device=device) - 1) % window
         if device.type != "cpu":
             state.on_host = torch.empty(batch_size, 1, dtype=torch.long, pin_memory=True)
             state.on_host_flat = state.on_host.view(-1)
             state.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            if static:
-                for tensor in (ring, slot, newest):
+            if state.slots is not None:
+                for tensor in (ring, state.slot, state.slots):
                     torch._dynamo.mark_static_address(tensor)
         return state
 
@@ -480,6 +493,7 @@ class Attachment:
             if math.isnan(newest.sum()):  # where any is, and seldom else; to ask for each is many launches
                 # All of a layer, since what a row holds is that row's own business.
                 for layer in newest.isnan().flatten(1).all(dim=1).nonzero()[:1, 0].tolist():
+                    self._forget(cache)
                     raise UnsupportedError(
                         f"{type(self.model).__name__} did not pass the queries of layer {layer} on, or they are not "
                         "numbers"
@@ -590,11 +604,14 @@ class _State:
     ring: Tensor  # [layers, batch, window, query heads, head_dim]; position p is in row p % window
     queries: tuple[Tensor, ...]  # the ring's layers
     slot: Tensor  # [1], where the queries of a prompt begin
-    newest: Tensor  # [layers * batch, query heads, 1, head_dim], the queries of the latest decoded token
-    newest_rows: Tensor  # the same memory as [layers, batch, query heads, head_dim]
-    by_slot: tuple[Tensor, ...]  # the ring's rows, each of the same shape
     workspace: bottleneck_ext.Workspace
     skipped_steps: int = 0  # of the workspace's, those that were counted
+    # Of a StaticCache: [longest + 1], by how many positions it holds: the row of the ring for the last one's queries.
+    slots: Tensor | None = None
+    # Of a DynamicCache: [layers * batch, query heads, 1, head_dim], the queries of the latest decoded token.
+    newest: Tensor | None = None
+    newest_rows: Tensor | None = None  # the same memory as [layers, batch, query heads, head_dim]
+    by_slot: tuple[Tensor, ...] = ()  # the ring's rows, each of the same shape
     newest_slot: int | None = None  # where in the ring they belong, as long as they are not there
     bound: BoundCache | None = None  # the Processor on a StaticCache, and the keys and values that is about
     bound_to: list[Tensor] = field(default_factory=list)
@@ -615,6 +632,11 @@ class _State:
 
     def __post_init__(self) -> None:
         self.num_layers, self.batch_size, self.window = self.ring.shape[:3]
+
+    @property
+    def longest(self) -> int | None:
+        """How many positions a StaticCache holds at most; None for a DynamicCache."""
+        return None if self.slots is None else len(self.slots) - 1
 
     def tokens(self) -> list[int]:
         """What `_copy_tokens` has started to copy."""
@@ -639,6 +661,16 @@ def _going_on(state: _State | None, batch_size: int, past: int) -> _State:
     if batch_size != state.batch_size:
         raise InvalidArgumentError(f"the cache holds {state.batch_size} rows, but the batch has {batch_size}: {remedy}")
     return state
+
+
+def _check_complete(cache: Cache, past: int) -> None:
+    """InvalidArgumentError where a forward was cancelled halfway: its tokens are in the first layers alone."""
+    held = int(cache.get_seq_length(len(cache.layers) - 1)) if cache.layers else 0
+    if held != past:
+        raise InvalidArgumentError(
+            f"the cache holds {past} positions in its first layer and {held} in its last one: a forward was cancelled "
+            "halfway, so that nothing can go on from there; begin with a new cache"
+        )
 
 
 def _past(
@@ -961,23 +993,28 @@ def _capturing(
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        query_newest: Tensor | None = None,
-        query_parts: list[Tensor | None] | None = None,
         query_ring: Tensor | None = None,
         query_slot: Tensor | None = None,
+        query_parts: list[Tensor | None] | None = None,
+        query_slots: Tensor | None = None,
+        query_length: Tensor | None = None,
+        query_newest: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        decoded = query_newest is not None and query_parts is not None
-        if decoded or (query_ring is not None and query_slot is not None):
+        if query_ring is not None or query_newest is not None:
             for name in _OTHER_ATTENTION:
                 if kwargs.get(name) is not None:
                     raise UnsupportedError(f"the model's attention uses {name}: not supported")
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             kept = _untracked(query)
-            if decoded:
-                _gather(query_newest, query_parts, layer, kept)  # type: ignore[arg-type]
-            else:
+            if query_parts is None:
                 _capture_prompt(query_ring[layer], query_slot, kept)  # type: ignore[index, arg-type]
+            elif (queries := _gather(query_parts, layer, kept)) is None:
+                pass  # until the last layer
+            elif query_newest is not None:
+                _keep_token(query_newest, queries)
+            else:
+                _capture_token(query_ring, query_slots, query_length, queries)  # type: ignore[arg-type]
         return wrapped(module, query, key, value, attention_mask, **kwargs)
 
     return capturing_attention
@@ -995,22 +1032,36 @@ def _capture_prompt(ring: Tensor, slot: Tensor, query: Tensor) -> None:
     ring.index_copy_(1, rows, query[:, :, -count:].transpose(1, 2))
 
 
-def _gather(newest: Tensor, parts: list[Tensor | None], layer: int, query: Tensor) -> None:
-    """Keep the query of one token until the last layer, and write those of all layers then.
+def _gather(parts: list[Tensor | None], layer: int, query: Tensor) -> list[Tensor] | None:
+    """Keep the query of one token in `parts`, by layer, until the last one; returns those of all layers then.
 
-    newest: [layers * batch, query heads, 1, head_dim]. parts: by layer. query: [batch, query heads, 1, head_dim].
+    query: [batch, query heads, 1, head_dim].
     """
     parts[layer] = query
     if layer < len(parts) - 1:
-        return
-    present = [part for part in parts if part is not None]
-    if len(present) < len(parts):  # a layer kept its query to itself: its rows stay NaN, which the first boundary finds
-        for part, rows in zip(parts, newest.chunk(len(parts)), strict=True):
-            if part is not None:
-                rows.copy_(part)
-    elif torch.compiler.is_compiling():
-        newest.copy_(torch.cat(present))
-    else:
-        torch.cat(present, out=newest)
+        return None
+    # A layer may have kept its query to itself: NaN is what the first boundary looks for.
+    queries = [torch.full_like(query, torch.nan) if part is None else part for part in parts]
     for index in range(len(parts)):
         parts[index] = None
+    return queries
+
+
+def _capture_token(ring: Tensor, slots: Tensor, length: Tensor, queries: list[Tensor]) -> None:
+    """Write the queries of one token where the cache's own counter says, which may be that of a graph's replay.
+
+    ring: [layers, batch, window, query heads, head_dim]. queries: by layer, [batch, query heads, 1, head_dim].
+    slots: row of the ring by `length`, the positions that the cache holds, this token's among them: a table, since a
+        look-up is one launch and arithmetic two.
+    """
+    layers, batch_size, _, heads, head_dim = ring.shape
+    rows = torch.cat(queries).view(layers, batch_size, 1, heads, head_dim)
+    ring.index_copy_(2, slots.index_select(0, length.view(1)), rows)
+
+
+def _keep_token(newest: Tensor, queries: list[Tensor]) -> None:
+    """newest: [layers * batch, query heads, 1, head_dim]. queries: by layer, [batch, query heads, 1, head_dim]."""
+    if torch.compiler.is_compiling():
+        newest.copy_(torch.cat(queries))
+    else:
+        torch.cat(queries, out=newest)
