@@ -74,7 +74,7 @@ PROMISES = [
     Promise(
         "Steps end where they should, and queries are those of the positions rewritten, whatever came before",
         "random histories of generations, cancellations and kept caches against a plain model of them",
-        ("test_histories.py", "test_boundary.py"),
+        ("test_histories.py", "test_transformers_histories.py", "test_boundary.py"),
     ),
     Promise(
         "In vLLM preemption, cancellation and recomputation lose nothing and mix nothing up",

@@ -1,5 +1,5 @@
 """Random histories against simple models, looked at after every event: the boundary detector and query pages.
-(vLLM's are in test_vllm_scheduler.py and test_vllm_worker.py.)
+(transformers' are in test_transformers_histories.py, vLLM's in test_vllm_scheduler.py and test_vllm_worker.py.)
 
 A history that fails prints its steps and a line `@reproduce_failure(...)` for the machine's TestCase.
 """
