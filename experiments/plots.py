@@ -67,7 +67,7 @@ def _accuracy(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcom
     axes.set_yticks(range(len(lines)), [label for label, _ in lines])
     for tick, (_, row) in zip(axes.get_yticklabels(), lines, strict=True):
         tick.set_fontstyle("italic" if row is None else "normal")
-    axes.set_xlabel("whole answers right (dots: backbones, 95% over problems; line: mean)")
+    axes.set_xlabel("whole answers right\n(dots: backbones, 95% over problems; line: mean)")
     axes.set_xlim(0, 1)
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -78,6 +78,7 @@ def _accuracy(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcom
 def _steps(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcomes) -> bool:
     """Accuracy against the steps that a problem's answer has, all backbones that the variants share together."""
     steps = read(plan.results / "problems.json")
+    behind = 0 if plan.task is None else 1  # the end of text, a step of its own behind the last line's end
     several, seeds = _several(outcomes)
     if not seeds:
         return False
@@ -86,7 +87,7 @@ def _steps(axes: Axes, plan: Plan, found: Mapping[str, Any], outcomes: Outcomes)
         for run in several[name].values():
             for part in steps:
                 for right, count in zip(unpack(run[part]), steps[part], strict=True):
-                    of_step.setdefault(count, []).append(right)
+                    of_step.setdefault(count - behind, []).append(right)
         counts = sorted(of_step)
         each = [share(of_step[count]) for count in counts]
         bounds = np.array([[one.value, one.low, one.high] for one in each])

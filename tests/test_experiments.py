@@ -588,7 +588,7 @@ def uneven(tmp_path: Path) -> plans.Plan:
     for seed in made.seeds:
         found = {"seed": seed, "passes": seed != 1, "look_ups": 0.5, "lacking": []}
         labs.write(made.results / f"backbone-{seed}.json", found)
-    labs.write(made.results / "problems.json", {"test": [2] * 50, "longer": [5] * 10})
+    labs.write(made.results / "problems.json", {"test": [3] * 50, "longer": [6] * 10})  # with the end of text
     for name, shares in SHARES.items():
         for seed, share in shares.items():
             curve = [[1.0, share / 2, 10.0 + seed], [2.0, share, 20.0 + seed]]
@@ -651,6 +651,16 @@ def lines_of(draw: Any, of: plans.Plan) -> dict[str, list[list[float]]] | None:
     if not draw(axes, of, {}, report.read(of)):
         return None
     return {str(line.get_label()): np.asarray(line.get_data()).tolist() for line in axes.get_lines()}
+
+
+def test_a_plot_counts_lines_as_the_task_does(uneven: plans.Plan) -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    assert plots._steps(axes, uneven, {}, report.read(uneven))
+    assert {tuple(line.get_xdata()) for line in axes.get_lines()} == {(2, 5)}
+    (shaded,) = axes.patches
+    assert shaded.get_extents().transformed(axes.transData.inverted()).intervalx.tolist() == pytest.approx([4.5, 6.5])
 
 
 def test_plots_show_means_over_the_backbones_that_all_lines_share(uneven: plans.Plan) -> None:
