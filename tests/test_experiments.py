@@ -658,7 +658,7 @@ def test_a_plot_counts_lines_as_the_task_does(uneven: plans.Plan) -> None:
 
     axes = Figure().subplots()
     assert plots._steps(axes, uneven, {}, report.read(uneven))
-    assert {tuple(line.get_xdata()) for line in axes.get_lines()} == {(2, 5)}
+    assert all(np.asarray(line.get_xdata()).tolist() == [2, 5] for line in axes.get_lines())
     (shaded,) = axes.patches
     assert shaded.get_extents().transformed(axes.transData.inverted()).intervalx.tolist() == pytest.approx([4.5, 6.5])
 
