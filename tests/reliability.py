@@ -2,7 +2,9 @@
 
 `python -m tests.reliability PART...` (make reliability) runs parts and notes what came of them in build/reliability:
 "tests" are the tests below, "vllm" those of them that need vLLM's environment, every other part a target of the
-Makefile. Then, or without a part, it writes the tables of docs/reliability.md from all that was noted.
+Makefile. Where `make test` or `make test-vllm` has run since anything changed, what it said is taken and nothing is run
+again; with --latest, whatever has changed since. Then, or without a part, it writes the tables of docs/reliability.md
+from all that was noted.
 """
 
 from __future__ import annotations
@@ -102,6 +104,11 @@ PROMISES = [
         ("test_untrusted.py",),
     ),
     Promise(
+        "What is installed to build and test this is what was written down, and so is the wheel",
+        "a hash for every file of every dependency; two builds, in two places, compared byte by byte",
+        ("test_requirements.py", "test_packaging.py::test_the_wheel_is_the_same_bytes_elsewhere"),
+    ),
+    Promise(
         "A crash while saving leaves the old checkpoint or the new one",
         "the machine stops after every change of the disk, with half of the next one done or nothing",
         (
@@ -141,9 +148,10 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-def note(part: str, values: dict[str, Any]) -> None:
+def note(part: str, values: dict[str, Any], date: datetime.date | None = None) -> None:
+    """date: of the run, where that is not today."""
     NOTES.mkdir(parents=True, exist_ok=True)
-    about = {"date": datetime.date.today().isoformat(), "machine": machine()}
+    about = {"date": (date or datetime.date.today()).isoformat(), "machine": machine()}
     (NOTES / f"{part}.json").write_text(json.dumps(about | values, indent=1))
 
 
@@ -153,20 +161,40 @@ def noted(part: str) -> dict[str, Any]:
     return found
 
 
-def run_tests(part: str) -> None:
-    """Notes [cases, failures, skipped] of every test function that a promise names."""
+def run_tests(part: str, latest: bool = False) -> None:
+    """Notes [cases, failures, skipped] of every test function that a promise names, or of all that `make` has run."""
+    report = NOTES / f"{part}.xml"
+    if (began := beginning(report)) is not None and (latest or began > last_change()):
+        print(f"{part}: what make has run, from {began:%Y-%m-%d %H:%M} on", flush=True)
+        note(part, {"results": read_report(report)}, began.date())
+        return
     with_vllm = part == "vllm"
     tests = {test for promise in PROMISES for test in promise.tests if test.startswith("vllm/") == with_vllm}
     NOTES.mkdir(parents=True, exist_ok=True)
-    report = NOTES / f"{part}.xml"
     python = ROOT / ".venv-vllm" / "bin" / "python" if with_vllm else sys.executable
-    command = [str(python), "-m", "pytest", "-q", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+    command = [str(python), "-m", "pytest", "-q", f"--junitxml={NOTES / 'some.xml'}", "-o", "junit_family=xunit1"]
     command += ["--override-ini", "addopts=-ra --strict-markers"]
-    report.unlink(missing_ok=True)
+    (NOTES / "some.xml").unlink(missing_ok=True)
     if with_vllm:
         subprocess.run(["make", "install-vllm"], cwd=ROOT, check=True)
     subprocess.run([*command, *sorted(f"tests/{test}" for test in tests)], cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""})
-    note(part, {"results": read_report(report)})
+    note(part, {"results": read_report(NOTES / "some.xml")})
+
+
+def beginning(report: Path) -> datetime.datetime | None:
+    """When the run began that wrote a junit file; None where there is no such file."""
+    if not report.exists():
+        return None
+    suite = next(ElementTree.parse(report).iter("testsuite"))
+    return datetime.datetime.fromisoformat(suite.attrib["timestamp"]).astimezone()
+
+
+def last_change(root: Path = ROOT) -> datetime.datetime:
+    """Of anything that tests could depend on."""
+    folders = [root / name for name in ("csrc", "kernels", "bottleneck_ext", "python", "tests", "requirements")]
+    sources = (".py", ".pyi", ".c", ".h", ".cu", ".cuh", ".cpp", ".sh", ".txt")
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in sources]
+    return datetime.datetime.fromtimestamp(max(path.stat().st_mtime for path in files)).astimezone()
 
 
 def read_report(report: Path) -> dict[str, list[int]]:
@@ -209,15 +237,17 @@ def tables() -> str:
         shown = f"{cases - skipped}" + (f" ({skipped} skipped)" if skipped else "") if cases else "not run"
         rows.append(f"| {promise.what} | {promise.how} | {shown} | {failures if cases else ''} |")
     rows += ["", "| run | looks for | date | machine | what it said |", "|---|---|---|---|---|"]
-    for part, looks_for in {"tests": "the first table", "vllm": "its rows about engines", **TARGETS}.items():
+    for part, looks_for in {"tests": "the table above", "vllm": "its rows about engines", **TARGETS}.items():
         found = noted(part)
         said = found.get("line", "")
         if "results" in found:
             totals = [sum(counts[i] for counts in found["results"].values()) for i in range(3)]
             said = f"{totals[0] - totals[2]} cases, {totals[1]} failed, {totals[2]} skipped"
-        name = f"`make {part}`" if part in TARGETS else f"`make reliability PARTS={part}`"
+        name = {"tests": "make test", "vllm": "make test-vllm"}.get(part, f"make {part}")
         said = ("FAILED: " if found.get("failed") else "") + said.replace("|", "/")
-        rows.append(f"| {name} | {looks_for} | {found.get('date', 'not run')} | {found.get('machine', '')} | {said} |")
+        rows.append(
+            f"| `{name}` | {looks_for} | {found.get('date', 'not run')} | {found.get('machine', '')} | {said} |"
+        )
     return "\n".join(rows)
 
 
@@ -228,14 +258,14 @@ def write_page() -> None:
 
 
 def main() -> None:
-    parts = sys.argv[1:]
+    latest, parts = "--latest" in sys.argv, [part for part in sys.argv[1:] if part != "--latest"]
     if unknown := set(parts) - {"tests", "vllm", *TARGETS}:
         sys.exit(f"unknown parts: {', '.join(sorted(unknown))}; there are tests, vllm, {', '.join(TARGETS)}")
     for part in parts:
         if part in TARGETS:
             run_target(part)
         else:
-            run_tests(part)
+            run_tests(part, latest)
     write_page()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FUZZ = ROOT / "tests" / "fuzz"
-SECONDS = 20
+SECONDS = 60
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".venv-fuzz" / "installed").exists(), reason="no .venv-fuzz, which make fuzz makes: libFuzzer"

@@ -460,6 +460,33 @@ def test_kept_cache_of_an_earlier_attachment() -> None:
         )
 
 
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("static", [False, True])
+def test_kept_cache_in_which_a_forward_was_cancelled(static: bool, after: int) -> None:
+    """In the second of three layers, of the prompt or of the third token: the first layer alone has cached that."""
+    model = tiny.model()
+    cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
+    left = [after]
+
+    def interrupt(*_: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    ids, _ = tiny.prompts((5,))
+    with attach(model, tiny.processor()):
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
+        hook.remove()
+        tokens = torch.cat([ids, ids[:, : after + 1]], dim=1)
+        refuses(
+            InvalidArgumentError,
+            f"holds {5 + after} positions in its first layer and {(4 + after) * (after > 0)} in its last one",
+            lambda: model.generate(tokens, past_key_values=cache, max_new_tokens=2),
+        )
+
+
 def test_static_cache_reset_is_a_new_one() -> None:
     model = tiny.model()
     cache = StaticCache(config=model.config, max_cache_len=32)

@@ -295,7 +295,9 @@ def read_object(path: Path, **options: Any) -> dict[str, Any]:
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # a FIFO: without waiting
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{path} is not a regular file: give a directory with a config.json")
-        content = file.read(MAX_CONFIG_BYTES + 1)
+        content = bytearray()  # piece by piece: memory for what the file holds, not for what it may hold
+        while len(content) <= MAX_CONFIG_BYTES and (piece := file.read(1 << 16)):
+            content += piece
     if len(content) > MAX_CONFIG_BYTES:
         raise ValueError(f"{path} has more than {MAX_CONFIG_BYTES >> 20} MiB: this is no configuration")
     try:
