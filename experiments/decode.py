@@ -139,7 +139,7 @@ def _rewrite(
             mass = backbone.forward(stretch, prior, mass_window=config.recent_window).mass
     longest = max(end for _, end in steps)
     cache = store[:, chosen, :longest].contiguous()
-    rewrite(processor, cache.flatten(0, 2), steps, mass, variant)
+    rewrite(processor, cache, steps, mass, variant)
     store[:, chosen, :longest] = cache
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,9 @@ from bottlenecked.boundary import BoundaryDetector  # noqa: E402
 from bottlenecked.config import BoundaryConfig  # noqa: E402
 from bottlenecked.integrations.transformers import attach  # noqa: E402
 from bottlenecked.module import CacheProcessorModule  # noqa: E402
+from bottlenecked.training import frozen  # noqa: E402
 from bottlenecked.training.data import Example  # noqa: E402
+from bottlenecked.training.decoder import Decoder, Layer  # noqa: E402
 from bottlenecked.training.packed import PackedBackbone, Stretch  # noqa: E402
 from bottlenecked.training.rollout import Variant, count_targets, rollout, supervised  # noqa: E402
 from tests import literal_training, tiny  # noqa: E402
@@ -132,6 +137,124 @@ def test_gradients_equal_the_literal_procedure(double: Any, changes: dict[str, A
     # The target of the project; what is left is rounding, some 1e-13.
     assert_close(gradients(made), expected, 1e-9)
     assert all(parameter.grad is None for parameter in double.parameters())
+
+
+@contextlib.contextmanager
+def fused_norms() -> Iterator[None]:
+    """On this CPU, the two operations that norms are on a GPU, by their definition."""
+
+    def forward(x: Any, shape: Any, weight: Any, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        return x * inverse * (1 if weight is None else weight), inverse
+
+    def backward(
+        gradient: Any, x: Any, shape: Any, inverse: Any, weight: Any, wanted: list[bool]
+    ) -> tuple[torch.Tensor, None]:
+        assert wanted[0]
+        of_unit, unit = gradient * (1 if weight is None else weight), x * inverse
+        return inverse * (of_unit - unit * (of_unit * unit).mean(-1, keepdim=True)), None
+
+    frozen._has_fused_norm.cache_clear()
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_fused_rms_norm", forward, "CPU")
+        library.impl("_fused_rms_norm_backward", backward, "CPU")
+        try:
+            yield
+        finally:
+            frozen._has_fused_norm.cache_clear()
+
+
+@pytest.mark.parametrize("way", ["autograd", "own code", "fused norms", "heads together"])
+def test_gradients_are_the_same_whatever_the_way_through_the_backbone(
+    double: Any, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of weights that are trained, a model's own code, and what frozen layers do on other devices."""
+    backbone, made = PackedBackbone(double), module().double()
+    with contextlib.ExitStack() as stack:
+        if way == "autograd":
+            monkeypatch.setattr(Decoder, "frozen_layers", lambda self: None)
+        elif way == "own code":
+            double.model.layers[0].register_forward_hook(lambda *_: None)
+        elif way == "fused norms":
+            stack.enter_context(fused_norms())
+        else:
+            attention = torch.nn.functional.scaled_dot_product_attention
+
+            def together(*arguments: Any, **options: Any) -> torch.Tensor:
+                return attention(*arguments, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+            monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", together)
+        layers = backbone.layers()
+        assert (None if layers is None else type(layers[0])) == {"autograd": Layer, "own code": None}.get(
+            way, frozen.FrozenLayer
+        )
+        if way in ("fused norms", "heads together"):
+            assert frozen._has_fused_norm(double.device, torch.float64) == (way == "fused norms")
+        rollout(backbone, made, RAGGED, denominator=count_targets(RAGGED))
+    assert_close(gradients(made), literal_gradients(double, made, RAGGED)[0], 1e-9)
+    assert all(parameter.grad is None for parameter in double.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_frozen_layers_are_those_of_autograd(dtype: torch.dtype) -> None:
+    """With biases, and in the dtypes of training; the last layer is of weights that autograd could train."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**tiny.SHAPE | {"initializer_range": 0.1})).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name:
+                parameter.normal_()
+    found = []
+    for trained in (False, True):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained and "layers.2" in name)
+        backbone, made = PackedBackbone(model), module(top_k=1000)  # no choice that roundings could turn
+        layers = backbone.layers()
+        assert layers is not None
+        assert isinstance(layers[0], Layer if trained else frozen.FrozenLayer)
+        losses = rollout(backbone, made, RAGGED, denominator=count_targets(RAGGED))
+        found.append((float(losses.sums.sum()), gradients(made)))
+    (loss, got), (other_loss, expected) = found
+    if dtype is torch.float32:
+        assert loss == pytest.approx(other_loss, rel=1e-5)
+        assert_close(got, expected, 1e-4)
+    else:  # of single numbers, such as a gate's, roundings leave little
+        assert loss == pytest.approx(other_loss, rel=1e-2)
+        one, other = (torch.cat([of[name].flatten() for name in expected]) for of in (got, expected))
+        assert float((one - other).norm()) <= 0.1 * float(other.norm())
+
+
+class _Counter(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_operations_are_few() -> None:
+    """A GPU waits for the host, which issues them one by one: their number is what a step of training takes there."""
+    batch = [example(19, [12, 2, 5, 1], 2), example(6, [3, 14, 9, 4], 5)]
+
+    def count(layers: int) -> int:
+        backbone = PackedBackbone(tiny.model(num_hidden_layers=layers).requires_grad_(False))
+        made = module(num_layers=layers)
+        rollout(backbone, made, batch, denominator=1.0)  # what is made once
+        with _Counter() as counter:
+            rollout(backbone, made, batch, denominator=1.0)
+        return sum(counter.counts.values())
+
+    with fused_norms():
+        few, many = count(2), count(6)
+    # What a layer takes in the forwards of a prompt and of four steps, and in the backward passes of these.
+    assert many - few <= 4 * 215
+    assert few <= 1580
 
 
 def test_gradients_with_timing_pre(double: Any) -> None:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .frozen import FrozenLayer, FrozenNorm
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -39,6 +41,14 @@ class Rotation:
             tables = self._cos, torch.cat([-first, second], -1), torch.cat([second, -first], -1)
             self._tables[dtype] = tuple(t.to(dtype) for t in tables)  # type: ignore[assignment]
         return self._tables[dtype]
+
+    def of_rows(self, count: int, others: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """`tables` for heads as rows [T * (count + others), d], of which each token's last `others` are not turned."""
+        cos, sin, sin_transposed = self.tables(dtype)
+        kept = cos.new_ones(len(cos), others, cos.shape[2]), cos.new_zeros(len(cos), others, cos.shape[2])
+        parts = (cos, kept[0]), (sin, kept[1]), (sin_transposed, kept[1])
+        cos, sin, sin_transposed = (torch.cat([t.expand(-1, count, -1), rest], 1).flatten(0, 1) for t, rest in parts)
+        return cos, sin, sin_transposed
 
     def turn_(self, heads: Tensor, count: int, *, transposed: bool = False) -> None:
         """Turn the first `count` of heads [T, N, d], contiguous, in place. transposed: as gradients are turned."""
@@ -105,15 +115,24 @@ class Decoder:
         """Read anew for every batch: weights may have been trained or replaced since the last."""
         return [self._layer(i, module) for i, module in enumerate(self.modules)]
 
-    def forward(
-        self, ids: Tensor, positions: Tensor, wanted: Tensor, layers: Sequence[Layer], attend: Attention
-    ) -> Tensor:
-        """Logits [wanted, vocabulary] of tokens ids [T] at positions [T]."""
-        x = self._embed(ids)
-        rotation = self.rotation(x, positions)
-        for layer in layers:
-            x = layer.run(x, rotation, attend)
-        return self.logits(x.index_select(0, wanted))
+    def frozen_layers(self) -> list[FrozenLayer] | None:
+        """`layers`, where nothing wants a gradient of anything in them and their parts are plain; else None."""
+        if torch.is_autocast_enabled(self._embed.weight.device.type):
+            return None
+        if any(p.requires_grad for part in (self._embed, *self.modules) for p in part.parameters()):
+            return None
+        found: list[FrozenLayer] = []
+        for index, module in enumerate(self.modules):
+            layer = self._frozen_layer(index, module)
+            if layer is None:
+                return None
+            found.append(layer)
+        return found
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Of tokens [T]: [T, D]."""
+        x: Tensor = self._embed(ids)
+        return x
 
     def rotation(self, x: Tensor, positions: Tensor) -> Rotation:
         """RoPE of tokens at positions [T], in the dtype of x."""
@@ -140,18 +159,29 @@ class Decoder:
             mlp.act_fn,
         )
 
+    def _frozen_layer(self, index: int, module: Any) -> FrozenLayer | None:
+        attention, mlp = module.self_attn, module.mlp
+        norms = _norm(module.input_layernorm), _norm(module.post_attention_layernorm)
+        rest = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        heads = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        plain = (
+            getattr(attention, "q_norm", None) is None
+            and all(_is_frozen(part) and part.bias is None for part in rest)
+            and isinstance(mlp.act_fn, (torch.nn.SiLU, type(_silu())))
+        )
+        if not plain or heads is None or any(norm.weight.dtype != heads[0].dtype for norm in norms):
+            return None
+        first, second = (FrozenNorm(norm.weight, norm.eps) for norm in norms)
+        output, gate, up, down = (part.weight for part in rest)
+        return FrozenLayer(index, float(attention.scaling), first, *heads, output, second, gate, up, down)
+
     def _heads(self, attention: Any) -> Callable[[Tensor], Tensor]:
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-        if all(type(part) is torch.nn.Linear and not part.weight.requires_grad for part in parts):
-            # Frozen: one product, with a copy of the weights that lives as long as the batch.
-            weight = torch.cat([part.weight for part in parts])
-            biases = [part.bias for part in parts]
-            bias = None if any(b is None for b in biases) else torch.cat(biases)
-            if bias is None and any(b is not None for b in biases):
-                raise AttributeError("biases of some projections only")
+        joined = _joined(parts)
+        if joined is not None:
 
             def project(x: Tensor) -> Tensor:
-                return F.linear(x, weight, bias)
+                return F.linear(x, *joined)
         else:
 
             def project(x: Tensor) -> Tensor:
@@ -169,6 +199,29 @@ class Decoder:
             return torch.cat([norms[0](query), norms[1](key), value], 1)
 
         return normed
+
+
+def _silu() -> Any:
+    """transformers' own: a class of its own in some versions."""
+    from transformers.activations import ACT2FN
+
+    return ACT2FN["silu"]
+
+
+def _is_frozen(part: Any) -> bool:
+    """Whether this is one product with weights that want no gradient."""
+    return type(part) is torch.nn.Linear and not any(p.requires_grad for p in part.parameters())
+
+
+def _joined(parts: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:
+    """Frozen projections as one: a copy of their weights and biases that lives as long as the batch. Else None."""
+    if not all(_is_frozen(part) for part in parts):
+        return None
+    biases = [part.bias for part in parts]
+    bias = None if any(b is None for b in biases) else torch.cat(biases)
+    if bias is None and any(b is not None for b in biases):
+        raise AttributeError("biases of some projections only")
+    return torch.cat([part.weight for part in parts]), bias
 
 
 def _norm(module: Any) -> Norm:

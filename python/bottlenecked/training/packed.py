@@ -9,11 +9,13 @@ Models like Llama and Qwen run through decoder.py, where that is found to comput
 code, with our attention under a name of our own, as in the transformers integration.
 
 Short lines on a GPU take as long as the host needs to issue them. Hence one transfer of all indices, nothing that makes
-the host wait for the device, and, per layer, one gather before attention and one behind it, either way.
+the host wait for the device, and, per layer, one gather before attention and one behind it, either way. New rows are
+written into the cache where attention reads them, and its gradients are left where they fall until all layers' are
+fetched at once. Where all weights are frozen, frozen.py has the backward pass as well.
 
-Sizes: B sequences, T packed tokens, m slots per sequence (tokens of the longest, rounded up), S earlier positions, H
-query heads, H_kv KV heads of size d, G = H / H_kv, N = H + 2 * H_kv, C = 2 * H_kv * d (keys over KV heads, then values
-over KV heads).
+Sizes: B sequences, T packed tokens, m slots per sequence (tokens of the longest, rounded up), S positions that
+attention may see, H query heads, H_kv KV heads of size d, G = H / H_kv, N = H + 2 * H_kv, C = 2 * H_kv * d (keys over
+KV heads, then values over KV heads).
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from torch import Tensor
 
 from ..backbones import describe
 from .decoder import Decoder, Layer, Rotation
+from .frozen import FrozenLayer, at_least_float32, run_frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +76,7 @@ class Output:
     """What one forward gives.
 
     logits: [wanted, vocabulary], in the order of the sequences.
-    kv: [num_layers, tokens, C], the new cache rows, detached; None unless asked for.
+    kv: [num_layers, tokens, C], the new cache rows, constants; None unless asked for.
     mass: [num_layers, B, positions], attention mass of every position before its sequence's window, -1 elsewhere;
         None where not asked for or where no sequence has such a position.
     """
@@ -123,24 +126,43 @@ class PackedBackbone:
     ) -> Output:
         """Feed one stretch.
 
-        prior: the cache, [num_layers, B, S, C], of which sequence b's first begins[b] positions are read; gradients
-            flow into it. None where all begin at 0.
+        prior: the cache, [num_layers, B, S, C], of which sequence b's first begins[b] positions are read; a constant.
+            None where all begin at 0.
         keep: whether the new cache rows are wanted.
         mass_window: compute the attention mass that the last `mass_window` tokens of each sequence's stretch paid.
         """
-        indices, num_prior = Indices(), 0 if prior is None else prior.shape[2]
-        plan = Plan(self, stretch, indices, num_prior=num_prior, mass_window=mass_window)
+        indices, cache = Indices(), None
+        if prior is not None or keep or mass_window is not None:
+            ends = [begin + len(tokens) for begin, tokens in zip(stretch.begins, stretch.tokens, strict=True)]
+            cache = Cache(self, len(ends), max(ends))
+            if prior is not None:
+                cache.rows[:, :, : prior.shape[2]] = prior[:, :, : cache.capacity].detach()
+        plan = Plan(self, stretch, indices, cache, mass_window=mass_window)
         indices.send(self.device)
-        return self.run(plan, prior, self.layers(), keep=keep)
+        output = self.run(plan, cache, self.layers())
+        if keep and cache is not None:
+            output.kv = cache.new_rows(plan)
+        return output
 
-    def layers(self) -> list[Layer] | None:
+    def layers(self) -> list[Layer] | list[FrozenLayer] | None:
         """For `run`, to be asked for once per batch; None for a model that runs through its own code."""
         decoder = self._decoder
-        return None if decoder is None or _is_watched(self.model) else decoder.layers()
+        if decoder is None or _is_watched(self.model):
+            return None
+        return decoder.frozen_layers() or decoder.layers()
 
-    def run(self, plan: Plan, prior: Tensor | None, layers: list[Layer] | None, *, keep: bool = False) -> Output:
-        """`forward` of a plan, after its indices were sent."""
-        return self._run(plan, prior, layers, self._decoder, keep)
+    def run(
+        self,
+        plan: Plan,
+        cache: Cache | None,
+        layers: list[Layer] | list[FrozenLayer] | None,
+        rewritten: Rewritten | None = None,
+    ) -> Output:
+        """`forward` of a plan, after its indices were sent.
+
+        cache: of which the plan was made; gets the new rows. rewritten: those of its rows that gradients flow into.
+        """
+        return self._run(plan, cache, layers, self._decoder, rewritten)
 
     def shares_kv_heads(self) -> bool:
         """Whether causal attention reads the KV head of several query heads without making attention matrices."""
@@ -150,12 +172,24 @@ class PackedBackbone:
         return device != "cuda" or dtype in (torch.float16, torch.bfloat16)
 
     def _run(
-        self, plan: Plan, prior: Tensor | None, layers: list[Layer] | None, decoder: Decoder | None, keep: bool
+        self,
+        plan: Plan,
+        cache: Cache | None,
+        layers: list[Layer] | list[FrozenLayer] | None,
+        decoder: Decoder | None,
+        rewritten: Rewritten | None = None,
     ) -> Output:
-        under_way, indices = _Pass(plan, prior, keep), plan.indices
+        under_way, indices = Pass(plan, cache, rewritten), plan.indices
         ids, positions, wanted = indices[plan.ids], indices[plan.positions], indices[plan.wanted]
         if layers is not None and decoder is not None:
-            logits = decoder.forward(ids, positions, wanted, layers, under_way.attend)
+            x = decoder.embed(ids)
+            rotation = decoder.rotation(x, positions)
+            if isinstance(layers[0], FrozenLayer):
+                x = run_frozen(layers, x, rotation, under_way)
+            else:
+                for layer in layers:
+                    x = layer.run(x, rotation, under_way.attend)
+            logits = decoder.logits(x.index_select(0, wanted))
         else:
             with _attention(self.model):
                 logits = self.model(
@@ -165,7 +199,7 @@ class PackedBackbone:
                     logits_to_keep=wanted,
                     packed=under_way,
                 ).logits[0]
-        return Output(logits, under_way.kept(), under_way.mass())
+        return Output(logits, None, under_way.mass())
 
     @functools.cached_property
     def _decoder(self) -> Decoder | None:
@@ -176,14 +210,14 @@ class PackedBackbone:
             return None
         vocabulary, inputs = self.model.get_input_embeddings().num_embeddings, []
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), contextlib.ExitStack() as hooks:
-            indices = Indices()
-            plan = Plan(self, Stretch([[i % vocabulary for i in range(13)]], [0], [range(13)]), indices)
+            indices, caches = Indices(), [Cache(self, 1, 13) for _ in range(2)]
+            plan = Plan(self, Stretch([[i % vocabulary for i in range(13)]], [0], [range(13)]), indices, caches[0])
             indices.send(self.device)
             for module in (*decoder.modules, decoder.norm):
                 hook = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0][0]))
                 hooks.callback(hook.remove)
-            theirs = self._run(plan, None, None, None, keep=True)
-            under_way = _Pass(plan, None, keep=True)
+            theirs = self._run(plan, caches[0], None, None)
+            under_way = Pass(plan, caches[1])
             rotation = decoder.rotation(inputs[0], indices[plan.positions])
             pairs = [
                 (expected, layer.run(given, rotation, under_way.attend))
@@ -191,10 +225,7 @@ class PackedBackbone:
             ]
             real = [(expected[: plan.num_tokens], got[: plan.num_tokens]) for expected, got in pairs]
             real.append((theirs.logits, decoder.logits(inputs[-1][: plan.num_tokens])))
-            kept = under_way.kept()
-            assert theirs.kv is not None
-            assert kept is not None
-            real += zip(theirs.kv, kept, strict=True)
+            real += zip(*(cache.new_rows(plan) for cache in caches), strict=True)
         # Each of them a few roundings deep; a wrong rotation, norm or factor changes it all.
         eps = torch.finfo(theirs.logits.dtype).eps
         tolerance = (4 if eps > 1e-6 else 100) * eps
@@ -218,11 +249,47 @@ class Indices:
         if device.type == "cuda":
             flat = flat.pin_memory()
         parts = flat.to(device, non_blocking=True).split([array.size for array in self._arrays])  # type: ignore[no-untyped-call]
-        self._sent = [part.view(array.shape) for part, array in zip(parts, self._arrays, strict=True)]
+        self._sent = [
+            part if array.ndim == 1 else part.view(array.shape) for part, array in zip(parts, self._arrays, strict=True)
+        ]
 
     def __getitem__(self, number: int) -> Tensor:
         """int64, in the shape in which it was added."""
         return self._sent[number]
+
+
+class Cache:
+    """The cache of a batch, constant for autograd: rows [num_layers, B, positions, C] in the backbone's dtype.
+
+    capacity: positions that attention may see, at least `longest` of them. There is one more, for padding tokens.
+
+    Zero where nothing was written: masked rows are multiplied by zero weights, and must be finite for that.
+    """
+
+    def __init__(self, backbone: PackedBackbone, batch: int, longest: int) -> None:
+        # The gradient of padding is read where no token is (see `Plan`): there must be such a position.
+        self.capacity = round_up(longest + 1, POSITION_MULTIPLE)
+        shape = (backbone.num_layers, batch, self.capacity + 1, backbone.kv_width)
+        self.rows = torch.zeros(shape, dtype=backbone.model.dtype, device=backbone.device)
+        # Autograd holds a layer's keys and values until its backward pass, and would take a row written in another
+        # layer for one of theirs: `data` does not tell it.
+        self.layers = [rows.data for rows in self.rows.flatten(1, 2).unbind(0)]
+
+    def new_rows(self, plan: Plan) -> Tensor:
+        """[num_layers, tokens, C], those that the forward of a plan wrote."""
+        return self.rows.flatten(1, 2).index_select(1, plan.indices[plan.places][: plan.num_tokens])
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """Rows of the cache that gradients flow into.
+
+    rows: [num_layers * rows, C], equal to what is in the cache. positions: [num_layers, rows], where, in the sequences
+    that `Plan.expect_rewritten` was told.
+    """
+
+    rows: Tensor
+    positions: Tensor
 
 
 class Plan:
@@ -232,6 +299,9 @@ class Plan:
     sequence. Each token has a slot and each slot a token: those of padding have each other's, any of them, so that
     one is never without the other. Their gradients are exactly zero, since no loss and no other token sees
     them. So the gradient of spreading is collecting, which needs no sums, and the reverse.
+
+    As keys, tokens stand in the cache at their positions; those of padding at none that attention sees. Their gradients
+    are read at a position behind the end of a sequence, where they are zero.
     """
 
     def __init__(
@@ -239,12 +309,12 @@ class Plan:
         backbone: PackedBackbone,
         stretch: Stretch,
         indices: Indices,
+        cache: Cache | None = None,
         *,
-        num_prior: int = 0,
         mass_window: int | None = None,
     ) -> None:
-        """As for `PackedBackbone.forward`; num_prior: S, 0 without a cache."""
-        self.indices, self.num_prior = indices, num_prior
+        """As for `PackedBackbone.forward`. cache: of these sequences and maybe others behind."""
+        self.indices = indices
         lengths, begins = np.array([len(t) for t in stretch.tokens]), np.array(stretch.begins)
         self.batch, self.num_tokens = len(lengths), int(lengths.sum())
         size, slots = round_up(self.num_tokens, TOKEN_MULTIPLE), round_up(int(lengths.max()), _LENGTH_MULTIPLE)
@@ -259,8 +329,15 @@ class Plan:
         self.num_heads = self.query_heads + 2 * self.kv_heads  # N
         self.head_dim, self.kv_width = backbone.head_dim, backbone.kv_width
         self.on_gpu = backbone.device.type == "cuda"
-        # Without a cache plain causal attention will do, unless that would have to make attention matrices.
-        self.causal = num_prior == 0 and (self.groups == 1 or backbone.shares_kv_heads())
+        from_start = not begins.any()
+        # From the start plain causal attention will do, unless that would have to make attention matrices.
+        self.causal = from_start and (self.groups == 1 or backbone.shares_kv_heads())
+        ends = begins + lengths
+        if size > self.num_tokens:
+            ends = ends + (lengths < slots)  # one position behind some sequence that has slots of padding
+        self.num_keys = slots if from_start else round_up(int(ends.max()), POSITION_MULTIPLE)
+        self.capacity = self.num_keys if cache is None else cache.capacity
+        self.num_layers = backbone.num_layers
 
         def packed(values: Iterable[Sequence[int]], offsets: Sequence[int] | None = None) -> npt.NDArray[np.int64]:
             offsets = [0] * self.batch if offsets is None else offsets
@@ -273,44 +350,67 @@ class Plan:
         positions = packed([range(n) for n in lengths], stretch.begins)
         self.positions = indices.add(np.concatenate([positions, padding]))
         self.wanted = indices.add(packed(stretch.wanted, firsts.tolist()))
-        self._arrange(inside)
+        self._arrange(inside, begins)
 
-        # Positions of queries and keys; those of no token are beyond every query.
+        # A query sees the positions up to its own, all of which have tokens.
         queries = begins[:, None] + np.arange(slots)
-        before = np.arange(num_prior)
-        keys = np.concatenate([np.where(before < begins[:, None], before, np.iinfo(np.int64).max), queries], 1)
-        self.keys = indices.add(keys[:, None, None])
+        self.keys = indices.add(np.arange(self.num_keys))
         self.queries = indices.add(np.tile(queries, self.groups)[:, None, :, None])
         self.num_candidates = 0
         if mass_window is not None:
             self._window(mass_window, lengths, begins, queries)
 
-    def _arrange(self, inside: npt.NDArray[np.bool_]) -> None:
-        """Which head of which token goes where: rows of d numbers, spread to [B, m * N], queries first."""
-        batch, slots, heads, kv, groups = self.batch, self.slots, self.query_heads, self.kv_heads, self.groups
+    def expect_rewritten(self, sequences: npt.NDArray[np.int64]) -> None:
+        """Gradients are wanted of rows of the cache, of these sequences [rows]."""
+        width = self._gradient_width
+        of_layers = np.arange(self.num_layers)[:, None] * self.batch + sequences
+        firsts = of_layers * (self.kv_heads * width) + self.groups * self.slots
+        self.rewritten_firsts = self.indices.add(firsts[..., None])
+        of_heads = np.arange(self.kv_heads) * width
+        self.rewritten_heads = self.indices.add(np.concatenate([of_heads, of_heads + self.num_keys]))
+
+    @property
+    def _gradient_width(self) -> int:
+        """Rows of one KV head, its queries', keys' and values'."""
+        return self.groups * self.slots + 2 * self.num_keys
+
+    def _arrange(self, inside: npt.NDArray[np.bool_], begins: npt.NDArray[np.int64]) -> None:
+        """Which head of which token goes where: rows of d numbers."""
+        slots, heads, kv, groups = self.slots, self.query_heads, self.kv_heads, self.groups
         token = np.full(inside.shape, self.num_tokens)  # of each slot
         token[inside] = np.arange(self.num_tokens)
         some_padding = [] if inside.all() else [int(np.flatnonzero(~inside)[0])]
         slot = np.concatenate([np.flatnonzero(inside), some_padding * (self.size - self.num_tokens)]).astype(np.int64)
-        self.real_slots = self.indices.add(slot[: self.num_tokens])
         b, i = slot[:, None] // slots, slot[:, None] % slots
+        position = begins[b] + i
+        places = b * (self.capacity + 1) + position
+        places[self.num_tokens :] = self.capacity
+        self.places = self.indices.add(places.ravel())
         # Head h = k * groups + g asks KV head k.
-        head, kv_row = np.arange(heads), np.arange(2 * kv)
+        head, kv_head = np.arange(heads), np.arange(kv)
 
         queries = token[:, None] * self.num_heads + head[:, None]  # [B, H, m]
-        keys_values = token[..., None] * self.num_heads + heads + kv_row  # [B, m, 2 * H_kv]
-        self.spread = self.indices.add(np.concatenate([queries.reshape(batch, -1), keys_values.reshape(batch, -1)], 1))
-        # Attention hands out rows, and takes gradients of queries, as [B, G * m, H_kv] or, if causal, [B, m, H].
+        self.spread = self.indices.add(queries.ravel())
+        # Attention hands out its rows as it got those of queries, [B, H, m], or, on some devices, with the heads of a
+        # slot together: [B, G * m, H_kv] or, if causal, [B, m, H]. Its gradients come as what it handed out.
         if self.causal:
-            of_query, asking = i * heads + head, token[..., None] * heads + head
+            together, asking = i * heads + head, token[..., None] * heads + head
         else:
-            of_query = ((head % groups) * slots + i) * kv + head // groups
+            together = ((head % groups) * slots + i) * kv + head // groups
             asking = token[:, None, :, None] * heads + np.arange(groups)[:, None, None] + groups * np.arange(kv)
-        self.collect = self.indices.add(b * (heads * slots) + of_query)
-        self.collect_back = self.indices.add(asking)
-        rows = self.num_heads * slots
-        of_kv = heads * slots + i * (2 * kv) + kv_row
-        self.spread_back = self.indices.add(np.concatenate([b * rows + of_query, b * rows + of_kv], 1))
+        self.collect = self.indices.add((b * (heads * slots) + head * slots + i).ravel())
+        self.collect_together = self.indices.add((b * (heads * slots) + together).ravel())
+        self.collect_back = self.indices.add((token[:, None] * heads + head[:, None]).ravel())
+        self.collect_back_together = self.indices.add(asking.ravel())
+        # Gradients of queries, keys and values stand behind each other per KV head, or, if causal, as heads.
+        if self.causal:
+            rows = (b * self.num_heads + np.arange(self.num_heads)) * slots + i
+        else:
+            width = self._gradient_width
+            of_key = (b * kv + kv_head) * width + groups * slots + position
+            of_query = (b * kv + head // groups) * width + (head % groups) * slots + i
+            rows = np.concatenate([of_query, of_key, of_key + self.num_keys], 1)
+        self.spread_back = self.indices.add(rows.ravel())
 
     def _window(
         self,
@@ -334,57 +434,121 @@ class Plan:
         self.window_queries = add(np.tile(np.take_along_axis(queries, index, 1), self.groups)[:, None, :, None])
         self.counted = add(np.tile(counted, self.query_heads)[:, None])
         self.divisors = add((counts * self.query_heads)[:, None, None])
-        candidates = np.arange(self.num_candidates)
-        behind = self.num_prior + candidates - begins[:, None]
-        columns = np.where(candidates < begins[:, None], candidates, behind)
-        self.columns = add(np.minimum(columns, self.num_prior + self.slots - 1))
-        self.no_candidate = add(candidates >= begin[:, None])
-        of_layer = 4 * self.batch * self.query_heads * size * (self.num_prior + self.slots)
+        self.no_candidate = add(np.arange(self.num_candidates) >= begin[:, None])
+        of_layer = 4 * self.batch * self.query_heads * size * self.num_keys
         self.layers_at_once = max(1, _MASS_BYTES[self.on_gpu] // of_layer)
 
 
-class _Pass:
+class Pass:
     """One forward under way: what all layers share, and what they leave behind."""
 
-    def __init__(self, plan: Plan, prior: Tensor | None, keep: bool) -> None:
-        self.plan, self.keep, indices = plan, keep, plan.indices
-        # Together: one by one, each layer's gradient would be padded to the size of all.
-        self.priors = () if prior is None else prior.unbind(0)
-        self.spread, self.spread_back = indices[plan.spread].flatten(), indices[plan.spread_back].flatten()
-        self.collect, self.collect_back = indices[plan.collect].flatten(), indices[plan.collect_back].flatten()
+    def __init__(self, plan: Plan, cache: Cache | None, rewritten: Rewritten | None = None) -> None:
+        self.plan, self._cache, indices = plan, cache, plan.indices
+        self.rewritten = None if rewritten is None else rewritten.rows
+        self._positions = None if rewritten is None else rewritten.positions
+        self._spread, self._spread_back = indices[plan.spread], indices[plan.spread_back]
+        self._places = indices[plan.places]
+        self._gradients: Tensor | None = None
+        self._gradients_of: list[tuple[Tensor, Tensor]] = []
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._kv: list[Tensor] = []
-        self._waiting: list[tuple[Tensor, Tensor, float]] = []
+        self._waiting: list[tuple[Tensor, float]] = []
         self._mass: list[Tensor] = []
-        self._shares: Tensor | None = None  # of a query in the mass
+        self._weighed = 0  # layers
+        self._together = False
+        self._shares: dict[int, Tensor] = {}  # of a query in the mass; by layers at once
+        if cache is not None:
+            with torch.no_grad():
+                self._keys, self._values = (self._heads(cache.rows, first) for first in (0, plan.kv_width // 2))
+                # Taken one by one: what autograd hangs on them must not come back to us.
+                self._of_layers = list(zip(self._keys.unbind(0), self._values.unbind(0), strict=True))
+
+    def _heads(self, rows: Tensor, first: int) -> Tensor:
+        """Keys or values in cache rows [*, B, positions, C], from column `first`: [*, B, H_kv, S, d]."""
+        plan, (*layers, of_sequence, of_position, of_column) = self.plan, rows.stride()
+        return rows.as_strided(
+            (*rows.shape[: len(layers)], plan.batch, plan.kv_heads, plan.num_keys, plan.head_dim),
+            (*layers, of_sequence, plan.head_dim, of_position, of_column),
+            rows.storage_offset() + first,
+        )
 
     def attend(self, layer: int, heads: Tensor, rotation: Rotation | None, scale: float) -> Tensor:
         """heads [T, N, d] in any shape, turned in place if there is a rotation -> [T, H * d]."""
-        plan = self.plan
-        prior = self.priors[layer] if self.priors else None
-        query, key, value = _Spread.apply(heads, prior, self, rotation)[-3:]  # type: ignore[no-untyped-call]
-        if plan.num_candidates:
-            self._weigh(query.detach(), key.detach(), scale)
-        if plan.causal:
-            shared = plan.groups > 1
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=shared)
-        else:
-            # The queries of a KV head as one: its keys and values need not be repeated.
-            mask = self._mask(plan.queries, query.dtype)
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        collected: Tensor = _Collect.apply(out, self)  # type: ignore[no-untyped-call]
+        rewritten = self.rewritten if layer == 0 else None
+        query, key, value = _Spread.apply(heads, rewritten, self, layer, rotation)[-3:]  # type: ignore[no-untyped-call]
+        collected: Tensor = _Collect.apply(self.attention(query, key, value, scale), self)  # type: ignore[no-untyped-call]
         return collected
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """The new rows of the next layer, [B, m, C]."""
-        self._kv.append(rows)
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Of the next layer, as `spread` gave them: [B, H_kv, G * m, d], or [B, H, m, d] if causal."""
+        plan = self.plan
+        if plan.num_candidates:
+            self._weigh(query, scale)
+        if plan.causal:
+            shared = plan.groups > 1
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=shared)
+        # The queries of a KV head as one: its keys and values need not be repeated.
+        mask = self._mask(plan.queries, query.dtype)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
-    def kept(self) -> Tensor | None:
-        """The new cache rows, [num_layers, tokens, C]; once."""
-        if not self.keep:
+    def spread(self, layer: int, heads: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """heads [T, N * d], and the same as rows [T * N, d] -> queries, [B, H_kv, G * m, d], or [B, H, m, d] if causal;
+        keys and values [B, H_kv, S, d], of the cache, where the new ones are written.
+        """
+        plan = self.plan
+        query = rows.index_select(0, self._spread)
+        query = query.view(plan.batch, plan.query_heads if plan.causal else plan.kv_heads, -1, plan.head_dim)
+        new = heads[:, plan.query_heads * plan.head_dim :]
+        if self._cache is not None:
+            kept = self._cache.layers[layer]
+            kept.index_copy_(0, self._places, new if new.dtype == kept.dtype else new.to(kept.dtype))
+            return query, *self._of_layers[layer]
+        kept = new.new_zeros(plan.batch, plan.capacity + 1, plan.kv_width)
+        kept.flatten(0, 1).index_copy_(0, self._places, new)
+        return query, self._heads(kept, 0), self._heads(kept, plan.kv_width // 2)
+
+    def spread_back(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, wanted: bool = True) -> Tensor:
+        """Of the gradients of what `spread` gave: those of the heads, [T * N, d], if wanted."""
+        plan = self.plan
+        if self.rewritten is not None and self.rewritten.requires_grad:
+            if self._gradients is None:
+                shape = (plan.num_layers, *query.shape[:2], query.shape[2] + 2 * key.shape[2], query.shape[3])
+                self._gradients = query.new_empty(shape)
+                flat = self._gradients.view(plan.num_layers, -1, plan.head_dim)
+                self._gradients_of = list(zip(self._gradients.unbind(0), flat.unbind(0), strict=True))
+            of_heads, rows = self._gradients_of[layer]
+            torch.cat([query, key, value], 2, out=of_heads)
+        else:
+            rows = torch.cat([query, key, value], 1 if plan.causal else 2).view(-1, plan.head_dim)
+        return rows.index_select(0, self._spread_back) if wanted else rows
+
+    def of_rewritten(self) -> Tensor | None:
+        """The gradient of the rewritten rows, [num_layers * rows, C], once all layers' are known."""
+        if self._gradients is None or self._positions is None:
             return None
-        rows, self._kv = torch.stack(self._kv), []
-        return rows.flatten(1, 2).index_select(1, self.plan.indices[self.plan.real_slots])
+        plan, indices = self.plan, self.plan.indices
+        rows = self._positions[..., None] + indices[plan.rewritten_firsts] + indices[plan.rewritten_heads]
+        gradients, self._gradients, self._gradients_of = self._gradients, None, []
+        return gradients.view(-1, plan.head_dim).index_select(0, rows.flatten()).view(-1, plan.kv_width)
+
+    def collect(self, out: Tensor) -> Tensor:
+        """What attention gives, [B, *, *, d], by token: [T, H * d]."""
+        plan = self.plan
+        self._together = not out.is_contiguous()
+        if not self._together:
+            rows = out.view(-1, plan.head_dim).index_select(0, plan.indices[plan.collect])
+        else:
+            rows = out.transpose(1, 2).reshape(-1, plan.head_dim)
+            rows = rows.index_select(0, plan.indices[plan.collect_together])
+        return rows.view(plan.size, -1)
+
+    def collect_back(self, gradient: Tensor) -> Tensor:
+        """The gradient of what attention gave."""
+        plan, rows = self.plan, gradient.view(-1, self.plan.head_dim)
+        heads = plan.query_heads if plan.causal else plan.kv_heads
+        if self._together:
+            rows = rows.index_select(0, plan.indices[plan.collect_back_together])
+            return rows.view(plan.batch, -1, heads, plan.head_dim).transpose(1, 2)
+        return rows.index_select(0, plan.indices[plan.collect_back]).view(plan.batch, heads, -1, plan.head_dim)
 
     def mass(self) -> Tensor | None:
         """[num_layers, B, candidates]; None where there are none."""
@@ -392,40 +556,41 @@ class _Pass:
         if not plan.num_candidates:
             return None
         self._weigh_waiting()
-        mass = torch.cat(self._mass)
-        columns = plan.indices[plan.columns].expand(len(mass), -1, -1)
-        return mass.gather(2, columns).masked_fill(plan.indices[plan.no_candidate].bool(), -1.0)
+        mass = torch.cat(self._mass).view(-1, plan.batch, plan.num_keys)[..., : plan.num_candidates]
+        return mass.masked_fill(plan.indices[plan.no_candidate].bool(), -1.0)
 
-    def _weigh(self, query: Tensor, key: Tensor, scale: float) -> None:
+    def _weigh(self, query: Tensor, scale: float) -> None:
         """Several layers at once, as long as their attention matrices stay small."""
-        plan = self.plan
-        query = query.view(plan.batch, plan.query_heads, plan.slots, plan.head_dim)
-        if not plan.whole_window:
-            query = query.take_along_dim(plan.indices[plan.window], 2)
-        if self._waiting and self._waiting[0][2] != scale:
+        if self._waiting and self._waiting[0][1] != scale:
             self._weigh_waiting()
-        self._waiting.append((query, key, scale))
-        if len(self._waiting) >= plan.layers_at_once:
+        self._waiting.append((query, scale))
+        if len(self._waiting) >= self.plan.layers_at_once:
             self._weigh_waiting()
 
+    @torch.no_grad()
     def _weigh_waiting(self) -> None:
-        """Attention mass (section 3), [layers, B, keys]."""
+        """Attention mass (section 3), [layers * B, 1, S]."""
         if not self._waiting:
             return
-        plan, scale = self.plan, self._waiting[0][2]
-        keys = torch.stack([key for _, key, _ in self._waiting])
-        queries = torch.stack([query for query, _, _ in self._waiting])
+        plan, count, scale = self.plan, len(self._waiting), self._waiting[0][1]
+        queries = self._waiting[0][0] if count == 1 else torch.stack([query for query, _ in self._waiting])
         self._waiting = []
-        queries = queries.view(*keys.shape[:3], -1, plan.head_dim)  # [layers, B, H_kv, G * W, d]
-        scores = queries @ keys.transpose(3, 4)
-        mask = self._mask(plan.window_queries, torch.promote_types(scores.dtype, torch.float32))
-        weights = torch.add(mask, scores, alpha=scale).softmax(-1).flatten(2, 3)
-        if self._shares is None:
-            self._shares = (plan.indices[plan.counted] / plan.indices[plan.divisors]).to(weights.dtype)
-        self._mass.append((self._shares @ weights)[:, :, 0])
+        if not plan.whole_window:
+            queries = queries.view(count, plan.batch, plan.query_heads, plan.slots, plan.head_dim)
+            queries = queries.take_along_dim(plan.indices[plan.window][None], 3)
+        queries = queries.reshape(count * plan.batch * plan.kv_heads, -1, plan.head_dim)
+        keys = self._keys[self._weighed : self._weighed + count].reshape(len(queries), -1, plan.head_dim)
+        self._weighed += count
+        scores = torch.bmm(queries, keys.transpose(1, 2)).view(count, plan.batch, plan.kv_heads, -1, plan.num_keys)
+        mask = self._mask(plan.window_queries, at_least_float32(scores.dtype))
+        weights = torch.add(mask, scores, alpha=scale).softmax(-1).view(count * plan.batch, -1, plan.num_keys)
+        if count not in self._shares:
+            shares = (plan.indices[plan.counted] / plan.indices[plan.divisors]).to(weights.dtype)  # [B, 1, H * W]
+            self._shares[count] = shares.repeat(count, 1, 1)
+        self._mass.append(torch.bmm(self._shares[count], weights))
 
     def _mask(self, queries: int, dtype: torch.dtype) -> Tensor:
-        """What to add to the scores of queries at these positions: 0 up to their own, else -inf; [B, 1, *, S + m]."""
+        """What to add to the scores of queries at these positions: 0 up to their own, else -inf; [B, 1, *, S]."""
         if (queries, dtype) not in self._masks:
             hidden = self.plan.indices[self.plan.keys] > self.plan.indices[queries]
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
@@ -434,74 +599,50 @@ class _Pass:
 
 
 class _Spread(torch.autograd.Function):
-    """Heads of tokens [T, N, d], and a layer's cache [B, S, C] -> queries, keys and values for attention.
+    """`Pass.spread`; with a rotation the heads are turned in place first.
 
-    Queries are [B, H_kv, G * m, d], or [B, H, m, d] if causal; keys and values [B, H_kv, S + m, d]. With a rotation
-    the heads are turned in place first.
+    rewritten: those of the cache, given to the first layer: its gradient is the last to come, and fetches all layers'.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, heads: Tensor, prior: Tensor | None, of: _Pass, rotation: Rotation | None
+        ctx: Any, heads: Tensor, rewritten: Tensor | None, of: Pass, layer: int, rotation: Rotation | None
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.of, ctx.rotation, ctx.shape = of, rotation, heads.shape
+        ctx.of, ctx.layer, ctx.rotation, ctx.shape = of, layer, rotation, heads.shape
         plan = of.plan
-        by_token = heads.view(plan.size, plan.num_heads, plan.head_dim)
         turned: tuple[Tensor, ...] = ()
         if rotation is not None:
+            by_token = heads.view(plan.size, plan.num_heads, plan.head_dim)
             rotation.turn_(by_token, plan.query_heads + plan.kv_heads)
             ctx.mark_dirty(heads)
             turned = (heads,)
-        rows = by_token.flatten(0, 1).index_select(0, of.spread).view(plan.batch, -1, plan.head_dim)
-        query, new = rows.split([plan.query_heads * plan.slots, 2 * plan.kv_heads * plan.slots], 1)  # type: ignore[no-untyped-call]
-        new = new.view(plan.batch, plan.slots, plan.kv_width)
-        if prior is not None:
-            both = torch.cat([prior, new], 1)
-            new = both[:, plan.num_prior :]
-        else:
-            # Kept, the rows should not keep the queries alive with them.
-            both = new = new.contiguous() if of.keep else new
-        if of.keep:
-            of.keep_rows(new)
-        key, value = both.view(*both.shape[:2], 2, plan.kv_heads, plan.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        query = query.view(plan.batch, plan.query_heads if plan.causal else plan.kv_heads, -1, plan.head_dim)
-        return *turned, query, key, value
+        return *turned, *of.spread(layer, heads.view(plan.size, -1), heads.view(-1, plan.head_dim))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        of: _Pass = ctx.of
-        plan, (query, key, value) = of.plan, gradients[-3:]
-        # [B, S + m, 2, H_kv, d]
-        both = torch.stack([key.transpose(1, 2), value.transpose(1, 2)], 2)
-        of_prior, new = both.flatten(2).split([plan.num_prior, plan.slots], 1)  # type: ignore[no-untyped-call]
-        of_heads = None
+        of: Pass = ctx.of
+        plan, of_heads = of.plan, None
+        rows = of.spread_back(ctx.layer, *gradients[-3:], wanted=ctx.needs_input_grad[0])
         if ctx.needs_input_grad[0]:
-            asked = query.transpose(1, 2).reshape(plan.batch, -1, plan.head_dim)
-            rows = torch.cat([asked, new.view(plan.batch, -1, plan.head_dim)], 1)
-            by_token = rows.flatten(0, 1).index_select(0, of.spread_back)
-            by_token = by_token.view(plan.size, plan.num_heads, plan.head_dim)
+            by_token = rows.view(plan.size, plan.num_heads, plan.head_dim)
             if ctx.rotation is not None:
                 ctx.rotation.turn_(by_token, plan.query_heads + plan.kv_heads, transposed=True)
             of_heads = by_token.view(ctx.shape)
-        return of_heads, of_prior if ctx.needs_input_grad[1] else None, None, None
+        return of_heads, of.of_rewritten() if ctx.needs_input_grad[1] else None, None, None, None
 
 
 class _Collect(torch.autograd.Function):
-    """What attention gives, [B, *, *, d], by token: [T, H * d]."""
+    """`Pass.collect`."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, of: _Pass) -> Tensor:
-        ctx.of, ctx.shape = of, out.shape
-        # Attention's kernels hand it out with the heads of a slot together: no copy.
-        rows = out.transpose(1, 2).reshape(-1, out.shape[3]).index_select(0, of.collect)
-        return rows.view(of.plan.size, -1)
+    def forward(ctx: Any, out: Tensor, of: Pass) -> Tensor:
+        ctx.of = of
+        return of.collect(out)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        batch, heads, slots, width = ctx.shape
-        rows = gradients[0].reshape(-1, width).index_select(0, ctx.of.collect_back)
-        return rows.view(batch, slots, heads, width).transpose(1, 2), None
+        return ctx.of.collect_back(gradients[0]), None
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -553,7 +694,7 @@ def _packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed: _Pass,
+    packed: Pass,
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -605,4 +746,4 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
     return modules
 
 
-__all__ = ["Output", "PackedBackbone", "Stretch", "round_up"]
+__all__ = ["Cache", "Output", "PackedBackbone", "Rewritten", "Stretch", "round_up"]

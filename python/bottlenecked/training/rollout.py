@@ -3,7 +3,7 @@ rewritten cache, with gradients cut at every step's end.
 
 A sequence is a prompt (step 0) and the steps of an answer. For n = 0, 1, ...:
 
-    call n       rewrites the cache at the end of step n, out of place
+    call n       rewrites the cache at the end of step n; what is written is a constant, its gradient the call's
     forward      feeds step n + 1 on the rewritten cache; its cross-entropy is the loss of call n
     backward     at once; the rewritten rows and the new ones are then constants for call n + 1
 
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..module import CacheProcessorModule, RowLayout
-from .packed import POSITION_MULTIPLE, Indices, Output, PackedBackbone, Plan, Stretch, round_up
+from .packed import Cache, Indices, PackedBackbone, Plan, Rewritten, Stretch
 
 if TYPE_CHECKING:
     from ..config import CacheProcessorConfig
@@ -123,10 +123,10 @@ def rollout(
     # The host says everything that it knows beforehand, in one transfer, and waits for the device in the end only.
     indices, tally = Indices(), _Tally(batch)
     sequences = _order(batch)
-    store = _Store(backbone, [s.fed[-1][1] for s in sequences])
+    cache = Cache(backbone, len(sequences), max(s.fed[-1][1] for s in sequences))
     lines: list[_Line] = []
     for n in range(max(len(s.fed) for s in sequences)):
-        lines.append(_Line(n, sequences, backbone, processor.config, store, lines[-1] if lines else None, indices))
+        lines.append(_Line(n, sequences, backbone, processor.config, cache, lines[-1] if lines else None, indices))
         tally.plan([s.index for s in lines[n].active], lines[n].stretch, indices)
     indices.send(backbone.device)
     layers, weights = backbone.layers(), processor.weights(autocast)
@@ -134,23 +134,19 @@ def rollout(
 
     mass: Tensor | None = None
     for line in lines:
-        called = line.selection is not None
-        with torch.set_grad_enabled(called and denominator is not None):
-            prior = None if line.first else store.read(line.plan.batch, line.plan.num_prior)
-            if prior is not None:
-                if line.selection is not None:
-                    with torch.autocast(prior.device.type, dtype=autocast, enabled=autocast is not None):
-                        line.selection.rewrite(processor, prior, mass, variant, weights, inv_freq)
-                prior = prior.view(backbone.num_layers, line.plan.batch, -1, backbone.kv_width)
-            output = backbone.run(line.plan, prior, layers, keep=line.goes_on)
+        selection = line.selection
+        with torch.set_grad_enabled(selection is not None and denominator is not None):
+            rewritten = None
+            if selection is not None:
+                with torch.autocast(cache.rows.device.type, dtype=autocast, enabled=autocast is not None):
+                    rewritten = selection.rewrite(processor, cache.rows, mass, variant, weights, inv_freq)
+            output = backbone.run(line.plan, cache, layers, rewritten)
             loss = tally.add(output.logits, indices)
             if denominator is not None and loss.requires_grad:
                 (loss / denominator).backward()  # type: ignore[no-untyped-call]
         if logits is not None:
             logits += [(*at, row) for at, row in zip(line.targets(), output.logits.detach(), strict=True)]
         mass = output.mass
-        if line.goes_on:
-            store.write(prior, output, indices[line.places])
     return tally.losses(indices)
 
 
@@ -185,64 +181,37 @@ class _Line:
         sequences: Sequence[_Sequence],
         backbone: PackedBackbone,
         config: CacheProcessorConfig,
-        store: _Store,
+        cache: Cache,
         before: _Line | None,
         indices: Indices,
     ) -> None:
         active = [s for s in sequences if len(s.fed) > n]
         begins = [s.fed[n][0] for s in active]
-        self.active, self.first = active, n == 0
+        self.active = active
         self.stretch = Stretch(
             [s.example.tokens[slice(*s.fed[n])] for s in active],
             begins,
             [[i - s.fed[n][0] for i in range(*s.fed[n]) if s.example.loss_mask[i + 1]] for s in active],
         )
-        self.goes_on = any(len(s.fed) > n + 1 for s in active)
+        goes_on = any(len(s.fed) > n + 1 for s in active)
         self.plan = Plan(
             backbone,
             self.stretch,
             indices,
-            num_prior=0 if self.first else round_up(max(begins), POSITION_MULTIPLE),
-            mass_window=config.recent_window if self.goes_on and config.top_k else None,
+            cache,
+            mass_window=config.recent_window if goes_on and config.top_k else None,
         )
-        self.places = indices.add([b * store.capacity + i for b, s in enumerate(active) for i in range(*s.fed[n])])
         self.selection: Selection | None = None
         if n > 1 or (n == 1 and config.rewrite_prompt):
             assert before is not None
             ended = [s.fed[n - 1] for s in active]
-            self.selection = Selection(config, ended, self.plan.num_prior, before.plan.num_candidates, indices)
+            self.selection = Selection(config, ended, cache.rows.shape, before.plan.num_candidates, indices)
+            self.plan.expect_rewritten(self.selection.sequences)
 
     def targets(self) -> list[tuple[int, int]]:
         """(example, index of the predicted token) of every logit."""
         pairs = zip(self.active, self.stretch.begins, self.stretch.wanted, strict=True)
         return [(s.index, begin + i + 1) for s, begin, of in pairs for i in of]
-
-
-class _Store:
-    """The cache of a batch, constant for autograd: [num_layers, B, positions, C] in the backbone's dtype.
-
-    Zero where nothing was written: masked rows are multiplied by zero weights, and must be finite for that.
-    """
-
-    def __init__(self, backbone: PackedBackbone, lengths: Sequence[int]) -> None:
-        self.capacity = round_up(max(lengths), POSITION_MULTIPLE)
-        shape = (backbone.num_layers, len(lengths), self.capacity, backbone.kv_width)
-        self.rows = torch.zeros(shape, dtype=backbone.model.dtype, device=backbone.device)
-
-    def read(self, batch: int, count: int) -> Tensor:
-        """A copy of the first sequences' first `count` rows: [num_layers * B * count, C]."""
-        chosen = self.rows[:, :batch, :count]
-        # No view of something else: autograd would then copy gradients when rows are written in place.
-        rows = self.rows.new_empty(chosen[..., 0].numel(), chosen.shape[3])
-        rows.view(chosen.shape).copy_(chosen)
-        return rows
-
-    def write(self, prior: Tensor | None, output: Output, places: Tensor) -> None:
-        """Keep the rewritten rows and the new ones. places: of the latter, in [B * positions]."""
-        assert output.kv is not None
-        if prior is not None:
-            self.rows[:, : prior.shape[1], : prior.shape[2]] = prior.detach()
-        self.rows.flatten(1, 2).index_copy_(1, places, output.kv.to(self.rows.dtype))
 
 
 def rewrite(
@@ -254,12 +223,11 @@ def rewrite(
 ) -> None:
     """Select, process, gated write (section 3) for all layers and sequences, in place.
 
-    cache: [num_layers * B * S, C], a constant for autograd until now. ended: per sequence, its step [begin, end). mass:
+    cache: [num_layers, B, S, C], contiguous, a constant for autograd. ended: per sequence, its step [begin, end). mass:
     [num_layers, B, positions], -1 where nothing can be recalled; None: nowhere.
     """
     indices, config = Indices(), processor.config
-    size = len(cache) // (config.num_layers * len(ended))
-    selection = Selection(config, ended, size, 0 if mass is None else mass.shape[2], indices)
+    selection = Selection(config, ended, cache.shape, 0 if mass is None else mass.shape[2], indices)
     indices.send(cache.device)
     selection.rewrite(processor, cache, mass, variant, None, _inv_freq(config, cache.device))
 
@@ -267,19 +235,19 @@ def rewrite(
 class Selection:
     """Which rows a call rewrites, as far as the host knows: all but which positions are recalled.
 
-    ended: per sequence, its step [begin, end). size: S, positions of a sequence in the cache. num_candidates: positions
-    in the attention mass, 0 where there is none.
+    ended: per sequence, its step [begin, end); the first of those in the cache. shape: of the cache, [num_layers, B, S,
+    C]. num_candidates: positions in the attention mass, 0 where there is none.
     """
 
     def __init__(
         self,
         config: CacheProcessorConfig,
         ended: Sequence[tuple[int, int]],
-        size: int,
+        shape: Sequence[int],
         num_candidates: int,
         indices: Indices,
     ) -> None:
-        self.indices, self.size, self.batch = indices, size, len(ended)
+        self.indices, self.batch, (num_layers, of_layer, self.size, _) = indices, len(ended), shape
         windows = [max(begin, end - config.recent_window) for begin, end in ended]
         counts = [end - window for window, (_, end) in zip(windows, ended, strict=True)]
         self.most = min(config.top_k, num_candidates)
@@ -295,8 +263,8 @@ class Selection:
         self.chosen = indices.add(np.concatenate(chosen))
         in_windows = [range(window, end) for window, (_, end) in zip(windows, ended, strict=True)]
         self.windows = indices.add(np.concatenate(in_windows))
-        layers = np.arange(config.num_layers)[:, None] * (self.batch * size)
-        self.firsts = indices.add(layers + np.repeat(np.arange(self.batch) * size, self.lengths))
+        self.sequences = np.repeat(np.arange(self.batch), self.lengths)  # of the rows
+        self.firsts = indices.add((np.arange(num_layers)[:, None] * of_layer + self.sequences) * self.size)
         self.missing: int | None = None
         if min(self.recalled) < self.most:
             self.missing = indices.add(np.arange(self.most) >= np.array(self.recalled)[:, None])
@@ -312,7 +280,7 @@ class Selection:
         variant: Variant,
         weights: Mapping[str, Tensor] | None,
         inv_freq: Tensor | None,
-    ) -> None:
+    ) -> Rewritten:
         """See the function of this name. mass: of these sequences and maybe others behind. weights: of `processor`.
 
         inv_freq: of the keys' RoPE, where the Processor sees them without.
@@ -326,7 +294,8 @@ class Selection:
         places = (positions + indices[self.firsts]).flatten()
 
         dtype = torch.promote_types(cache.dtype, torch.float32)
-        rows = cache.index_select(0, places).to(dtype).view(*positions.shape, -1)
+        flat = cache.view(-1, cache.shape[3])
+        rows = flat.index_select(0, places).to(dtype).view(*positions.shape, -1)
         seen, angles = rows, None
         if inv_freq is not None:
             angles = (positions[..., None].float() * inv_freq).to(dtype)  # float32, as in the backbone
@@ -338,7 +307,9 @@ class Selection:
             edit = _rotate_keys(edit, angles, config.num_kv_heads)
         if variant.write == "recalled":
             edit = edit * indices[self.kept]
-        cache.index_copy_(0, places, (rows + edit).to(cache.dtype).flatten(0, 1))
+        written = (rows + edit).to(cache.dtype).flatten(0, 1)
+        flat.index_copy_(0, places, written.detach())
+        return Rewritten(written, positions)
 
     def _recall(self, mass: Tensor, variant: Variant) -> Tensor:
         """The recalled positions, ascending, [num_layers, B, most]; of equal masses the smaller position wins."""
