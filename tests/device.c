@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 
 #include "btx.h"
+#include "inputs.h"
 
 enum {
     NUM_LAYERS = 9, /* of which a unit takes four, two or one */
@@ -417,28 +418,12 @@ static const btx_step longest_steps[NUM_SEQUENCES] = {
     {.sequence = 4, .step_begin = 9, .step_end = MAX_TOKENS}, {.sequence = 5, .step_begin = 9, .step_end = MAX_TOKENS},
 };
 
-static void fill(float *out, size_t count, float scale)
-{
-    static uint32_t state = 1;
-    for (size_t i = 0; i < count; i++) {
-        state = state * 1664525u + 1013904223u;
-        out[i] = scale * ((float)(state >> 8) * 0x1p-23f - 1.0f);
-    }
-}
-
 static void make_inputs(void)
 {
-    float *data = weight_data;
     fill(&original.keys[0][0], NUM_LAYERS * CACHE_SIZE, 2);
     fill(&original.values[0][0], NUM_LAYERS * CACHE_SIZE, 2);
     fill(&queries[0][0], NUM_LAYERS * QUERY_SIZE, 2);
-    for (int i = 0; i < NUM_LAYERS * BTX_NUM_WEIGHTS; i++) {
-        int64_t shape[2] = {1, 1};
-        int32_t num_dims = btx_weight_shape(&config, (btx_weight)(i % BTX_NUM_WEIGHTS), shape);
-        weights[i] = btx_tensor_contiguous(data, BTX_F32, num_dims, shape);
-        fill(data, (size_t)(shape[0] * shape[1]), 0.4f);
-        data += shape[0] * shape[1];
-    }
+    fill_weights(&config, weights, weight_data, 0.4f);
 }
 
 /* One call on the results' caches: a rewrite with a report or without, or the mass. */

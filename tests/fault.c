@@ -19,6 +19,7 @@
 #include <string.h>
 
 #include "../kernels/cpu/cpu.h"
+#include "inputs.h"
 
 enum {
     LAYERS = 3,
@@ -422,28 +423,12 @@ static const btx_step steps[SEQUENCES] = {
     {.sequence = 1, .step_begin = 0, .step_end = 4},
 };
 
-static void fill(float *out, size_t count, float scale)
-{
-    static uint32_t state = 1;
-    for (size_t i = 0; i < count; i++) {
-        state = state * 1664525u + 1013904223u;
-        out[i] = scale * ((float)(state >> 8) * 0x1p-23f - 1.0f);
-    }
-}
-
 static void make_inputs(void)
 {
-    float *next = weight_data;
     fill(&original.keys[0][0], LAYERS * CACHE_SIZE, 1.0f);
     fill(&original.values[0][0], LAYERS * CACHE_SIZE, 1.0f);
     fill(&queries[0][0], LAYERS * QUERY_SIZE, 1.0f);
-    for (int i = 0; i < LAYERS * BTX_NUM_WEIGHTS; i++) {
-        int64_t shape[2] = {1, 1};
-        const int32_t num_dims = btx_weight_shape(&config, (btx_weight)(i % BTX_NUM_WEIGHTS), shape);
-        weights[i] = btx_tensor_contiguous(next, BTX_F32, num_dims, shape);
-        fill(next, (size_t)(shape[0] * shape[1]), 0.5f);
-        next += shape[0] * shape[1];
-    }
+    fill_weights(&config, weights, weight_data, 0.5f);
 }
 
 typedef struct setting {
