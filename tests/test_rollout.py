@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +22,7 @@ from bottlenecked.boundary import BoundaryDetector  # noqa: E402
 from bottlenecked.config import BoundaryConfig  # noqa: E402
 from bottlenecked.integrations.transformers import attach  # noqa: E402
 from bottlenecked.module import CacheProcessorModule  # noqa: E402
-from bottlenecked.training import frozen  # noqa: E402
+from bottlenecked.training import frozen, packed  # noqa: E402
 from bottlenecked.training.data import Example  # noqa: E402
 from bottlenecked.training.decoder import Decoder, Layer  # noqa: E402
 from bottlenecked.training.packed import PackedBackbone, Stretch  # noqa: E402
@@ -255,6 +257,33 @@ def test_operations_are_few() -> None:
     # What a layer takes in the forwards of a prompt and of four steps, and in the backward passes of these.
     assert many - few <= 4 * 215
     assert few <= 1580
+
+
+@pytest.mark.parametrize("way", ["frozen", "autograd", "own code"])
+def test_nothing_of_a_step_outlives_it(double: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A circle through autograd's nodes is one that no garbage collector finds: a run would grow by a cache a step."""
+    backbone, made = PackedBackbone(double), module().double()
+    if way == "autograd":
+        monkeypatch.setattr(Decoder, "frozen_layers", lambda self: None)
+    elif way == "own code":
+        double.model.layers[0].register_forward_hook(lambda *_: None)
+    alive: list[Any] = []
+
+    def watch(kind: type) -> None:
+        begin = kind.__init__  # type: ignore[misc]
+
+        def __init__(self: Any, *arguments: Any, **options: Any) -> None:
+            alive.append(weakref.ref(self))
+            begin(self, *arguments, **options)
+
+        monkeypatch.setattr(kind, "__init__", __init__)
+
+    for kind in (packed.Pass, packed.Cache):
+        watch(kind)
+    rollout(backbone, made, RAGGED, denominator=1.0)
+    assert len(alive) > 4
+    gc.collect()
+    assert not [of() for of in alive if of() is not None]
 
 
 def test_gradients_with_timing_pre(double: Any) -> None:

@@ -459,8 +459,9 @@ class Pass:
         if cache is not None:
             with torch.no_grad():
                 self._keys, self._values = (self._heads(cache.rows, first) for first in (0, plan.kv_width // 2))
-                # Taken one by one: what autograd hangs on them must not come back to us.
-                self._of_layers = list(zip(self._keys.unbind(0), self._values.unbind(0), strict=True))
+                # Taken one by one, and given away: what autograd hangs on them leads back to us, and nobody would collect
+                # such a circle.
+                self._of_layers = dict(enumerate(zip(self._keys.unbind(0), self._values.unbind(0), strict=True)))
 
     def _heads(self, rows: Tensor, first: int) -> Tensor:
         """Keys or values in cache rows [*, B, positions, C], from column `first`: [*, B, H_kv, S, d]."""
@@ -501,7 +502,7 @@ class Pass:
         if self._cache is not None:
             kept = self._cache.layers[layer]
             kept.index_copy_(0, self._places, new if new.dtype == kept.dtype else new.to(kept.dtype))
-            return query, *self._of_layers[layer]
+            return query, *self._of_layers.pop(layer)
         kept = new.new_zeros(plan.batch, plan.capacity + 1, plan.kv_width)
         kept.flatten(0, 1).index_copy_(0, self._places, new)
         return query, self._heads(kept, 0), self._heads(kept, plan.kv_width // 2)
