@@ -459,8 +459,8 @@ class Pass:
         if cache is not None:
             with torch.no_grad():
                 self._keys, self._values = (self._heads(cache.rows, first) for first in (0, plan.kv_width // 2))
-                # Taken one by one, and given away: what autograd hangs on them leads back to us, and nobody would collect
-                # such a circle.
+                # Taken one by one, and given away: what autograd hangs on them leads back to us, and such a circle
+                # nobody would collect.
                 self._of_layers = dict(enumerate(zip(self._keys.unbind(0), self._values.unbind(0), strict=True)))
 
     def _heads(self, rows: Tensor, first: int) -> Tensor:
