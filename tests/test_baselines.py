@@ -199,6 +199,7 @@ def test_kvpress_scores_are_attention_mass(shape: str, dtype: str) -> None:
     functions = dict(ALL_ATTENTION_FUNCTIONS.items())
     scores = kvpress.KVPress(made.case.config).score(made.keys, made.queries, made.case.events)
     assert all(ALL_ATTENTION_FUNCTIONS[name] is function for name, function in functions.items())
+    assert not ALL_ATTENTION_FUNCTIONS._local_mapping  # which would hide what is registered
     begin = made.case.events[0].window_begin(made.case.shape.recent_window)
     naive = Naive(made.case.config, made.case.weights, made.dtype)
     for of_layer, weights in zip(
@@ -218,3 +219,4 @@ def test_kvpress_scores_are_attention_mass(shape: str, dtype: str) -> None:
 def test_kvpress_missing_names_the_remedy() -> None:
     with pytest.raises(ImportError, match=r"pip install --no-deps kvpress==0\.5\.5"):
         kvpress.KVPress(tiny.config())
+    assert not ALL_ATTENTION_FUNCTIONS._local_mapping

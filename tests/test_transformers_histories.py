@@ -221,13 +221,11 @@ class Generations(RuleBasedStateMachine):
             self.coming = []
             self.collect(generation)
             length = generation.length
-            if self.failure is None:
+            if error is not self.failure:
                 with pytest.raises(BottleneckError):
                     self.take(generation, new, of_prompt)
                 generation.ids = generation.ids[:, :length]
-            elif error is not self.failure:
-                raise
-            if not isinstance(self.failure, RebuildNeededError):
+            if not isinstance(error, RebuildNeededError):
                 self.check_cache(generation)
             self.lose(generation, "queries were not captured")
             return False

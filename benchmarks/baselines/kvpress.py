@@ -39,7 +39,10 @@ def load() -> Any:
         raise ImportError(f"kvpress cannot be imported ({error}): {INSTALL}") from error
     finally:
         for name, function in before.items():
-            ALL_ATTENTION_FUNCTIONS[name] = function
+            if ALL_ATTENTION_FUNCTIONS[name] is not function:
+                del ALL_ATTENTION_FUNCTIONS[name]  # what it set hides what is registered, now and later
+            if ALL_ATTENTION_FUNCTIONS[name] is not function:
+                ALL_ATTENTION_FUNCTIONS[name] = function
 
 
 class CapturedAttention(nn.Module):

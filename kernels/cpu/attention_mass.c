@@ -19,8 +19,7 @@
 
 #include "scores.h"
 
-#define MASS_HEADROOM 24.0f  /* 2^31 keys times 2^24 stays far below FLT_MAX */
-#define MASS_HIDDEN (-1e30f) /* the score of a key that a row must not see: 2^ of it is 0 */
+#define MASS_HEADROOM 24.0f /* 2^31 keys times 2^24 stays far below FLT_MAX */
 
 /* One block of rows. */
 typedef struct mass_block {
@@ -28,6 +27,7 @@ typedef struct mass_block {
     int64_t first_row; /* of the group's rows */
     const float *queries;
     float scale;                           /* softmax_scale * log2(e) */
+    float hidden;                          /* the score of a key that a row must not see: times scale, the lowest */
     float reference[SCORE_BLOCK * BTX_VL]; /* the one in force */
     double sum[SCORE_BLOCK * BTX_VL];      /* of 2^(score - reference) so far */
 } mass_block;
@@ -40,13 +40,13 @@ static void mass_mask(const score_group *group, const mass_block *block, int64_t
     int64_t group_size = score_group_size(group->plan), lanes = block->width * BTX_VL;
     int64_t end = (num_keys + SCORE_KEYS - 1) / SCORE_KEYS * SCORE_KEYS;
     for (int v = 0; v < block->width; v++)
-        largest[v] = vf_set1(MASS_HIDDEN);
+        largest[v] = vf_set1(block->hidden);
     for (int64_t key = 0; key < end; key++) {
         float *scores = group->scores + key * lanes;
         int64_t hidden = key < num_keys ? (first_key + key) * group_size - block->first_row : lanes;
         hidden = hidden < lanes ? hidden : lanes;
         for (int64_t lane = 0; lane < hidden; lane++)
-            scores[lane] = MASS_HIDDEN;
+            scores[lane] = block->hidden;
         for (int v = 0; v < block->width; v++)
             largest[v] = vf_max(largest[v], vf_load(scores + v * BTX_VL));
     }
@@ -191,6 +191,7 @@ static int mass_of_head(score_group *group, const btx_plan_step *step, float *ma
     const double rows = (double)step->num_window * (double)group->plan->num_query_heads;
     mass_block block = {.queries = group->queries};
     block.scale = (float)((double)group->plan->softmax_scale * 1.44269504088896340736);
+    block.hidden = -FLT_MAX / fmaxf(block.scale, 1.0f);
     for (int64_t vector = 0; vector < group->num_vectors; vector += block.width) {
         float weight[SCORE_BLOCK * BTX_VL];
         block.width = score_block_width(group->num_vectors - vector);

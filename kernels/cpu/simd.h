@@ -700,15 +700,15 @@ static inline vf vf_exp2_fraction(vf r)
 
 /* 2^(t - reference) of a whole reference: within 2^-22 of the true value, relatively, down to about 2^-126, below which
  * it loses bits and ends as 0; infinity above 2^128. The fraction of t alone decides the significand: another reference
- * gives the same bits with another exponent. t below -2^23 is 0, NaN gives NaN; an infinite t gives NaN or its limit.
+ * gives the same bits with another exponent. t below -2^23 is 0, NaN and -infinity give NaN, infinity NaN or infinity.
  */
 static inline vf vf_exp2_from(vf t, vf reference)
 {
     vf n = vf_round(t);
     vf p = vf_exp2_fraction(vf_sub(t, n)); /* the difference is exact */
-    n = vf_sub(n, reference);
-#if BTX_VL != 16 /* that one's vf_scale2 takes any n */
-    n = vf_min(vf_set1(160.0f), vf_max(vf_set1(-160.0f), n));
+    n = vf_max(vf_set1(-160.0f), vf_sub(n, reference));
+#if BTX_VL != 16 /* that one's vf_scale2 takes any n, but makes 0 of NaN and -infinity */
+    n = vf_min(vf_set1(160.0f), n);
 #endif
     return vf_scale2(p, n);
 }
