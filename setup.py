@@ -50,7 +50,8 @@ if sanitize := os.environ.get("BOTTLENECKED_SANITIZE"):
 
 # Instruction sets are chosen at run time: kernels/cpu/variant_*.c raise theirs by pragma.
 sources = [*glob("csrc/*.c"), "kernels/cpu/executor.c", *glob("kernels/cpu/variant_*.c")]
-depends = glob("csrc/*.h") + glob("kernels/cpu/*.[ch]")
+shared_headers = glob("csrc/*.h")
+depends = shared_headers + glob("kernels/cpu/*.[ch]")
 macros = [("Py_LIMITED_API", "0x030B0000"), ("_GNU_SOURCE", None)]
 link_args = ["-pthread", "-lm", "-ldl"]
 if sanitize:
@@ -80,14 +81,15 @@ def find_libraries(nvcc: str) -> list[str]:
 architectures = os.environ.get("BOTTLENECKED_CUDA_ARCHS", CUDA_ARCHITECTURES).replace(" ", "")
 nvcc = None if emulate or sanitize or not architectures else find_nvcc()
 nvcc_version = "" if nvcc is None else version_of(nvcc)
+cuda_headers: list[str] = []
 if nvcc is not None:
     sources += glob("kernels/cuda/*.cu")
-    depends += glob("kernels/cuda/*.h") + glob("kernels/cuda/*.cuh")
+    cuda_headers = glob("kernels/cuda/*.h") + glob("kernels/cuda/*.cuh")
     macros.append(("BTX_WITH_CUDA", None))
     link_args += [*find_libraries(nvcc), "-lcudart_static", "-lrt"]
 if emulate:
     sources += glob("kernels/cuda/*.cu") + [f"tests/emulation/{name}.cpp" for name in ("device", "races", "runtime")]
-    depends += glob("kernels/cuda/*.h") + glob("kernels/cuda/*.cuh") + glob("tests/emulation/*.h")
+    cuda_headers = glob("kernels/cuda/*.h") + glob("kernels/cuda/*.cuh") + glob("tests/emulation/*.h")
     macros += [("BTX_WITH_CUDA", None), ("BTX_EMULATE", None)]
     link_args.append("-lstdc++")
 
@@ -141,7 +143,7 @@ class BuildExtension(build_ext):
         # Other architectures, or another compiler, make other objects.
         report, head = target.with_suffix(".ptxas.txt"), f"{nvcc_version}: {shlex.join(command)}\n"
         is_same = nvcc is None or (report.exists() and report.read_text().startswith(head))
-        newest = max(map(os.path.getmtime, [source, "setup.py", *depends]))
+        newest = max(map(os.path.getmtime, [source, "setup.py", *shared_headers, *cuda_headers]))
         if is_same and target.exists() and target.stat().st_mtime >= newest:
             return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +166,7 @@ setup(
         Extension(
             "bottleneck_ext._core",
             sources=sorted(sources),
-            depends=sorted(depends),
+            depends=sorted([*depends, *cuda_headers]),
             include_dirs=["csrc"],
             define_macros=macros,
             extra_compile_args=["-std=c11", "-O3", *common_args],

@@ -215,9 +215,9 @@ btx_status btx_boundary_plan_create(const btx_boundary *boundary, btx_device dev
     float scale = boundary->softmax_scale;
     if (scale == 0.0f)
         scale = 1.0f / sqrtf((float)head_dim);
-    if (!(scale > 0.0f) || !isfinite(scale))
+    if (!(scale >= 1e-30f) || !isfinite(scale)) /* times the lowest float32, it still is below all scores */
         return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "softmax_scale is %g; it must be positive and finite, or 0 for 1 / sqrt(head_dim)",
+                        "softmax_scale is %g; it must be finite and 1e-30 or more, or 0 for 1 / sqrt(head_dim)",
                         (double)scale);
 
     const float limit = boundary->max_relative_edit;

@@ -86,7 +86,7 @@ class Case:
     def processor(self, backend: str = "cpu", weight_dtype: str = "float32") -> CacheProcessor:
         return CacheProcessor(self.config, self.weights, backend=backend, weight_dtype=weight_dtype)
 
-    def attention_mass(self, backend: str = "cpu", num_threads: int = 2) -> np.ndarray:
+    def attention_mass(self, backend: str = "cpu", num_threads: int = 2, softmax_scale: float = 0.0) -> np.ndarray:
         """[num_layers, num_events, longest prior], of bottleneck_ext.attention_mass."""
         longest = max(e.window_begin(self.shape.recent_window) - e.sequence_begin for e in self.events)
         out = np.full((self.shape.num_layers, len(self.events), longest), np.nan, np.float32)
@@ -98,6 +98,7 @@ class Case:
             out=out,
             workspace=bottleneck_ext.Workspace(num_threads, backend),
             recent_window=self.shape.recent_window,
+            softmax_scale=softmax_scale,
         )
         return out
 

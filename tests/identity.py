@@ -4,7 +4,7 @@
 
 For every dtype, cache and batch size the first questions of the file are answered twice, greedily, once by the stock
 model and once with an identity Processor attached; every token must agree, and boundaries must have happened. Takes
-about an hour on two cores; tests/test_smollm2.py is the short form that runs with the tests.
+about an hour on two cores; tests/test_transformers.py has the short form that runs with the tests.
 """
 
 from __future__ import annotations

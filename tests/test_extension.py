@@ -253,7 +253,7 @@ def test_query_ring_shorter_than_the_window() -> None:
     )
 
 
-@pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [-1.0, 1e-31, float("nan"), float("inf")])
 def test_softmax_scale(case: Case, scale: float) -> None:
     refused(case, "softmax_scale", softmax_scale=scale)
 

@@ -33,7 +33,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     shutil.copytree(
         ROOT,
         source,
-        ignore=shutil.ignore_patterns(".venv*", ".git", ".gpu", "build", "*.egg-info", "*.so", ".*_cache", "demo"),
+        ignore=shutil.ignore_patterns(".venv*", ".git", "build", "*.egg-info", "*.so", ".*_cache", "demo"),
     )
     run(sys.executable, "-m", "build", "--outdir", out, source, env=CPU_ONLY)
     (sdist,) = out.glob("*.tar.gz")

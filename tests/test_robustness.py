@@ -152,6 +152,33 @@ def test_attention_far_below_zero(backend: str, size: float) -> None:
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("scale", [1e-30, 0.88, 1.3, 17.0, 2e38])
+def test_what_a_row_must_not_see_at_any_scale(backend: str, scale: float) -> None:
+    """Queries of zero weigh all that they may see alike."""
+    case = make_case(Shape(((0, 60, 10),), num_layers=1))
+    fill(case.queries, torch.zeros_like)
+    mass = case.attention_mass(backend, softmax_scale=scale)[0, 0]
+    np.testing.assert_allclose(mass, np.mean([1 / (50 + 1 + j) for j in range(10)]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("size", [1e14, 1e16, 1e18])
+@pytest.mark.parametrize("step", [12, 4, 7])
+def test_processor_attention_far_below_zero(backend: str, step: int, size: float) -> None:
+    """Scores near -1e37 are scores in the Processor's own attention too, whole vectors of keys or not."""
+    shape = Shape(((0, 60, step),), num_layers=1, head_dim=16, top_k=4)
+
+    def change(case: Case) -> None:
+        for name, weight in case.weights.items():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight[...] = 0.0
+            elif name.endswith(("q_proj.bias", "k_proj.bias")):
+                weight[...] = -size if "q_proj" in name else size
+
+    check_against_reference(shape, change, backend)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize(("num_kv_heads", "num_threads"), [(2, 1), (1, 1), (2, 2)])
 def test_attention_mass_is_refused_before_it_is_stored(backend: str, num_kv_heads: int, num_threads: int) -> None:
     """The last of many layers is not finite (found by fuzzing: those before it were written)."""

@@ -8,13 +8,13 @@
  *
  * with the running maximum and sum of each row, so scratch does not grow with the square of the rows. Most
  * steps fit in one block. */
+#include <float.h>
 #include <math.h>
 
 #include "btx.h"
 #include "operand.h"
 #include "tile.h"
 
-#define NO_SCORE (-1e30f)                /* less than any score; finite, for differences are taken of it */
 #define BTX_KEY_BLOCK 256                /* keys at most */
 #define BTX_KEY_WORDS ((int64_t)1 << 16) /* of packed k and v, where a panel of keys is less */
 
@@ -71,21 +71,24 @@ static void attention_pack(const attention_head *head, int64_t key_begin, int64_
     }
 }
 
-/* scores [num_scores], whole vectors, become 2^(scale * (score - max)), and *max and *sum go on to include them.
- * Returns what the sum so far, and so the output, was multiplied by. scale includes log2(e). */
-static float attention_softmax(float *scores, int64_t num_scores, float scale, float *max, float *sum)
+/* scores [num_keys, to whole vectors] become 2^(scale * (score - max)), and *max and *sum go on to include those of the
+ * keys. Behind them stands the score of one of them, which is not summed. Returns what the sum so far, and so the
+ * output, was multiplied by. scale includes log2(e). */
+static float attention_softmax(float *scores, int64_t num_keys, float scale, float *max, float *sum)
 {
+    for (int64_t j = num_keys; j % BTX_VL != 0; j++)
+        scores[j] = scores[0];
     vf largest = vf_set1(*max);
-    for (int64_t j = 0; j < num_scores; j += BTX_VL)
+    for (int64_t j = 0; j < num_keys; j += BTX_VL)
         largest = vf_max(largest, vf_load(scores + j));
     float new_max = vf_reduce_max(largest), factor = 1.0f;
     if (*sum > 0.0f && new_max > *max)
         factor = vf_reduce_max(vf_exp2_from(vf_set1((*max - new_max) * scale), vf_zero()));
     vf total = vf_zero();
-    for (int64_t j = 0; j < num_scores; j += BTX_VL) {
+    for (int64_t j = 0; j < num_keys; j += BTX_VL) {
         vf value = vf_exp2_from(vf_mul(vf_sub(vf_load(scores + j), vf_set1(new_max)), vf_set1(scale)), vf_zero());
         vf_store(scores + j, value);
-        total = vf_add(total, value);
+        total = vf_add(total, num_keys - j < BTX_VL ? vf_load_n(scores + j, (int)(num_keys - j)) : value);
     }
     *max = new_max;
     *sum = *sum * factor + vf_reduce_add(total);
@@ -117,12 +120,9 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
         tile.b += tile.depth * BTX_PANEL;
     }
 
-    int64_t num_scores = (num_keys + BTX_VL - 1) / BTX_VL * BTX_VL;
     for (int64_t row = row_begin; row < row_end; row++) {
         float *scores = head->scores + (row - row_begin) * head->key_block;
-        for (int64_t j = num_keys; j < num_scores; j++)
-            scores[j] = NO_SCORE;
-        float factor = attention_softmax(scores, num_scores, head->scale, &head->max[row], &head->sum[row]);
+        float factor = attention_softmax(scores, num_keys, head->scale, &head->max[row], &head->sum[row]);
         if (!first_block && factor != 1.0f)
             attention_multiply(head->out + row * head->head_dim, head->head_dim, factor);
     }
@@ -144,7 +144,7 @@ static void attention_tile(const attention_head *head, int64_t row_begin, int64_
 static void attention_run(const attention_head *head)
 {
     for (int64_t row = 0; row < head->num_rows; row++) {
-        head->max[row] = NO_SCORE;
+        head->max[row] = -FLT_MAX; /* finite, for differences are taken of it */
         head->sum[row] = 0.0f;
     }
     for (int64_t key = 0; key < head->num_rows; key += head->key_block) {

@@ -191,7 +191,7 @@ static int mass_of_head(score_group *group, const btx_plan_step *step, float *ma
     const double rows = (double)step->num_window * (double)group->plan->num_query_heads;
     mass_block block = {.queries = group->queries};
     block.scale = (float)((double)group->plan->softmax_scale * 1.44269504088896340736);
-    block.hidden = -FLT_MAX / fmaxf(block.scale, 1.0f);
+    block.hidden = nextafterf(-FLT_MAX / fmaxf(block.scale, 1.0f), 0.0f); /* the quotient is rounded */
     for (int64_t vector = 0; vector < group->num_vectors; vector += block.width) {
         float weight[SCORE_BLOCK * BTX_VL];
         block.width = score_block_width(group->num_vectors - vector);
