@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -93,6 +94,8 @@ class Exporter:
         """Memory for all that the shape and strides reach. What is too large is made small: it would be a lie."""
         if any(not -(2**63) <= n < 2**63 for n in self.shape + self.strides):
             self.shape, self.strides = [1] * len(self.shape), [1] * len(self.shape)
+        if not self.has_strides:  # they are those of its shape, whatever that has become
+            self.strides = [math.prod(self.shape[d + 1 :]) for d in range(len(self.shape))]
         low = high = 0
         is_empty = any(n <= 0 for n in self.shape)
         for d, (n, stride) in enumerate(zip(self.shape, self.strides, strict=True)):
