@@ -82,15 +82,16 @@ architectures = os.environ.get("BOTTLENECKED_CUDA_ARCHS", CUDA_ARCHITECTURES).re
 nvcc = None if emulate or sanitize or not architectures else find_nvcc()
 nvcc_version = "" if nvcc is None else version_of(nvcc)
 cuda_headers: list[str] = []
-if nvcc is not None:
+if nvcc is not None or emulate:
     sources += glob("kernels/cuda/*.cu")
-    cuda_headers = glob("kernels/cuda/*.h") + glob("kernels/cuda/*.cuh")
+    cuda_headers += glob("kernels/cuda/*.h") + glob("kernels/cuda/*.cuh")
     macros.append(("BTX_WITH_CUDA", None))
+if nvcc is not None:
     link_args += [*find_libraries(nvcc), "-lcudart_static", "-lrt"]
 if emulate:
-    sources += glob("kernels/cuda/*.cu") + [f"tests/emulation/{name}.cpp" for name in ("device", "races", "runtime")]
-    cuda_headers = glob("kernels/cuda/*.h") + glob("kernels/cuda/*.cuh") + glob("tests/emulation/*.h")
-    macros += [("BTX_WITH_CUDA", None), ("BTX_EMULATE", None)]
+    sources += [f"tests/emulation/{name}.cpp" for name in ("device", "races", "runtime")]
+    cuda_headers += glob("tests/emulation/*.h")
+    macros.append(("BTX_EMULATE", None))
     link_args.append("-lstdc++")
 
 

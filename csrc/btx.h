@@ -239,7 +239,7 @@ typedef struct btx_boundary {
      * rewritten, no block and no page may belong to two of the steps. */
     btx_tensor block_table; /* [num_sequences, max_blocks] */
     btx_tensor query_table; /* [num_sequences, pages_per_sequence] */
-    float softmax_scale;    /* of the backbone's attention; 0 means 1 / sqrt(head_dim) */
+    float softmax_scale;    /* of the backbone's attention, 1e-30 or more; 0 means 1 / sqrt(head_dim) */
     /* A step is skipped, left as it is, where in any layer the norm of its gated edit exceeds this many times the norm
      * of its rows, or is not finite. 0: no step is; an edit that is not finite then refuses the call. */
     float max_relative_edit;

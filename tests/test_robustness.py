@@ -135,16 +135,11 @@ def test_scores_beyond_float32_are_refused(backend: str, sign: float) -> None:
 @pytest.mark.parametrize("size", [1e16, 1e18])
 def test_attention_far_below_zero(backend: str, size: float) -> None:
     """Scores near -1e32 and -1e36 are scores: they weigh more than what a row must not see."""
-    shape = Shape(((3, 61, 9), (0, 40, 10)), head_dim=16, top_k=5, recent_window=16, num_layers=1)
-
-    def change(case: Case) -> None:
-        fill(case.keys, lambda view: torch.full_like(view, size))
-        fill(case.queries, lambda view: torch.full_like(view, -size))
-        for sequence, position in ((0, 30), (1, 17)):
-            case.keys[0][sequence, position] = size / 2
-
-    case = make_case(shape)
-    change(case)
+    case = make_case(Shape(((3, 61, 9), (0, 40, 10)), head_dim=16, top_k=5, recent_window=16, num_layers=1))
+    fill(case.keys, lambda view: torch.full_like(view, size))
+    fill(case.queries, lambda view: torch.full_like(view, -size))
+    for sequence, position in ((0, 30), (1, 17)):
+        case.keys[0][sequence, position] = size / 2
     mass = case.attention_mass(backend)[0]
     for i, position in ((0, 30 - 3), (1, 17)):
         assert np.flatnonzero(mass[i]).tolist() == [position]

@@ -186,7 +186,7 @@ class CacheProcessor:
             query of position p of sequence s is in page ``query_table[s, (p // page_size) % pages_per_sequence]``,
             row ``p % page_size``.
         query_table: int32 ``[num_sequences, pages_per_sequence]``; None: page s is sequence s's only one.
-        softmax_scale: of the backbone's attention; None: ``head_dim ** -0.5``.
+        softmax_scale: of the backbone's attention, 1e-30 or more; None: ``head_dim ** -0.5``.
         heads_first: keys and values are ``[num_blocks, num_kv_heads, block_size, head_dim]``; the same as passing
             transposed views, without making them.
         max_relative_edit: an event is skipped, its cache left as it is, where in any layer the norm of its gated edit
