@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from bottlenecked import CacheProcessorConfig
 from bottlenecked.backbones import (
     describe,
+    kv_cache,
     load,
     locate,
     model_weights_hash,
@@ -125,6 +127,19 @@ def test_describe_defaults_and_nesting() -> None:
     nested = describe({"architectures": ["Outer"], "text_config": LLAMA_1B, "model_type": "outer"})
     assert nested["backbone"]["architecture"] == "Outer"
     assert nested["backbone"]["config_hash"] == describe(LLAMA_1B)["backbone"]["config_hash"]
+
+
+def test_kv_cache_by_either_of_its_names() -> None:
+    """transformers' own objects have one of the two, depending on its release."""
+    model, cache = tiny.model(), object()
+    for name in ("cache", "past_key_values"):
+        assert kv_cache({name: cache, "input_ids": 1}) is cache
+        assert kv_cache(types.SimpleNamespace(**{name: cache})) is cache
+    assert kv_cache({"cache": None, "past_key_values": cache}) is cache
+    assert kv_cache({"input_ids": 1}) is None
+    ids = torch.tensor([[1, 2, 3]])
+    assert kv_cache(model(ids)).get_seq_length() == 3
+    assert kv_cache(model(ids, use_cache=False)) is None
 
 
 def test_config_hash_knows_what_matters() -> None:

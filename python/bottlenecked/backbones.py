@@ -194,6 +194,15 @@ def model_weights_hash(model: PreTrainedModel) -> str | None:
     return _hash_rows(row, model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
+def kv_cache(given: Any) -> Any:
+    """The KV cache among keyword arguments, or in an output, of a model of transformers; None where there is none.
+
+    From 5.24 on transformers calls it `cache`, and takes `past_key_values`, its name before, for some releases more.
+    """
+    get = given.get if isinstance(given, Mapping) else functools.partial(getattr, given)
+    return get("past_key_values", None) if (found := get("cache", None)) is None else found
+
+
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The rotary parameters of a transformers configuration, in the form transformers 5 writes.
 
@@ -444,6 +453,7 @@ def _import(module: str, package: str) -> Any:
 
 __all__ = [
     "describe",
+    "kv_cache",
     "load",
     "load_tokenizer",
     "locate",

@@ -47,7 +47,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bottleneck_ext import InvalidArgumentError, UnsupportedError
 
-from ..backbones import describe, model_weights_hash, rope_parameters
+from ..backbones import describe, kv_cache, model_weights_hash, rope_parameters
 from ..boundary import BoundaryDetector, BoundaryEvent, newline_token_ids
 from ..config import CacheProcessorConfig
 from ..processor import EDIT_TOO_LARGE, check_max_relative_edit
@@ -216,7 +216,7 @@ class Attachment:
             request, tokens = kwargs.pop(_REQUEST, None), kwargs.pop(_TOKENS, None)
             copying = None
             if on_gpu and tokens is None:
-                copying = self._copy_tokens(input_ids, kwargs.get("past_key_values"))
+                copying = self._copy_tokens(input_ids, kv_cache(kwargs))
             inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
             self._before_forward(inputs, request, kwargs, tokens, copying)
             return inputs
@@ -290,7 +290,7 @@ class Attachment:
         arguments: of the call that made the inputs.
         tokens: the latest of every row, where the caller told them; else `copying` says whether they are on their way.
         """
-        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        cache, ids = kv_cache(inputs), inputs.get("input_ids")
         if cache is None:
             raise UnsupportedError(_NO_CACHE)
         if ids is None:
@@ -299,7 +299,7 @@ class Attachment:
             raise UnsupportedError("torch.autocast changes the dtype of the queries: load the model in that dtype")
         batch_size, count = ids.shape
         counter = cache.get_seq_length()
-        known = copying is not None and cache is arguments.get("past_key_values")
+        known = copying is not None and cache is kv_cache(arguments)
         found = copying if known else self._states.get(cache)
         decoding = count == 1 and not arguments.get("is_first_iteration")
         past, read = _past(counter, found, decoding, request, arguments)
@@ -743,7 +743,7 @@ def _check_request(arguments: Mapping[str, Any], settings: Mapping[str, Any], nu
             f"cache_implementation={get('cache_implementation')!r} does not work while a Processor is "
             "attached: use 'dynamic' or 'static'"
         )
-    if isinstance(cache := arguments.get("past_key_values"), Cache):
+    if isinstance(cache := kv_cache(arguments), Cache):
         _check_cache(cache, num_layers)
     if arguments.get("custom_generate") is not None:
         raise UnsupportedError(f"custom_generate {detach}")

@@ -273,7 +273,7 @@ def _kv_rows(
 def _layers(output: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of each layer, [batch, KV heads, tokens, head_dim]."""
     layers = []
-    for cache in output.past_key_values.layers:
+    for cache in backbones.kv_cache(output).layers:
         keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
         if keys is None or values is None or keys.ndim != 4 or keys.shape[:3] != values.shape[:3]:
             raise NotImplementedError("this backbone's cache is not made of one key and value tensor per layer")
