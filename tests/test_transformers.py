@@ -476,9 +476,9 @@ def test_kept_cache_with_another_turn() -> None:
     cache = DynamicCache(config=model.config)
     recorder = Recorder()
     with attach(model, tiny.processor(), on_boundary=recorder):
-        first = generate(model, ids, past_key_values=cache).sequences
+        first = generate(model, ids, **{tiny.CACHE: cache}).sequences
         before = recorder.steps()
-        generate(model, torch.cat([first, turn], dim=1), past_key_values=cache)
+        generate(model, torch.cat([first, turn], dim=1), **{tiny.CACHE: cache})
     after = recorder.steps()[len(before) :]
     # The last token of the first answer has no KV yet: it comes with the new turn.
     pending = [] if after[0][1] == 20 + NEW + 6 else after[:1]
@@ -587,7 +587,7 @@ def test_a_loop_of_ones_own() -> None:
         for _ in range(NEW):
             unfed = tokens.shape[1] - cache.get_seq_length()
             inputs = model.prepare_inputs_for_generation(
-                tokens, next_sequence_length=unfed, past_key_values=cache, use_cache=True
+                tokens, next_sequence_length=unfed, use_cache=True, **{tiny.CACHE: cache}
             )
             tokens = torch.cat([tokens, model(**inputs).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(tokens, expected)

@@ -254,12 +254,12 @@ REQUESTS: dict[str, tuple[Any, type[BottleneckError], str]] = {
         "OtherLayer",
     ),
     "short cache": (
-        lambda m: {"past_key_values": Cache(layers=[DynamicLayer()])},
+        lambda m: {tiny.CACHE: Cache(layers=[DynamicLayer()])},
         UnsupportedError,
         "1 layers for the 3",
     ),
     "filled cache": (
-        lambda m: {"past_key_values": filled(m)},
+        lambda m: {tiny.CACHE: filled(m)},
         InvalidArgumentError,
         "already holds 5 positions",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from bottlenecked import BoundaryConfig, CacheProcessor, CacheProcessorConfig
 from bottlenecked.checkpoint import initial_weights
 
 VOCABULARY = 64
+# The newest name of the argument that is the KV cache.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 NEWLINES = tuple(range(3, VOCABULARY - 4, 7))
 EOS = VOCABULARY - 1
 SHAPE: dict[str, Any] = {
