@@ -13,14 +13,14 @@ import torch
 
 from bottlenecked.training import probe as module
 from bottlenecked.training.data import Dataset, load_examples, write_lines
-from bottlenecked.training.probe import Finding, conclusion, probe
+from bottlenecked.training.probe import Finding, conclusion, lacking, probe
 from bottlenecked.training.tasks import RegisterTask, save_backbone, synthesize, task_tokenizer, tiny_backbone
 
 from .test_cli import fails, run
 
 # Probes of our own, at the newlines of lines that set or advance a register, beside the task's.
-HELD, NEXT, FACT = "what the register holds", "what comes next", "a fact's name, from its value"
-END = "a fact's name, from its end"
+HELD, NEXT = "what the register holds", "what comes next"
+FACT = [f"a fact: {what}, from its {place}" for place in ("value", "end") for what in ("name", "value")]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def found(findings: list[Finding]) -> dict[str, Finding]:
 def test_what_rows_hold_is_found(problems: Path, tokenizer: Any) -> None:
     """Two positions before the end of a line stands the register's value; the next one it needs stands nowhere."""
     findings = found(probe(Holding(), tokenizer, [problems]))
-    held, needed, fact = findings[HELD], findings[NEXT], findings[FACT]
+    held, needed, fact = findings[HELD], findings[NEXT], findings[FACT[0]]
     assert [layer.share > 0.99 for layer in held.layers] == [False, True, True]
     assert held.verdict == "held"
     assert held.required
@@ -201,12 +201,38 @@ def test_any_file(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_conclusions_about_what_a_task_needs(problems: Path, tokenizer: Any) -> None:
     findings = probe(Holding(), tokenizer, [problems])
-    assert f"The rows do not hold, or not well: {NEXT}. A Processor cannot" in conclusion(findings)
-    # "ab;": two positions before the end stands the name, one before the value. One place is enough.
-    both = {f.what: f.verdict for f in findings if f.what in (FACT, END)}
-    assert both == {FACT: "not held", END: "held"}
-    assert conclusion([f for f in findings if f.what != NEXT]).startswith("The rows hold what this task needs")
-    assert "not well: a fact's name." in conclusion([f for f in findings if f.what not in (END, NEXT)])
+    assert f"The rows do not hold, or not well: a fact: name and value; {NEXT}. A Processor cannot" in conclusion(
+        findings
+    )
+    # "ab;": two positions before the end stands the name, one before the value.
+    verdicts = {f.what: f.verdict for f in findings if f.what in FACT}
+    assert verdicts == dict(zip(FACT, ("not held", "not held", "held", "not held"), strict=True))
+    of_name = [f for f in findings if f.what in (HELD, FACT[0], FACT[2])]
+    assert conclusion(of_name).startswith("The rows hold what this task needs")
+    assert "not well: a fact: name." in conclusion([f for f in of_name if f.what != FACT[2]])
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "lost"),
+    [
+        ({"x": "held"}, []),
+        ({"x": "partly held"}, ["x"]),
+        ({"x, from a": "held", "x, from b": "not held"}, []),  # one place is enough
+        ({"x: name, from a": "held", "x: value, from a": "held", "x: name, from b": "not held"}, []),
+        # The name in one row and the value in another.
+        (
+            {"x: name, from a": "held", "x: value, from a": "not held", "x: value, from b": "held"},
+            ["x: name and value"],
+        ),
+        ({"x: name, from a": "held", "x: value, from b": "held"}, ["x: name and value"]),
+        # Of two subjects each by itself.
+        ({"x: name, from a": "held", "y: value, from b": "held", "z: value, from b": "barely held"}, ["z: value"]),
+    ],
+)
+def test_one_place_must_hold_all_of_a_subject(verdicts: dict[str, str], lost: list[str]) -> None:
+    findings: Any = [SimpleNamespace(what=what, verdict=v, required=True) for what, v in verdicts.items()]
+    ignored: Any = SimpleNamespace(what="w", verdict="not held", required=False)
+    assert lacking([*findings, ignored]) == lost
 
 
 def test_probes_are_found_behind_a_template(tmp_path: Path, tokenizer: Any) -> None:
@@ -253,7 +279,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], problems: Path, tmp_pat
     status, out, err = run(capsys, "probe", *options, "--json")
     assert (status, err) == (0, "")
     printed = json.loads(out)
-    assert {f["what"] for f in printed["findings"] if f["required"]} == {NEXT, HELD, FACT, END}
+    assert {f["what"] for f in printed["findings"] if f["required"]} == {NEXT, HELD, *FACT}
     assert all(len(f["layers"]) == 2 for f in printed["findings"])
     status, out, err = run(capsys, "probe", *options)
     assert (status, err) == (0, "")

@@ -147,17 +147,25 @@ def chain_lines(question: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["chain", "registers"])
-def test_probes_ask_for_the_name_of_what_is_looked_up(name: str) -> None:
-    asked = 0
+def test_probes_ask_for_name_and_value_of_what_is_looked_up(name: str) -> None:
+    asked, subject = 0, {"chain": "an operand", "registers": "a fact"}[name]
     for record in synthesize(TASKS[name], 20):
         question = record["question"]
-        start = {0: 0} | {i + 1: i + 1 for i, c in enumerate(question) if c == ";"}
-        value, end = record["probes"].values()
-        for (place, at, label), (_, behind, same) in zip(value, end, strict=True):
-            assert (place, question[behind], label) == ("question", ";", same)
-            assert at == behind - 1
-            assert question[at - 1] == label
-            assert at - 1 in start
+        starts = [0, *(i + 1 for i, c in enumerate(question) if c == ";")]
+        probes = {what.removeprefix(f"{subject}: "): rows for what, rows in record["probes"].items()}
+        assert list(probes) == [
+            "name, from its value",
+            "value, from its value",
+            "name, from its end",
+            "value, from its end",
+        ]
+        for rows in zip(*probes.values(), strict=True):
+            end = rows[2][1]
+            assert [at for _, at, _ in rows] == [end - 1, end - 1, end, end]
+            assert [label for *_, label in rows] == [question[end - 2], question[end - 1]] * 2
+            assert {place for place, *_ in rows} == {"question"}
+            assert question[end] == ";"
+            assert end - 2 in starts
             asked += 1
     assert asked == {"chain": 60, "registers": 120}[name]
 

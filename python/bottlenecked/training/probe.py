@@ -149,13 +149,25 @@ def probe(
 
 
 def lacking(findings: Sequence[Finding]) -> list[str]:
-    """What the task's own "probes" ask for and the rows do not hold well."""
-    required: dict[str, list[Finding]] = {}
+    """What the task's own "probes" ask for and the rows do not hold well.
+
+    Of a subject with several properties ("a fact: name, from its end", "a fact: value, from its end"), one place must
+    hold all: a row is found by one of them and read for another, so it is of no use where another row holds the rest.
+    """
+    places: dict[str, dict[str, set[str]]] = {}  # subject -> place -> properties that its rows hold
+    wanted: dict[str, list[str]] = {}  # subject -> properties
     for finding in findings:
-        if finding.required:
-            required.setdefault(finding.what.partition(", from ")[0], []).append(finding)
-    # One row that tells it is enough.
-    return [what for what, places in required.items() if all(f.verdict != "held" for f in places)]
+        if not finding.required:
+            continue
+        text, _, place = finding.what.partition(", from ")
+        subject, _, said = text.partition(": ")
+        held = places.setdefault(subject, {}).setdefault(place, set())
+        if finding.verdict == "held":
+            held.add(said)
+        if said not in wanted.setdefault(subject, []):
+            wanted[subject].append(said)
+    lost = [subject for subject, said in wanted.items() if set(said) not in places[subject].values()]
+    return [subject + (f": {' and '.join(wanted[subject])}" if any(wanted[subject]) else "") for subject in lost]
 
 
 def conclusion(findings: Sequence[Finding]) -> str:

@@ -3,8 +3,8 @@
 `ChainTask` follows a chain of definitions; the rewrite of the prompt can help. `RegisterTask` is a register machine
 whose lines need facts of the prompt again; recalling them (top-k) can help. Both make lines for `data.load_examples`:
 "question", "answer", "forced" and "probes", the last for `probe`: what a KV row should hold, as a mapping of texts to
-lists of ["question" or "answer", number of the character, what its row should tell]. Of texts that differ behind
-", from" one has to be told.
+lists of ["question" or "answer", number of the character, what its row should tell]. A text is "subject: property, from
+place"; of each subject, some place must hold every property.
 
 `task_tokenizer` reads both, a token per symbol, and `tiny_backbone` makes an untrained Llama for it.
 """
@@ -93,16 +93,9 @@ class ChainTask:
         lines += [name + str(value) for name, value in leaves.items()] + [other[0] + str(g.integers(0, p))]
         lines = [lines[i] for i in g.permutation(len(lines))]
         question = ";".join([*lines, f"?{chain[0]}{g.integers(0, p)}"])
-        last: list[Probe] = []
-        end: list[Probe] = []
-        at = 0
-        for line in lines:
-            at += len(line)
-            if line[0] in leaves:
-                last.append(("question", at - 1, line[0]))
-                end.append(("question", at, line[0]))
-            at += 1
-        probes = {"an operand's name, from its value": last, "an operand's name, from its end": end}
+        ends = itertools.accumulate(len(line) + 1 for line in lines)
+        entries = [(end - 1, *line) for end, line in zip(ends, lines, strict=True) if line[0] in leaves]
+        probes = _entry_probes("an operand", entries)
         return {"question": question, "answer": self.solve(question), "probes": probes}
 
     def solve(self, question: str) -> str:
@@ -182,8 +175,6 @@ class RegisterTask:
         f = dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
         shuffled = [cycle[i] for i in g.permutation(self.facts)]
         question = "".join(f"{name}{f[name]};" for name in shuffled)
-        last: list[Probe] = [("question", 3 * i + 1, name) for i, name in enumerate(shuffled)]
-        end: list[Probe] = [("question", 3 * i + 2, name) for i, name in enumerate(shuffled)]
         answer, forced, held = "", [], dict[str, str]()
         register = ""
         for _ in range(int(g.integers(self.steps[0], self.steps[1] + 1))):
@@ -203,7 +194,7 @@ class RegisterTask:
                 answer += f"{register}={value}{self._class(f[value])}\n"
                 forced.append([begin, begin + 3])
             held[register] = value
-        probes = {"a fact's name, from its value": last, "a fact's name, from its end": end}
+        probes = _entry_probes("a fact", [(3 * i + 2, name, f[name]) for i, name in enumerate(shuffled)])
         forced.append([len(answer), len(answer) + 1])
         return {"question": question, "answer": answer, "forced": forced, "probes": probes}
 
@@ -235,6 +226,18 @@ class RegisterTask:
 
 
 Task = ChainTask | RegisterTask
+
+
+def _entry_probes(subject: str, entries: Sequence[tuple[int, str, str]]) -> dict[str, list[Probe]]:
+    """Whether rows hold both what an entry of the question is found by and what it is read for.
+
+    entries: of each, the number of its last character (`;`, the one before is its value), its name and its value.
+    """
+    probes: dict[str, list[Probe]] = {}
+    for place, back in (("value", 1), ("end", 0)):
+        probes[f"{subject}: name, from its {place}"] = [("question", end - back, name) for end, name, _ in entries]
+        probes[f"{subject}: value, from its {place}"] = [("question", end - back, value) for end, _, value in entries]
+    return probes
 
 
 def synthesize(task: Task, count: int, *, seed: int = 0) -> Iterator[Record]:
