@@ -188,6 +188,20 @@ def test_steps_can_be_cut_anew(examples: Dataset) -> None:
         assert all(a[1] == b[0] for a, b in zip(cut.segments, cut.segments[1:], strict=False))
 
 
+def test_data_that_another_version_made_is_made_anew(small: plans.Plan) -> None:
+    lab = TaskLab(small)
+    made = lab.held_back.digest
+    path = lab.file("held_back")
+    right, note = path.read_bytes(), path.with_suffix(".json")
+    path.write_bytes(right.replace(b"name, from", b"old name, from"))
+    assert TaskLab(small).held_back.digest != made  # its note says that it is right
+    for old in (json.loads(note.read_text())[:2], [*json.loads(note.read_text())[:2], "another problem"]):
+        note.write_text(json.dumps(old))
+        path.write_bytes(right.replace(b"name, from", b"old name, from"))
+        assert TaskLab(small).held_back.digest == made
+        assert path.read_bytes() == right
+
+
 def test_unknown_kinds_and_options_are_refused(tmp_path: Path) -> None:
     for entry, words in (
         ({"kind": "magic"}, "'magic', but it must be one of untouched"),
