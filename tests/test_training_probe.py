@@ -201,9 +201,8 @@ def test_any_file(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_conclusions_about_what_a_task_needs(problems: Path, tokenizer: Any) -> None:
     findings = probe(Holding(), tokenizer, [problems])
-    assert f"The rows do not hold, or not well: a fact: name and value; {NEXT}. A Processor cannot" in conclusion(
-        findings
-    )
+    told = conclusion(findings)
+    assert f"The rows do not hold, or not well: a fact: name and value; {NEXT}. A Processor cannot" in told
     # "ab;": two positions before the end stands the name, one before the value.
     verdicts = {f.what: f.verdict for f in findings if f.what in FACT}
     assert verdicts == dict(zip(FACT, ("not held", "not held", "held", "not held"), strict=True))

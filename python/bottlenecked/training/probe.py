@@ -154,20 +154,16 @@ def lacking(findings: Sequence[Finding]) -> list[str]:
     Of a subject with several properties ("a fact: name, from its end", "a fact: value, from its end"), one place must
     hold all: a row is found by one of them and read for another, so it is of no use where another row holds the rest.
     """
-    places: dict[str, dict[str, set[str]]] = {}  # subject -> place -> properties that its rows hold
-    wanted: dict[str, list[str]] = {}  # subject -> properties
+    subjects: dict[str, dict[str, list[str]]] = {}  # subject -> property -> places that hold it
     for finding in findings:
-        if not finding.required:
-            continue
-        text, _, place = finding.what.partition(", from ")
-        subject, _, said = text.partition(": ")
-        held = places.setdefault(subject, {}).setdefault(place, set())
-        if finding.verdict == "held":
-            held.add(said)
-        if said not in wanted.setdefault(subject, []):
-            wanted[subject].append(said)
-    lost = [subject for subject, said in wanted.items() if set(said) not in places[subject].values()]
-    return [subject + (f": {' and '.join(wanted[subject])}" if any(wanted[subject]) else "") for subject in lost]
+        if finding.required:
+            text, _, place = finding.what.partition(", from ")
+            subject, _, said = text.partition(": ")
+            places = subjects.setdefault(subject, {}).setdefault(said, [])
+            if finding.verdict == "held":
+                places.append(place)
+    lost = {subject: held for subject, held in subjects.items() if not set.intersection(*map(set, held.values()))}
+    return [subject + (f": {' and '.join(held)}" if any(held) else "") for subject, held in lost.items()]
 
 
 def conclusion(findings: Sequence[Finding]) -> str:
