@@ -3,7 +3,7 @@
 cases/       one module per case: checks that all compute the same, then measures
 baselines/   other implementations to measure against
 harness.py   interleaved repeats, figures    processes.py   the same figure from several processes
-inputs.py    shapes and random caches        checks.py   same results?
+inputs.py    shapes and random caches        models.py   random models of these shapes    checks.py   same results?
 floors.py    how fast it could be: counted work over rates that peak.c measures in the same run
 options.py   the command line    report.py   tables, plots, files    compare.py   do two runs agree?
 results/     runs worth keeping

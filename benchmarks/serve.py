@@ -4,6 +4,9 @@ Both servers run on this machine for the whole time and are asked in turn, stock
 moment hits both. Every run sends the same prompts (word problems of our own, which ask for short lines, or a file's)
 from a number of concurrent clients, and vLLM's client tells the throughput of output tokens and the time between two
 tokens of a request. A ratio is taken within each repeat. Needs vLLM and pandas (which its client reads prompts with).
+
+Of a shape other than smollm2 the model's weights are random, and so is its text: a line ends after every LINE tokens,
+prompts are split into tokens as SmolLM2's tokenizer splits them.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+import torch
+
+from benchmarks import machine, models
 from benchmarks.harness import say, spread
+from bottlenecked import backbones
 from bottlenecked.backbones import describe, tokenizer_newline_ids
 from bottlenecked.checkpoint import initial_weights, save_checkpoint
 from bottlenecked.config import BoundaryConfig, CacheProcessorConfig
@@ -36,6 +42,7 @@ add_cli_args(parser)
 main(parser.parse_args())
 """
 PROMPTS = {1: 4, 8: 24, 32: 64}  # by concurrency
+LINE = 20  # tokens: what SmolLM2's answers to GSM8K's questions have
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help='lines with a "question", as GSM8K has; none: some of our own',
     )
     add("--processor-dim", type=int, default=128, help="d_p of the random Processor (128)")
+    add("--shape", default="smollm2", choices=["smollm2", *models.WIDTHS], help="of the model (smollm2)")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the model (bfloat16)")
     options = parser.parse_args(arguments)
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")  # vLLM's: the cores of both servers' workers
@@ -59,15 +67,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines: list[dict[str, Any]] = [{"case": "machine", **machine.describe(), **about}]
     count = max(PROMPTS.values())
     prompts = read_questions(options.prompts, count) if options.prompts else make_prompts(count)
-    with tempfile.TemporaryDirectory() as folder, servers(Path(folder), options) as addresses:
-        (Path(folder) / "prompts.jsonl").write_text(
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = model_directory(folder, options)
+        addresses = stack.enter_context(servers(folder, model, options))
+        (folder / "prompts.jsonl").write_text(
             "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8"
         )
         for name, address in addresses.items():
             say(f"{name}: warming up")
-            run_client(address, Path(folder), 8, 8, 32)
+            run_client(address, folder, model, 8, 8, 32)
         for concurrency in map(int, options.concurrency.split(",")):
-            lines.append(measure(addresses, Path(folder), concurrency, options))
+            lines.append(measure(addresses, folder, model, concurrency, options))
             say(json.dumps(lines[-1]))
     if options.output is not None:
         options.output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -75,16 +86,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def model_directory(folder: Path, options: argparse.Namespace) -> Path:
+    """Where vLLM finds the model: one with random weights is written into the folder."""
+    if options.shape == "smollm2":
+        return smollm2_directory()
+    directory = folder / "model"
+    models.make(options.shape, dtype=getattr(torch, options.dtype)).save_pretrained(directory)
+    backbones.load("smollm2")[1].save_pretrained(directory)
+    return directory
+
+
+def line_ends(model: Path, options: argparse.Namespace) -> BoundaryConfig:
+    if options.shape == "smollm2":
+        return BoundaryConfig(token_ids=tokenizer_newline_ids(model) or ())
+    every = tuple(range(models.WIDTHS[options.shape][0]))
+    return BoundaryConfig(rule="token_ids", token_ids=every, min_step_length=LINE)
+
+
 @contextlib.contextmanager
-def servers(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, str]]:
+def servers(folder: Path, model: Path, options: argparse.Namespace) -> Iterator[dict[str, str]]:
     """Addresses of "stock" and "ours"."""
-    model, processor = smollm2_directory(), folder / "processor"
+    processor = folder / "processor"
     config = CacheProcessorConfig(
         **describe(model),
         processor_dim=options.processor_dim,
         processor_heads=max(1, options.processor_dim // 32),
         processor_mlp_dim=options.processor_dim * 35 // 8,
-        boundary=BoundaryConfig(token_ids=tokenizer_newline_ids(model) or ()),
+        boundary=line_ends(model, options),
     )
     # Edits too small to change what the model says: both servers then write the same text, whose lines end alike.
     save_checkpoint(processor, config, initial_weights(config, random_scale=1e-6, seed=0))
@@ -121,12 +149,12 @@ def read_questions(path: Path, count: int) -> list[str]:
     return found
 
 
-def run_client(address: str, folder: Path, concurrency: int, prompts: int, tokens: int) -> dict[str, Any]:
+def run_client(address: str, folder: Path, model: Path, concurrency: int, prompts: int, tokens: int) -> dict[str, Any]:
     """What vLLM's client says of one run."""
     host, _, port = address.removeprefix("http://").partition(":")
     command = [
         *(sys.executable, "-c", CLIENT, "--backend", "vllm", "--host", host, "--port", port, "--seed", "0"),
-        *("--model", str(smollm2_directory()), "--dataset-name", "custom", "--endpoint", "/v1/completions"),
+        *("--model", str(model), "--dataset-name", "custom", "--endpoint", "/v1/completions"),
         *("--dataset-path", str(folder / "prompts.jsonl"), "--custom-output-len", str(tokens), "--ignore-eos"),
         *("--num-prompts", str(prompts), "--max-concurrency", str(concurrency), "--temperature", "0"),
         *("--disable-tqdm", "--disable-shuffle", "--save-result", "--result-dir", str(folder)),
@@ -141,7 +169,9 @@ def run_client(address: str, folder: Path, concurrency: int, prompts: int, token
     return found
 
 
-def measure(addresses: dict[str, str], folder: Path, concurrency: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    addresses: dict[str, str], folder: Path, model: Path, concurrency: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """One line: throughput in output tokens per second, median time between tokens, and ours over stock's."""
     throughput: dict[str, list[float]] = {name: [] for name in addresses}
     between: dict[str, list[float]] = {name: [] for name in addresses}
@@ -149,7 +179,7 @@ def measure(addresses: dict[str, str], folder: Path, concurrency: int, options: 
     for repeat in range(options.repeats):
         for name in list(addresses) if repeat % 2 == 0 else list(addresses)[::-1]:
             found = run_client(
-                addresses[name], folder, concurrency, PROMPTS.get(concurrency, 2 * concurrency), options.tokens
+                addresses[name], folder, model, concurrency, PROMPTS.get(concurrency, 2 * concurrency), options.tokens
             )
             throughput[name].append(found["output_throughput"])
             between[name].append(found["median_itl_ms"])
@@ -160,7 +190,7 @@ def measure(addresses: dict[str, str], folder: Path, concurrency: int, options: 
     tokens = options.repeats * PROMPTS.get(concurrency, 2 * concurrency) * options.tokens
     counted = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in after}
     return {
-        "case": "serve", "shape": "smollm2", "d_p": options.processor_dim, "dtype": options.dtype,
+        "case": "serve", "shape": options.shape, "d_p": options.processor_dim, "dtype": options.dtype,
         "concurrency": concurrency, "repeats": options.repeats, "tokens": options.tokens,
         "prompts": "ours" if options.prompts is None else options.prompts.name,
         "tokens_per_s": {name: statistics.median(values) for name, values in throughput.items()},

@@ -24,13 +24,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks import checks
+from benchmarks import checks, models
 from benchmarks.baselines.naive import Naive
 from benchmarks.harness import OURS, Contender, Context, Figure, figure, say
-from benchmarks.inputs import DTYPES, SEED, SHAPES, Backbone, Setting
+from benchmarks.inputs import DTYPES, SEED, Backbone, Setting
 from bottlenecked import backbones
 from bottlenecked.checkpoint import Weights, initial_weights
 from bottlenecked.config import BoundaryConfig, CacheProcessorConfig
@@ -126,31 +126,13 @@ def load(shape: str) -> Model | None:
         model, tokenizer = backbones.load("smollm2")
         text = tokenizer(PROMPT)["input_ids"]
     elif shape == "tiny":
-        model, text = tiny(), list(range(60))
+        model, text = models.make("tiny"), list(range(60))
     else:
         return None
     model.set_attn_implementation("sdpa")
     # No end of text: every implementation generates the same number of tokens.
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     return Model(model, text)
-
-
-def tiny() -> PreTrainedModel:
-    """A random Llama of the shape "tiny"."""
-    shape = SHAPES["tiny"]
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=shape.num_query_heads * shape.head_dim,
-        intermediate_size=96,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_query_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def check(model: Model, setting: Setting, tokens: int) -> None:

@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from benchmarks import checks, processes
+from benchmarks import checks, models, processes
 from benchmarks.cases.memory import peak_memory, release_freed, reset_peak_memory
 from benchmarks.harness import OURS, Contender, Context, Figure, figure
 from benchmarks.inputs import SEED, Setting
@@ -38,8 +38,6 @@ from bottlenecked.training.config import ProcessorConfig, SFTConfig, TrainingCon
 from bottlenecked.training.data import Dataset, Example
 from bottlenecked.training.trainer import BackboneTrainer, ProcessorTrainer, Trainer
 
-# Vocabulary, hidden and MLP width of shapes that are made on the spot.
-_WIDTHS = {"llama-3.2-1b": (128256, 2048, 8192), "tiny": (512, 64, 128)}
 _NEWLINE, _EOS = 5, 6  # ids without a meaning: nothing is decoded
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
@@ -106,23 +104,9 @@ def make(setting: Setting, stage: str) -> Trainer:
 def model(setting: Setting, dtype: torch.dtype) -> PreTrainedModel:
     if setting.shape == "smollm2":
         return backbones.load("smollm2")[0].to(dtype)
-    if setting.shape not in _WIDTHS:
-        checks.refuse(setting, f"choose a shape of {', '.join(['smollm2', *_WIDTHS])}")
-    vocabulary, hidden, mlp = _WIDTHS[setting.shape]
-    shape = setting.backbone
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_query_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=True,
-    )
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a billion random numbers take the host long
-        return LlamaForCausalLM(config).to(dtype)
+    if setting.shape not in models.WIDTHS:
+        checks.refuse(setting, f"choose a shape of {', '.join(['smollm2', *models.WIDTHS])}")
+    return models.make(setting.shape, device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
 
 
 def problems(setting: Setting) -> list[Example]:

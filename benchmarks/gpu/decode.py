@@ -37,13 +37,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 
-from benchmarks import checks
+from benchmarks import checks, models
 from benchmarks.gpu.context import MIN_REPEATS, Context, attempt, cache_bytes, key
 from benchmarks.gpu.timing import Graph
 from benchmarks.harness import OURS, Figure, figure, rotated, say
-from benchmarks.inputs import SEED, SHAPES, Setting
+from benchmarks.inputs import SEED, Setting
 from bottlenecked.checkpoint import initial_weights
 from bottlenecked.config import BoundaryConfig, CacheProcessorConfig
 from bottlenecked.integrations.transformers import attach
@@ -56,9 +56,6 @@ SCALE = 0.05
 REPLAYS = 20
 READING = "ours_reading"
 
-# Vocabulary, hidden and MLP width of the backbones that are decoded with.
-MODELS = {"llama-3.2-1b": (128256, 2048, 8192), "tiny": (64, 64, 96)}
-
 
 def run(context: Context) -> Iterator[Figure]:
     model: PreTrainedModel | None = None
@@ -66,38 +63,12 @@ def run(context: Context) -> Iterator[Figure]:
     for batch in (1, 2) if context.quick else (1, 16, 64):
         setting = context.setting("llama-3.2-1b", batch, PROMPT, EVERY)
         # A forward over all prompts holds a few activations of the MLP's width.
-        activations = 6 * batch * setting.prior * MODELS[setting.shape][2] * 2
+        activations = 6 * batch * setting.prior * models.WIDTHS[setting.shape][2] * 2
         if context.due("decode", setting, 2 * cache_bytes(setting) + activations + (5 << 30)):
-            model = model or make(setting.shape, context.device)
+            model = model or models.make(setting.shape, device=context.device, dtype=torch.bfloat16)
             if not processors:
                 processors = {scale: processor(context, model, setting, scale) for scale in (0.0, SCALE)}
             yield attempt("decode", setting, functools.partial(measure, context, model, setting, processors))
-
-
-def make(shape: str, device: str) -> PreTrainedModel:
-    """A Llama of this shape with random weights in bfloat16, and nothing that ends its text."""
-    backbone = SHAPES[shape]
-    vocabulary, hidden, mlp = MODELS[shape]
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=backbone.num_layers,
-        num_attention_heads=backbone.num_query_heads,
-        num_key_value_heads=backbone.num_kv_heads,
-        head_dim=backbone.head_dim,
-        max_position_embeddings=1 << 17,
-        initializer_range=0.3 if shape == "tiny" else 0.02,  # a narrow model's text repeats itself, whatever its cache
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    model.set_attn_implementation("sdpa")
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-    return model
 
 
 @dataclass
