@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import bottleneck_ext
-from benchmarks import compare, floors, harness, options, processes, report
+from benchmarks import compare, floors, harness, models, options, processes, report
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, boundary, decode, mass
 from benchmarks.inputs import SHAPES, Inputs
@@ -518,7 +518,7 @@ def test_decoding_that_is_not_stocks_is_refused(monkeypatch: pytest.MonkeyPatch)
 
     context = GpuContext("cpu", True, 5, set())
     setting = context.setting("llama-3.2-1b", 2, 40, 30)
-    model = gpu_decode.make("tiny", "cpu")
+    model = models.make("tiny", dtype=torch.bfloat16)
     identity = gpu_decode.processor(context, model, setting, 0.0)
     with torch.no_grad():
         ids = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(0))
