@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import lab as labs
 from .lab import OutOfTimeError, read, say, write
-from .plan import STOCK, Plan
+from .plan import Plan
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnContext, SpawnProcess
@@ -126,16 +126,19 @@ class Queue:
         """What must be done before; each of it once."""
         if job.kind == "prepare":
             return []
-        if job.kind == "costs" or (job.kind == "backbone" and not self.alone):
+        if job.kind == "costs":
             return [Job("prepare")]
         if job.kind == "backbone":
-            return [Job("prepare"), Job("costs")]
+            first = self.plan.seeds[0]
+            shared = self.plan.text is not None and job.seed != first  # the first one trains it
+            needed = [Job("prepare")] + [Job("costs")] * self.alone
+            return needed + [Job("backbone", first)] * shared
         entry = self.plan.variants[job.variant]
         found = [Job("prepare"), Job("backbone", job.seed)]
         if entry.learning_rate:
             found.append(Job("costs"))
-        if entry.base not in (None, STOCK):
-            found.append(Job("base", job.seed, str(entry.base)))
+        if entry.base is not None:
+            found.append(Job("base", job.seed, entry.base))
         if job.kind != "rate" and len(entry.learning_rate) > 1:
             found += [Job("rate", self.first(), job.variant, rate) for rate in entry.learning_rate]
         if job.kind == "outcome" and any(self.plan.variants[name].base == job.variant for name in self.variants):

@@ -29,7 +29,7 @@ from bottlenecked.training.data import Dataset
 from bottlenecked.training.trainer import Trainer
 
 from . import variants
-from .plan import STOCK, Plan
+from .plan import Plan
 from .variants import Schedule, Variant
 
 _CURVE = 8  # scores on held-back problems while training
@@ -345,8 +345,6 @@ def trained(lab: Lab, seed: int, name: str, rate: float) -> tuple[Any, Trainer, 
 def _beginning(lab: Lab, seed: int, name: str) -> Any:
     """The backbone, or what another variant made of it."""
     base = lab.plan.variants[name].base
-    if base == STOCK:
-        return lab.fresh()
     return lab.backbone(seed) if base is None else backbones.load(merged(lab, seed, base))[0]
 
 

@@ -15,8 +15,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BUILD = HERE.parent / "build" / "experiments"
 
-STOCK = "stock"  # the model that backbones are fine-tuned from
-
 _TASKS = {"registers": RegisterTask, "chain": ChainTask}
 
 
@@ -41,13 +39,15 @@ class Examples:
 class Text:
     """Problems in real words, answered by a language model.
 
-    model: as `backbones.load` takes it. train, test: JSONL files in the directory --data. copies: of each problem to
-    train on, with other numbers. max_length: tokens of an example; max_new_tokens: of a generated answer. pause_token:
-    one of the tokenizer that no problem uses. decoded: answers generated at a time. watched: held-back problems that
-    are looked at while training.
+    model: as `backbones.load` takes it. adapter: a directory, from the repository's root: the LoRA on it that is the
+    backbone of all seeds; where it is missing it is trained, once, and written there. train, test: JSONL files in the
+    directory --data. copies: of each problem to train on, with other numbers. max_length: tokens of an example;
+    max_new_tokens: of a generated answer. pause_token: one of the tokenizer that no problem uses. decoded: answers
+    generated at a time. watched: held-back problems that are looked at while training.
     """
 
     model: str
+    adapter: str
     train: str
     test: str
     copies: int = 0
@@ -62,7 +62,7 @@ class Text:
 class Backbone:
     """How a backbone comes to be, and what it must be able to do.
 
-    sft: its fine-tuning, of a tiny one from random weights: fields of `SFTConfig`.
+    sft: its fine-tuning, of a tiny one from random weights, of a text's model by LoRA: fields of `SFTConfig`.
     curriculum_iterations: how many of a tiny one's iterations come first and see the task's look-ups only.
     least_look_ups: share of these that it must get right afterwards. A tiny backbone that does not, or whose rows do
         not hold what the task's probes ask for, is not used: no Processor can train on it.
@@ -95,7 +95,7 @@ class VariantPlan:
     kind: a class of variants.py; options: its own. label: for people.
     learning_rate: candidates; with several, the best on held-back problems of the first backbone is used on all.
     group: "" for the main table; others are tables of their own, "top_k" and "recent_window" plots.
-    share: of the compute. base: the variant whose model is gone on with, or STOCK; default: the backbone.
+    share: of the compute. base: the variant whose model is gone on with; default: the backbone.
     backbones: how many of the first backbones it is made on; default: all.
     export: whether what was trained on the first backbone is written to `build`/export, for use elsewhere.
     """
@@ -120,8 +120,8 @@ class Plan:
     data: where the files of a text are. build: where what was trained is kept. results: where outcomes are kept; tables
         and plots stand beside that directory.
     seeds: of backbones, tried in this order; backbones: how many that pass are used.
-    training: batch_size, warmup, schedule, clip of every training but the backbone's; fine_tuning: what differs where
-        no Processor is trained. processor: fields of `ProcessorConfig`.
+    training: batch_size, warmup, schedule, clip of every training but the backbone's. processor: fields of
+        `ProcessorConfig`.
     variants: by name, in the order of running. headline: those that come first, on all backbones; the others follow
         backbone by backbone. Empty: all are. pairs: (one, other): differences that are stated, beside each variant's
         with `baseline`.
@@ -143,7 +143,6 @@ class Plan:
     baseline: str
     pairs: tuple[tuple[str, str], ...]
     headline: tuple[str, ...] = ()
-    fine_tuning: Mapping[str, Any] = field(default_factory=dict)
     notes: str = ""
     dtype: str = "float32"
     build: Path
@@ -195,7 +194,6 @@ def make(name: str, values: Mapping[str, Any], build: Path, results: Path, data:
         "pairs": tuple(tuple(pair) for pair in values.get("pairs", ())),
         "headline": tuple(values.get("headline", ())),
         "training": values.get("training", {}),
-        "fine_tuning": values.get("fine_tuning", {}),
         "processor": values.get("processor", {}),
     }
     where = {"build": build / name, "results": results / name, "data": data}
@@ -205,7 +203,7 @@ def make(name: str, values: Mapping[str, Any], build: Path, results: Path, data:
         made.baseline,
         *(v for pair in made.pairs for v in pair),
         *made.headline,
-        *(v.base for v in variants.values() if v.base and v.base != STOCK),
+        *(v.base for v in variants.values() if v.base),
     ):
         if used not in variants:
             raise ValueError(f"{used!r} is named, but it is none of the variants")
@@ -214,10 +212,9 @@ def make(name: str, values: Mapping[str, Any], build: Path, results: Path, data:
     if made.budget.unit not in ("seconds", "operations"):
         raise ValueError(f"budget.unit is {made.budget.unit!r}, but it must be seconds or operations")
     # Unknown fields of the training's own configuration are told now.
-    SFTConfig(**dict(made.backbone.sft))
-    TrainingConfig.from_dict(
-        {"processor": dict(made.processor) | dict(made.training), "sft": {**made.training, **made.fine_tuning}}
-    )
+    if SFTConfig(**dict(made.backbone.sft)).method != "lora" and made.text is not None:
+        raise ValueError("backbone.sft.method must be lora for a text: its adapters are what text.adapter keeps")
+    TrainingConfig.from_dict({"processor": dict(made.processor) | dict(made.training), "sft": dict(made.training)})
     return made
 
 

@@ -158,6 +158,7 @@ def _row(plan: Plan, outcomes: Outcomes, name: str) -> dict[str, Any]:
         "iterations": one.get("iterations", 0),
         "compute": one.get(plan.budget.unit, 0.0),
         "wall_seconds": float(np.mean([run.get("wall_seconds", 0.0) for run in runs.values()])),
+        "held_back": float(np.mean([run["held_back"] for run in runs.values()])),
         "accuracy": _accuracy([run["test"] for run in runs.values()]),
         "longer": _accuracy([run["longer"] for run in runs.values()]) if longer else None,
         "gain": None if name == plan.baseline else difference(outcomes, name, plan.baseline),
@@ -214,9 +215,11 @@ def markdown(plan: Plan, found: Mapping[str, Any]) -> str:
     """NAME.md."""
     passed, failed = found["backbones"]["passed"], found["backbones"]["failed"]
     partial = "" if found["complete"] else " **Partial: more is to be run; each row says how many backbones it has.**"
-    used = f"Backbones: seeds {_list(passed)}"
-    if plan.task is not None:
-        used += f", which passed the probe; not used, because they did not: {_list(failed) or 'none'}"
+    if plan.text is not None:
+        used = "All seeds go on from one backbone: where it says backbones, read seeds of the training beyond it"
+    else:
+        used = f"Backbones: seeds {_list(passed)}, which passed the probe; not used, because they did not: "
+        used += _list(failed) or "none"
     text = [
         f"# {plan.title}",
         "",
@@ -265,11 +268,12 @@ def markdown(plan: Plan, found: Mapping[str, Any]) -> str:
 
 def _table(plan: Plan, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     longer = "" if plan.longer is None else f"{_steps(plan.longer)} steps |"
+    held_back = "" if plan.text is None else "cross-entropy, held back |"
     compute = "seconds" if plan.budget.unit == "seconds" else "10^15 operations"
     lines = [
-        f"| | trained parameters | iterations | {compute} | backbones | right | over backbones | {longer} "
+        f"| | trained parameters | iterations | {compute} | backbones | right | over backbones | {longer}{held_back} "
         f"gain over `{plan.baseline}`, points | over backbones | [over problems] |",
-        "|---|---|---|---|---|---|---|" + ("---|" if longer else "") + "---|---|---|",
+        "|---|---|---|---|---|---|---|" + "---|" * (bool(longer) + bool(held_back)) + "---|---|---|",
     ]
     for name, row in rows:
         accuracy, gain = row["accuracy"], row["gain"]
@@ -284,6 +288,8 @@ def _table(plan: Plan, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[st
         ]
         if longer:
             cells.append(f"{row['longer']['mean']:.3f}")
+        if held_back:
+            cells.append(f"{-row['held_back']:.4f}")
         cells += ["", "", ""] if gain is None else [f"{gain['mean']:+.1f}", _over(gain), _range(gain["over_problems"])]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 
+from benchmarks import machine
 from bottlenecked import backbones
 from bottlenecked.boundary import newline_token_ids
 from bottlenecked.training.augment import augment_file
 from bottlenecked.training.config import TrainingConfig
-from bottlenecked.training.data import Dataset, load_examples, read_lines, write_lines
+from bottlenecked.training.data import Dataset, Example, load_examples, read_lines, write_lines
 from bottlenecked.training.packed import PackedBackbone
 from bottlenecked.training.trainer import BackboneTrainer, ProcessorTrainer, Trainer
 
 from . import lab
 from .decode import decode
-from .plan import Plan
+from .plan import HERE, Plan
 from .variants import FineTuned, Processor, Variant
 
 _WEIGHTS = "model.safetensors"
@@ -103,27 +104,50 @@ class TextLab(lab.Lab):
         return Dataset(self.held_back.examples[: self.text.watched], digest=self.held_back.digest)
 
     def train_backbone(self, seed: int, directory: Path) -> None:
-        """Fine-tune the model; backbone-SEED.json keeps the held-back curve, which must have flattened."""
+        """The model with the adapter, which is trained where it is missing: the same for every seed."""
+        if not self._adapter.exists():
+            self._train_adapter()
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        backbones.merge_adapter(self._stock, self._adapter, directory)
+
+    def _train_adapter(self) -> None:
+        """training.json beside it keeps how that went; the held-back curve must have flattened."""
+        settings = {"dtype": self.plan.dtype, "sft": dict(self.plan.backbone.sft)}
         trainer = BackboneTrainer(
             self.fresh(),
             self.tokenizer,
             self.train,
             self.held_back,
-            TrainingConfig.from_dict({"seed": seed, "dtype": self.plan.dtype, "sft": dict(self.plan.backbone.sft)}),
-            output=self.plan.build / "backbones" / f"{seed}.training",
+            TrainingConfig.from_dict({"seed": self.plan.seeds[0], **settings}),
+            output=self.plan.build / "adapter.training",
         )
-        curve_file = self.plan.build / "backbones" / f"{seed}.curve.json"
+        curve_file = self.plan.build / "adapter.curve.json"
         curve = json.loads(curve_file.read_text()) if curve_file.exists() else {}
         as_trained = FineTuned(self, {})
-        for iteration, _ in lab.run(self, trainer, f"backbone {seed}", parts=8):
-            curve[str(iteration)] = -self.watch(as_trained, trainer.model, trainer)
+        for iteration, _ in lab.run(self, trainer, "adapter", parts=8):
+            curve[str(iteration)] = -self.watch(as_trained, trainer.model, trainer, some=True)
             lab.write(curve_file, curve)
-        trainer.export(directory)
+        about = {
+            "cross_entropy": curve,
+            "problems": len(self._watched.examples),
+            "config": trainer.config.to_dict(),
+            "data": self.train.digest,
+            "machine": machine.describe(),
+        }
+        self._adapter.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._adapter.with_name(self._adapter.name + ".unfinished")
+        trainer.export_adapter(unfinished, backbone=self.text.model)
+        lab.write(unfinished / "training.json", about)
+        unfinished.rename(self._adapter)
+
+    @property
+    def _adapter(self) -> Path:
+        return HERE.parent / self.text.adapter
 
     def judge(self, seed: int) -> dict[str, Any]:
-        self.backbone(seed)  # which trains it
-        curve = json.loads((self.plan.build / "backbones" / f"{seed}.curve.json").read_text())
-        return {"passes": True, "cross_entropy": curve}
+        """All pass; the curve tells whether more fine-tuning would have brought more."""
+        self.backbone(seed)  # which makes it
+        return {"passes": True, "cross_entropy": lab.read(self._adapter / "training.json")["cross_entropy"]}
 
     def watch(self, variant: Variant, model: Any, trainer: Trainer | None, *, some: bool = False) -> float:
         of = self._watched if some else self.held_back
@@ -142,17 +166,15 @@ class TextLab(lab.Lab):
             trainer.optimizer.state.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # training took more, and others train
-        model = model.to(self.device, getattr(torch, self.plan.dtype)).eval()  # as it would be served
         began = time.perf_counter()
-        examples = self._test.examples
-        texts: dict[int, str] = {}
-        order = sorted(range(len(examples)), key=lambda i: examples[i].segments[0][1])
-        for begin in range(0, len(order), self.text.decoded):
-            some = order[begin : begin + self.text.decoded]
-            answers = self._answers(variant, model, trainer, [examples[i] for i in some])
-            texts |= dict(zip(some, answers, strict=True))
+        first = self.plan.seeds[0]
+        if trainer is None and seed != first and (self.plan.results / f"{first}-{name}.json").exists():
+            answers = lab.read(self._kept(name, first))["answers"]  # the same backbone
+        else:
+            model = model.to(self.device, getattr(torch, self.plan.dtype)).eval()  # as it would be served
+            answers = self._answers(variant, model, trainer, self._test.examples)
         found["decoding_seconds"] = time.perf_counter() - began
-        lab.write(self._kept(name, seed), {"answers": [texts[i] for i in range(len(examples))]})
+        lab.write(self._kept(name, seed), {"answers": answers})
         return self.complete({**found, "variant": name, "seed": seed}) or found
 
     def _kept(self, name: str, seed: int) -> Path:
@@ -201,7 +223,16 @@ class TextLab(lab.Lab):
         rounded = [[[float(f"{x:.3g}") for x in layer] for layer in part] for part in table.tolist()]
         return dict(zip(("relative", "keys", "values"), rounded, strict=True)) | {"problems": counts}
 
-    def _answers(self, variant: Variant, model: Any, trainer: Trainer | None, examples: Any) -> list[str]:
+    def _answers(self, variant: Variant, model: Any, trainer: Trainer | None, examples: Sequence[Example]) -> list[str]:
+        """To problems, in their order; those with prompts of like lengths are answered together."""
+        order = sorted(range(len(examples)), key=lambda i: examples[i].segments[0][1])
+        texts: dict[int, str] = {}
+        for begin in range(0, len(order), self.text.decoded):
+            some = order[begin : begin + self.text.decoded]
+            texts |= dict(zip(some, self._decoded(variant, model, trainer, [examples[i] for i in some]), strict=True))
+        return [texts[i] for i in range(len(examples))]
+
+    def _decoded(self, variant: Variant, model: Any, trainer: Trainer | None, examples: Sequence[Example]) -> list[str]:
         options: dict[str, Any] = {}
         if isinstance(variant, Processor):
             assert isinstance(trainer, ProcessorTrainer)

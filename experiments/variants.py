@@ -137,8 +137,7 @@ class FineTuned(Variant):
     ) -> Trainer | None:
         model.float()
         self._prepare(model, seed)
-        common = {**self.plan.training, **self.plan.fine_tuning}
-        settings = {**common, "method": self.method, **self._more(model), **_fields(schedule)}
+        settings = {**self.plan.training, "method": self.method, **self._more(model), **_fields(schedule)}
         used, curriculum = self._training(data)
         return BackboneTrainer(
             model,
@@ -182,8 +181,7 @@ class LowRank(FineTuned):
     def export(self, trainer: Trainer, directory: Path) -> None:
         """As peft writes adapters."""
         assert isinstance(trainer, BackboneTrainer)
-        trainer._adapted.save_pretrained(directory)
-        _narrow(directory / "adapter_model.safetensors")
+        trainer.export_adapter(directory)
 
 
 class AddedLayer(FineTuned):

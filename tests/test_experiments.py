@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from bottlenecked import CacheProcessor  # noqa: E402
+from bottlenecked.backbones import describe  # noqa: E402
 from bottlenecked.integrations.transformers import attach  # noqa: E402
 from bottlenecked.module import CacheProcessorModule  # noqa: E402
 from bottlenecked.training.data import Dataset, Example, load_examples, write_lines  # noqa: E402
@@ -483,12 +484,11 @@ def test_a_failure_takes_with_it_what_waits_for_it_and_nothing_else(tmp_path: Pa
 
 
 def test_the_headline_comes_first_and_some_variants_are_made_on_few_backbones(tmp_path: Path) -> None:
-    variants_of = BASED | {"sft": {"kind": "untouched", "backbones": 1}, "stock": {"kind": "lora", "base": "stock"}}
-    variants_of["stock"] |= {"learning_rate": 1e-3}
+    variants_of = BASED | {"sft": {"kind": "untouched", "backbones": 1}}
     made = plan(tmp_path, variants=variants_of, pairs=[], headline=["processor", "sft2"])
     outcomes = [(job.variant, job.seed) for job in pretend_all(Queue(made), 1) if job.kind == "outcome"]
     assert outcomes[:4] == [("processor", 0), ("processor", 2), ("sft2", 0), ("sft2", 2)]
-    rest = [("sft", 0), ("on-half", 0), ("half", 0), ("stock", 0), ("on-half", 2), ("half", 2), ("stock", 2)]
+    rest = [("sft", 0), ("on-half", 0), ("half", 0), ("on-half", 2), ("half", 2)]
     assert outcomes[4:] == rest
 
 
@@ -771,6 +771,7 @@ def test_an_experiment_on_a_text(
     save_backbone(tiny_backbone(), tmp_path / "model")
     text = {
         "model": str(tmp_path / "model"),
+        "adapter": str(tmp_path / "checkpoints/adapter"),
         "train": "train.jsonl",
         "test": "test.jsonl",
         "max_new_tokens": 12,
@@ -778,16 +779,18 @@ def test_an_experiment_on_a_text(
     }
     values = {key: SMALL[key] for key in ("title", "training", "processor", "pairs")} | {
         "text": text,
-        "seeds": [0],
-        "backbones": 1,
+        "seeds": [0, 1],
+        "backbones": 2,
         "examples": {"held_back": 10},
-        "backbone": {"sft": {"iterations": 8, "batch_size": 8, "learning_rate": 3e-3}},
+        "backbone": {"sft": {"method": "lora", "iterations": 8, "batch_size": 8, "learning_rate": 3e-3}},
         "budget": {"iterations": 4, "curriculum_iterations": 0},
         "variants": {
-            n: SMALL["variants"][n] | ({"export": True} if n == "processor" else {})
+            n: SMALL["variants"][n] | ({"export": True} if n == "processor" else {} if n == "sft" else {"backbones": 1})
             for n in ("sft", "sft2", "pause", "processor", "random", "every", "prompt")
         },
     }
+    with pytest.raises(ValueError, match=r"backbone\.sft\.method must be lora for a text"):
+        plans.make("small", values | {"backbone": {"sft": {"iterations": 8}}}, tmp_path, tmp_path)
     made = plans.make("small", values, tmp_path / "build", tmp_path / "results", tmp_path)
     monkeypatch.setattr(plans, "load", lambda name, **where: made)
     monkeypatch.setattr(labs, "_ROUNDS", 4)
@@ -811,8 +814,20 @@ def test_an_experiment_on_a_text(
     assert found["complete"]
     answers = json.loads((tmp_path / "build/small/answers/0-processor.json").read_text())["answers"]
     assert len(answers) == 10
-    curve = json.loads((tmp_path / "results/small/backbone-0.json").read_text())["cross_entropy"]
-    assert list(curve) == [str(i) for i in range(1, 9)]
+    judged = [json.loads((tmp_path / f"results/small/backbone-{seed}.json").read_text()) for seed in (0, 1)]
+    assert list(judged[0]["cross_entropy"]) == [str(i) for i in range(1, 9)]
+    stock = describe(tmp_path / "model")["backbone"]["weights_hash"]
+    assert judged[0]["weights_hash"] == judged[1]["weights_hash"] != stock
+    # The adapter is enough: TextLab.backbone refuses other weights than those of the outcomes.
+    assert not (tmp_path / "build/small/backbones").exists()
+    assert TextLab(made).backbone(1) is not None
+    assert (tmp_path / "build/small/backbones").exists()
+    kept = [json.loads((tmp_path / f"build/small/answers/{seed}-sft.json").read_text()) for seed in (0, 1)]
+    assert kept[0] == kept[1]
+    assert json.loads((tmp_path / "results/small/1-sft.json").read_text())["decoding_seconds"] < 0.1
+    first, second = (json.loads((tmp_path / f"results/small/{s}-processor.json").read_text()) for s in (0, 1))
+    assert first["backbone"] == second["backbone"]
+    assert first["held_back"] != second["held_back"]
     edits = json.loads((tmp_path / "results/small/0-processor.json").read_text())["edits"]
     assert np.shape(edits["relative"]) == np.shape(edits["keys"]) == (2, len(edits["problems"]))
     assert np.all(np.array(edits["relative"])[:, : sum(n > 0 for n in edits["problems"])] > 0)

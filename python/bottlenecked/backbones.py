@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,6 +55,16 @@ _HASHED = (
     "num_key_value_heads",
     "head_dim",
 )
+
+
+# Of an adapter's configuration: what says nothing of its product, or only how it came to be. Whatever else is set, now
+# or in a later version of peft, makes it something other than the product of two matrices.
+_PLAIN_LORA = (
+    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
+    *("layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version"),
+    *("qalora_group_size", "r", "revision", "target_modules", "task_type", "use_rslora"),
+)
+_PLAIN_BEGINNINGS = (True, False, "gaussian", "orthogonal")  # others change the backbone's matrices too
 
 
 def describe(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -117,6 +128,34 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that `load` returns, without its model. Raises as `load` does."""
     directory, options = _files(name_or_path)
     return _import("transformers", "transformers").AutoTokenizer.from_pretrained(directory, **options)
+
+
+def merge_adapter(name_or_path: str | Path, adapter: str | Path, directory: str | Path) -> None:
+    """Write a backbone, in float32, with LoRA adapters (arXiv 2106.09685) merged into its weights, and its tokenizer.
+
+    name_or_path: as for `load`. adapter: a directory as peft's `save_pretrained` writes it. directory: written beside
+    itself and then renamed; it must not exist.
+
+    `weight + scale * B @ A` is computed in float64 and rounded once, so that it has the same bits on every machine (but
+    for a rounding in a billion), unlike what peft's `merge_and_unload` gives.
+
+    Raises as `load` does; FileExistsError, FileNotFoundError; ValueError where the adapters are no plain LoRA of this
+    backbone's matrices.
+    """
+    target, folder = Path(directory), Path(adapter)
+    if target.exists():
+        raise FileExistsError(f"{target} exists: give another name, or remove it")
+    for file in (folder / "adapter_config.json", folder / "adapter_model.safetensors"):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist: give a directory as peft's save_pretrained writes it")
+    scale = _adapter_scale(folder / "adapter_config.json")
+    model, tokenizer = load(name_or_path)
+    _merge(model, folder / "adapter_model.safetensors", scale)
+    unfinished = target.with_name(target.name + ".new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    os.replace(unfinished, target)
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -236,6 +275,51 @@ def _files(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
     _check_names_no_code(path / "config.json")
     _check_shards(path / "model.safetensors.index.json")
     return path, dict(_LOCAL)
+
+
+def _adapter_scale(file: Path) -> float:
+    """By which the product of the two matrices is multiplied. ValueError for what is no plain LoRA."""
+    settings = read_object(file)
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type is {str(settings.get('peft_type'))[:100]!r}, but only LORA can be merged")
+    for key, value in settings.items():
+        plain = value in _PLAIN_BEGINNINGS if key == "init_lora_weights" else value in (None, False, "none", {}, [])
+        if key not in _PLAIN_LORA and not plain:
+            raise ValueError(
+                f"{file}: {key} is {str(value)[:100]!r}, but only plain LoRA can be merged here: use peft's "
+                "merge_and_unload"
+            )
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in (rank, alpha)):
+        raise ValueError(f"{file}: r and lora_alpha are {rank!r} and {alpha!r}, but must be numbers above 0")
+    return float(alpha / (rank**0.5 if settings.get("use_rslora") else rank))  # type: ignore[operator]
+
+
+def _merge(model: PreTrainedModel, file: Path, scale: float) -> None:
+    """Into the model's matrices, in place; ValueError, before anything is changed, where they do not belong to it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    weights = dict(model.named_parameters())
+    pairs = {}
+    for name in sorted(tensors):
+        matrix = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        down, up = (tensors.get(f"base_model.model.{matrix}.lora_{part}.weight") for part in "AB")
+        weight = weights.get(f"{matrix}.weight")
+        if weight is None or down is None or up is None:
+            raise ValueError(f"{file}: {name} is not one of a pair of adapters to a matrix of this backbone")
+        if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1:] != down.shape[:1]:
+            raise ValueError(
+                f"{file}: the adapters of {matrix} are {list(down.shape)} and {list(up.shape)}, but the backbone's "
+                f"matrix is {list(weight.shape)}"
+            )
+        pairs[matrix] = weight, up, down
+    for weight, up, down in pairs.values():
+        weight.data.copy_(weight.double() + scale * (up.double() @ down.double()))
 
 
 def _check_names_no_code(file: Path) -> None:
@@ -457,6 +541,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "locate",
+    "merge_adapter",
     "model_weights_hash",
     "rope_parameters",
     "tokenizer_newline_ids",

@@ -1,4 +1,4 @@
-"""The commands around training: prepare, augment, train. `bottlenecked.cli` adds them to its own."""
+"""The commands around training: prepare, augment, train, merge and others. `bottlenecked.cli` adds them to its own."""
 
 from __future__ import annotations
 
@@ -103,6 +103,23 @@ def train(
 
     settings = TrainingConfig() if config is None else TrainingConfig.load(config)
     print(run(backbone, data, output, settings, resume=resume).sentence())
+
+
+@commands.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Directory of LoRA adapters, as peft writes it.")],
+    backbone: Annotated[str, typer.Option(help=_BACKBONE)],
+    output: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")],
+) -> None:
+    """Write a backbone with LoRA adapters merged into its weights, for generate, eval, train and vLLM."""
+    from .. import backbones, cli
+
+    refuse_existing(output)
+    backbones.locate(backbone)
+    cli.quiet_libraries()
+    with loading(f"the backbone {backbone}"):
+        backbones.merge_adapter(backbone, adapter, output)
+    print(f"wrote {output}")
 
 
 class Part(StrEnum):

@@ -440,6 +440,26 @@ class BackboneTrainer(Trainer):
         shutil.rmtree(target, ignore_errors=True)
         os.replace(unfinished, target)
 
+    def export_adapter(self, directory: str | os.PathLike[str], *, backbone: str | None = None) -> None:
+        """Write the adapters of `sft.method: lora` alone, as peft does, their matrices in bfloat16.
+
+        Everything is written beside `directory`, which must not exist, and then takes its place. backbone: what its
+        configuration calls the model, for peft to find it. ValueError for another method.
+        """
+        if self._adapted is None:
+            raise ValueError(f"sft.method is {self.config.sft.method!r}, but only lora has adapters to write")
+        from safetensors.torch import load_file, save_file
+
+        target = Path(directory)
+        unfinished = target.with_name(target.name + ".new")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        self._adapted.peft_config["default"].base_model_name_or_path = backbone
+        self._adapted.save_pretrained(unfinished)
+        (unfinished / "README.md").unlink(missing_ok=True)  # peft's is an empty form
+        file = unfinished / "adapter_model.safetensors"
+        save_file({n: t.to(torch.bfloat16) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+        os.replace(unfinished, target)
+
 
 class ProcessorTrainer(Trainer):
     """Stage 2: a Processor for `model`, which stays frozen.
