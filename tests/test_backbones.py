@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,11 +22,13 @@ from bottlenecked.backbones import (
     kv_cache,
     load,
     locate,
+    merge_adapter,
     model_weights_hash,
     rope_parameters,
     tokenizer_newline_ids,
 )
 from bottlenecked.boundary import newline_token_ids
+from bottlenecked.cli import main
 
 from . import tiny
 
@@ -254,6 +258,112 @@ def test_newlines_of_a_tokenizer_file(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer"):
         tokenizer_newline_ids(tmp_path)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA adapters for the tiny model as peft writes them, with random numbers."""
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(
+        tiny.model(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"])
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    path = tmp_path_factory.mktemp("adapters") / "adapter"
+    wrapped.save_pretrained(path)
+    return path
+
+
+def changed(adapter: Path, path: Path, **settings: Any) -> Path:
+    """A copy with other settings."""
+    shutil.copytree(adapter, path)
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return path
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_are_merged_as_peft_merges_them(directory: Path, adapter: Path, tmp_path: Path, rslora: bool) -> None:
+    import peft
+
+    given = changed(adapter, tmp_path / "given", use_rslora=rslora)
+    expected = peft.PeftModel.from_pretrained(load(directory)[0], given).merge_and_unload().state_dict()
+    merge_adapter(directory, given, tmp_path / "merged")
+    stock, (model, tokenizer) = load(directory)[0].state_dict(), load(tmp_path / "merged")
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
+        touched = any(part in name for part in ("q_proj", "v_proj", "down_proj"))
+        assert torch.equal(found[name], stock[name]) != touched, name
+    assert len(tokenizer) == len(tiny.tokenizer())
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("merged")] == ["merged"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dora": True}, "use_dora is 'True', but only plain LoRA can be merged here: use peft's merge_and_unload"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"of_a_later_version": 1}, "of_a_later_version is '1'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', but only LORA can be merged"),
+        ({"r": 0}, "r and lora_alpha are 0 and 6, but must be numbers above 0"),
+        ({"lora_alpha": True}, "r and lora_alpha are 3 and True"),
+    ],
+    ids=str,
+)
+def test_what_is_no_plain_lora_is_not_merged(
+    directory: Path, adapter: Path, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        merge_adapter(directory, changed(adapter, tmp_path / "given", **settings), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adapters_of_another_backbone_are_not_merged(directory: Path, adapter: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    given = changed(adapter, tmp_path / "given")
+    file = given / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = min(tensors)
+    alone = {name: tensor for name, tensor in tensors.items() if name != first}
+    for wrong, words in (
+        (alone, "is not one of a pair of adapters to a matrix of this backbone"),
+        (tensors | {"base_model.model.lm_head.bias": torch.ones(3)}, "lm_head.bias is not one of a pair"),
+        (tensors | {first: torch.ones(3, 5)}, r"the adapters of .* are \[3, 5\] and \[\d+, 3\], but the backbone's"),
+    ):
+        save_file(wrong, file)
+        with pytest.raises(ValueError, match=words):
+            merge_adapter(directory, given, tmp_path / "merged")
+    file.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="is damaged"):
+        merge_adapter(directory, given, tmp_path / "merged")
+    file.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"adapter_model\.safetensors does not exist: give a directory as peft's"
+    ):
+        merge_adapter(directory, given, tmp_path / "merged")
+    with pytest.raises(FileExistsError, match="exists: give another name"):
+        merge_adapter(directory, adapter, given)
+
+
+def test_the_command_that_merges(
+    directory: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["merge", str(adapter), "--backbone", str(directory), "--output", str(tmp_path / "merged")]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'merged'}\n"
+    assert load(tmp_path / "merged")[0] is not None
+    assert main(arguments) == 1
+    assert "exists: give another name, or remove it" in capsys.readouterr().err
 
 
 # --- GGUF -----------------------------------------------------------------------------------------------------

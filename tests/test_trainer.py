@@ -25,6 +25,7 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from bottlenecked import CacheProcessor, CacheProcessorConfig  # noqa: E402
+from bottlenecked.backbones import merge_adapter  # noqa: E402
 from bottlenecked.checkpoint import load_weights  # noqa: E402
 from bottlenecked.integrations.transformers import attach  # noqa: E402
 from bottlenecked.module import CacheProcessorModule  # noqa: E402
@@ -528,6 +529,7 @@ def test_lora_trains_adapters_and_exports_a_plain_model(tmp_path: Path) -> None:
     example_ids = torch.tensor([dataset().examples[2].tokens])
     with torch.no_grad():
         adapted = trainer.model.eval()(input_ids=example_ids).logits
+    trainer.export_adapter(tmp_path / "adapter", backbone="tiny")
     trainer.export(tmp_path / "backbone", files=["a.jsonl"], evaluation=trainer.evaluate())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
     stock = tiny.model()
@@ -536,6 +538,20 @@ def test_lora_trains_adapters_and_exports_a_plain_model(tmp_path: Path) -> None:
         torch.testing.assert_close(plain(input_ids=example_ids).logits, adapted, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(stock(input_ids=example_ids).logits, adapted, atol=1e-2)
     assert "fine-tuned" in (tmp_path / "backbone" / "README.md").read_text()
+    # The adapters alone, in bfloat16: merged into stock they give the same, to the rounding.
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    stock.save_pretrained(tmp_path / "stock")
+    tiny.tokenizer().save_pretrained(tmp_path / "stock")
+    merge_adapter(tmp_path / "stock", tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=example_ids).logits, adapted, rtol=1e-2, atol=1e-2)
+    with pytest.raises(ValueError, match=r"sft\.method is 'full', but only lora has adapters"):
+        backbone_trainer().export_adapter(tmp_path / "none")
 
 
 def test_bfloat16_keeps_float32_weights() -> None:
