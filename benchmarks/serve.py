@@ -1,10 +1,10 @@
 """`python -m benchmarks.serve`: vLLM's server with a Processor beside stock vLLM, driven by vLLM's own client.
 
-Both servers run on this machine at a time and are asked in turn, stock first and then last, so that a busy moment hits
-both. Both are started anew several times, in turn as well: where a process's memory lies can make a tenth of its speed,
-and stays as it is until its end. Every run sends the same prompts (word problems of our own, which ask for short lines,
-or a file's) from a number of concurrent clients, and vLLM's client tells the throughput of output tokens and the time
-between two tokens of a request. A ratio is taken within each repeat. Needs vLLM and pandas (which its client reads
+Both servers run on this machine at a time and are asked in turn, now one first and now the other, so that a busy moment
+hits both. Both are started anew several times, in turn as well: where a process's memory lies can make a tenth of its
+speed, and stays as it is until its end. Every run sends the same prompts (word problems of our own, which ask for short
+lines, or a file's) from a number of concurrent clients, and vLLM's client tells the throughput of output tokens and the
+time between two tokens of a request. A ratio is taken within each repeat. Needs vLLM and pandas (which its client reads
 prompts with).
 
 Of a shape other than smollm2 the model's weights are random, and so is its text: a line ends after every LINE tokens,
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     say(f"{server}: warming up")
                     run_client(address, folder, model, 8, 8, 32)
                 for concurrency in concurrencies:
-                    runs[concurrency] += measure(addresses, folder, model, concurrency, options)
+                    runs[concurrency] += measure(addresses, folder, model, concurrency, options, start)
                     say(json.dumps(figure(concurrency, runs[concurrency], options)))
     lines += [figure(concurrency, of_one, options) for concurrency, of_one in runs.items()]
     if options.output is not None:
@@ -201,14 +201,14 @@ def run_client(address: str, folder: Path, model: Path, concurrency: int, prompt
 
 
 def measure(
-    addresses: dict[str, str], folder: Path, model: Path, concurrency: int, options: argparse.Namespace
+    addresses: dict[str, str], folder: Path, model: Path, concurrency: int, options: argparse.Namespace, start: int
 ) -> list[Run]:
-    """Of one start of the servers: as many runs as repeats are asked for."""
+    """Of one start of the servers: as many runs as repeats are asked for. Who is asked first changes each time."""
     found = []
     for repeat in range(options.repeats):
         before = metrics(addresses["ours"])
         results: dict[str, dict[str, Any]] = {}
-        for name in list(addresses) if repeat % 2 == 0 else list(addresses)[::-1]:
+        for name in NAMES if (start + repeat) % 2 == 0 else NAMES[::-1]:
             results[name] = run_client(
                 addresses[name], folder, model, concurrency, prompts_of(concurrency), options.tokens
             )

@@ -538,7 +538,7 @@ def test_lora_trains_adapters_and_exports_a_plain_model(tmp_path: Path) -> None:
         torch.testing.assert_close(plain(input_ids=example_ids).logits, adapted, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(stock(input_ids=example_ids).logits, adapted, atol=1e-2)
     assert "fine-tuned" in (tmp_path / "backbone" / "README.md").read_text()
-    # The adapters alone, in bfloat16: merged into stock they give the same, to the rounding.
+    # The adapters alone, in bfloat16: merged into stock they give the same, to that rounding.
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -549,7 +549,8 @@ def test_lora_trains_adapters_and_exports_a_plain_model(tmp_path: Path) -> None:
     merge_adapter(tmp_path / "stock", tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
-        torch.testing.assert_close(merged(input_ids=example_ids).logits, adapted, rtol=1e-2, atol=1e-2)
+        errors = [(model(input_ids=example_ids).logits - adapted).abs().mean() for model in (merged, stock)]
+        assert errors[0] < 0.02 * errors[1]
     with pytest.raises(ValueError, match=r"sft\.method is 'full', but only lora has adapters"):
         backbone_trainer().export_adapter(tmp_path / "none")
 

@@ -454,7 +454,7 @@ class BackboneTrainer(Trainer):
         unfinished = target.with_name(target.name + ".new")
         shutil.rmtree(unfinished, ignore_errors=True)
         self._adapted.peft_config["default"].base_model_name_or_path = backbone
-        self._adapted.save_pretrained(unfinished)
+        self._adapted.save_pretrained(unfinished, save_embedding_layers=False)  # else it asks the hub about `backbone`
         (unfinished / "README.md").unlink(missing_ok=True)  # peft's is an empty form
         file = unfinished / "adapter_model.safetensors"
         save_file({n: t.to(torch.bfloat16) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
