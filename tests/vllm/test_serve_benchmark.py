@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serve import LINE, line_ends, make_prompts, model_directory, read_questions
+from benchmarks.serve import LINE, Run, figure, line_ends, make_prompts, model_directory, read_questions, table
 
 
 def test_prompts() -> None:
@@ -34,3 +34,20 @@ def test_a_random_shape_is_served_with_lines_of_one_length(tmp_path: Path) -> No
     assert (model / "tokenizer.json").is_file()
     boundary = line_ends(model, options)
     assert (boundary.rule, boundary.min_step_length, boundary.token_ids) == ("token_ids", LINE, tuple(range(512)))
+
+
+def test_a_ratio_is_taken_within_each_repeat_and_told_for_each_start() -> None:
+    options = argparse.Namespace(
+        shape="smollm2", processor_dim=128, dtype="bfloat16", starts=2, repeats=2, tokens=64, prompts=None
+    )
+    runs = [
+        Run({"stock": stock, "ours": ours}, {"stock": 10.0, "ours": 11.0}, boundaries=96, rewrite_s=0.5, ours_s=10.0)
+        for stock, ours in ((10.0, 9.0), (20.0, 20.0), (10.0, 8.0), (20.0, 14.0))
+    ]
+    found = figure(8, runs, options)
+    assert found["throughput_ratio"] == pytest.approx(0.85)  # not 11.5 / 15
+    assert found["throughput_ratio_by_start"] == pytest.approx([0.95, 0.75])
+    assert found["itl_ratio"] == pytest.approx(1.1)
+    assert found["tokens_per_boundary"] == pytest.approx(4 * 24 * 64 / 384)
+    assert found["rewrite_share"] == pytest.approx(0.05)
+    assert "| 8 | 15.0 | 11.5 | 0.850 (" in table([{"case": "machine"}, found])
