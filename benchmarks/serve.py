@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine, models
-from benchmarks.harness import say, spread
+from benchmarks.harness import rotated, say, spread
 from bottlenecked import backbones
 from bottlenecked.backbones import describe, tokenizer_newline_ids
 from bottlenecked.checkpoint import initial_weights, save_checkpoint
@@ -46,9 +46,7 @@ main(parser.parse_args())
 """
 PROMPTS = {1: 4, 8: 24, 32: 64}  # by concurrency
 LINE = 20  # tokens: what SmolLM2's answers to GSM8K's questions have
-
-
-NAMES = ("stock", "ours")
+NAMES = ["stock", "ours"]
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = model_directory(folder, options)
+        processor = processor_directory(folder, model, options)
         (folder / "prompts.jsonl").write_text(
             "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8"
         )
         for start in range(options.starts):
-            with servers(folder, model, options, stock_first=start % 2 == 0) as addresses:
+            with servers(folder, model, processor, options, rotated(NAMES, start)) as addresses:
                 for server, address in addresses.items():
                     say(f"{server}: warming up")
                     run_client(address, folder, model, 8, 8, 32)
@@ -129,10 +128,9 @@ def line_ends(model: Path, options: argparse.Namespace) -> BoundaryConfig:
     return BoundaryConfig(rule="token_ids", token_ids=every, min_step_length=LINE)
 
 
-@contextlib.contextmanager
-def servers(folder: Path, model: Path, options: argparse.Namespace, *, stock_first: bool) -> Iterator[dict[str, str]]:
-    """Addresses of "stock" and "ours"; stock_first: whether it is started first."""
-    processor = folder / "processor"
+def processor_directory(folder: Path, model: Path, options: argparse.Namespace) -> Path:
+    """A random Processor, written into the folder."""
+    directory = folder / "processor"
     config = CacheProcessorConfig(
         **describe(model),
         processor_dim=options.processor_dim,
@@ -141,20 +139,25 @@ def servers(folder: Path, model: Path, options: argparse.Namespace, *, stock_fir
         boundary=line_ends(model, options),
     )
     # Edits too small to change what the model says: both servers then write the same text, whose lines end alike.
-    save_checkpoint(processor, config, initial_weights(config, random_scale=1e-6, seed=0))
+    save_checkpoint(directory, config, initial_weights(config, random_scale=1e-6, seed=0))
+    return directory
+
+
+@contextlib.contextmanager
+def servers(
+    folder: Path, model: Path, processor: Path, options: argparse.Namespace, order: Sequence[str]
+) -> Iterator[dict[str, str]]:
+    """Addresses of "stock" and "ours", which are started in this order."""
     flags = [
         *("--dtype", options.dtype, "--max-model-len", "1024", "--max-num-seqs", "32", "--enforce-eager"),
         *("--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(2 << 30)),
     ]
-    stock = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags]
-    ours = serve_command(model, processor, *flags)
-    commands = {"stock": stock, "ours": ours}
+    commands = {
+        "stock": [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags],
+        "ours": serve_command(model, processor, *flags),
+    }
     with contextlib.ExitStack() as stack:
-        found = {
-            name: stack.enter_context(running(commands[name], folder / f"{name}.log"))
-            for name in (("stock", "ours") if stock_first else ("ours", "stock"))
-        }
-        yield {name: found[name] for name in commands}
+        yield {name: stack.enter_context(running(commands[name], folder / f"{name}.log")) for name in order}
 
 
 def make_prompts(count: int) -> list[str]:
@@ -208,7 +211,7 @@ def measure(
     for repeat in range(options.repeats):
         before = metrics(addresses["ours"])
         results: dict[str, dict[str, Any]] = {}
-        for name in NAMES if (start + repeat) % 2 == 0 else NAMES[::-1]:
+        for name in rotated(NAMES, start + repeat):
             results[name] = run_client(
                 addresses[name], folder, model, concurrency, prompts_of(concurrency), options.tokens
             )

@@ -129,10 +129,12 @@ class Queue:
         if job.kind == "costs":
             return [Job("prepare")]
         if job.kind == "backbone":
-            first = self.plan.seeds[0]
-            shared = self.plan.text is not None and job.seed != first  # the first one trains it
-            needed = [Job("prepare")] + [Job("costs")] * self.alone
-            return needed + [Job("backbone", first)] * shared
+            found = [Job("prepare")]
+            if self.alone:
+                found.append(Job("costs"))
+            if self.plan.text is not None and job.seed != self.plan.seeds[0]:
+                found.append(Job("backbone", self.plan.seeds[0]))  # which trains it for all
+            return found
         entry = self.plan.variants[job.variant]
         found = [Job("prepare"), Job("backbone", job.seed)]
         if entry.learning_rate:

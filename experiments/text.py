@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,11 +86,9 @@ class TextLab(lab.Lab):
         for of in (self.train, self.held_back, self._test):
             assert of
         if not (self._stock / _WEIGHTS).exists():
-            unfinished = self._stock.with_name("stock.new")
-            backbones.load(self.text.model)[0].save_pretrained(unfinished)
-            self.tokenizer.save_pretrained(unfinished)
-            shutil.rmtree(self._stock, ignore_errors=True)
-            unfinished.rename(self._stock)
+            with backbones.taking_place_of(self._stock) as unfinished:
+                backbones.load(self.text.model)[0].save_pretrained(unfinished)
+                self.tokenizer.save_pretrained(unfinished)
 
     @property
     def _stock(self) -> Path:
@@ -107,22 +103,21 @@ class TextLab(lab.Lab):
         """The model with the adapter, which is trained where it is missing: the same for every seed."""
         if not self._adapter.exists():
             self._train_adapter()
-        directory.parent.mkdir(parents=True, exist_ok=True)
         backbones.merge_adapter(self._stock, self._adapter, directory)
 
     def _train_adapter(self) -> None:
         """training.json beside it keeps how that went; the held-back curve must have flattened."""
-        settings = {"dtype": self.plan.dtype, "sft": dict(self.plan.backbone.sft)}
+        config = {"seed": self.plan.seeds[0], "dtype": self.plan.dtype, "sft": dict(self.plan.backbone.sft)}
         trainer = BackboneTrainer(
             self.fresh(),
             self.tokenizer,
             self.train,
             self.held_back,
-            TrainingConfig.from_dict({"seed": self.plan.seeds[0], **settings}),
+            TrainingConfig.from_dict(config),
             output=self.plan.build / "adapter.training",
         )
         curve_file = self.plan.build / "adapter.curve.json"
-        curve = json.loads(curve_file.read_text()) if curve_file.exists() else {}
+        curve = lab.read(curve_file) if curve_file.exists() else {}
         as_trained = FineTuned(self, {})
         for iteration, _ in lab.run(self, trainer, "adapter", parts=8):
             curve[str(iteration)] = -self.watch(as_trained, trainer.model, trainer, some=True)
@@ -134,11 +129,9 @@ class TextLab(lab.Lab):
             "data": self.train.digest,
             "machine": machine.describe(),
         }
-        self._adapter.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._adapter.with_name(self._adapter.name + ".unfinished")
-        trainer.export_adapter(unfinished, backbone=self.text.model)
-        lab.write(unfinished / "training.json", about)
-        unfinished.rename(self._adapter)
+        with backbones.taking_place_of(self._adapter) as unfinished:
+            trainer.export_adapter(unfinished, backbone=self.text.model)
+            lab.write(unfinished / "training.json", about)
 
     @property
     def _adapter(self) -> Path:

@@ -364,6 +364,11 @@ def test_the_command_that_merges(
     assert load(tmp_path / "merged")[0] is not None
     assert main(arguments) == 1
     assert "exists: give another name, or remove it" in capsys.readouterr().err
+    # What is wrong with the adapters is not said of the backbone.
+    wrong = changed(adapter, tmp_path / "wrong", use_dora=True)
+    assert main(["merge", str(wrong), *arguments[2:-1], str(tmp_path / "none")]) == 1
+    assert "cannot be loaded" not in (said := capsys.readouterr().err)
+    assert "use_dora is 'True'" in said
 
 
 # --- GGUF -----------------------------------------------------------------------------------------------------

@@ -529,7 +529,8 @@ def test_lora_trains_adapters_and_exports_a_plain_model(tmp_path: Path) -> None:
     example_ids = torch.tensor([dataset().examples[2].tokens])
     with torch.no_grad():
         adapted = trainer.model.eval()(input_ids=example_ids).logits
-    trainer.export_adapter(tmp_path / "adapter", backbone="tiny")
+    for name in ("another", "tiny"):  # the second takes the first one's place
+        trainer.export_adapter(tmp_path / "adapter", backbone=name)
     trainer.export(tmp_path / "backbone", files=["a.jsonl"], evaluation=trainer.evaluate())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
     stock = tiny.model()

@@ -7,13 +7,14 @@ tokenizer, from local files only: nothing here ever asks a model hub.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from .boundary import newline_token_ids
 from .config import read_object
+from .messages import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +57,6 @@ _HASHED = (
     "num_key_value_heads",
     "head_dim",
 )
-
 
 # Of an adapter's configuration: what says nothing of its product, or only how it came to be. Whatever else is set, now
 # or in a later version of peft, makes it something other than the product of two matrices.
@@ -133,14 +134,13 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 def merge_adapter(name_or_path: str | Path, adapter: str | Path, directory: str | Path) -> None:
     """Write a backbone, in float32, with LoRA adapters (arXiv 2106.09685) merged into its weights, and its tokenizer.
 
-    name_or_path: as for `load`. adapter: a directory as peft's `save_pretrained` writes it. directory: written beside
-    itself and then renamed; it must not exist.
+    name_or_path: as for `load`. adapter: a directory as peft's `save_pretrained` writes it. directory: must not exist.
 
     `weight + scale * B @ A` is computed in float64 and rounded once, so that it has the same bits on every machine (but
     for a rounding in a billion), unlike what peft's `merge_and_unload` gives.
 
-    Raises as `load` does; FileExistsError, FileNotFoundError; ValueError where the adapters are no plain LoRA of this
-    backbone's matrices.
+    Raises as `locate` does; FileExistsError, FileNotFoundError; ValueError where the backbone cannot be loaded, or the
+    adapters are no plain LoRA of its matrices.
     """
     target, folder = Path(directory), Path(adapter)
     if target.exists():
@@ -149,12 +149,26 @@ def merge_adapter(name_or_path: str | Path, adapter: str | Path, directory: str 
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist: give a directory as peft's save_pretrained writes it")
     scale = _adapter_scale(folder / "adapter_config.json")
-    model, tokenizer = load(name_or_path)
+    locate(name_or_path)
+    with loading(f"the backbone {name_or_path}"):
+        model, tokenizer = load(name_or_path)
     _merge(model, folder / "adapter_model.safetensors", scale)
+    with taking_place_of(target) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+
+
+@contextlib.contextmanager
+def taking_place_of(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty directory beside `directory`, of which parents are made; once the block has ended without an exception
+    it takes that one's place, whatever was there.
+    """
+    target = Path(directory)
     unfinished = target.with_name(target.name + ".new")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    shutil.rmtree(target, ignore_errors=True)
     os.replace(unfinished, target)
 
 
@@ -544,5 +558,6 @@ __all__ = [
     "merge_adapter",
     "model_weights_hash",
     "rope_parameters",
+    "taking_place_of",
     "tokenizer_newline_ids",
 ]

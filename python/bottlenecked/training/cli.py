@@ -114,11 +114,8 @@ def merge(
     """Write a backbone with LoRA adapters merged into its weights, for generate, eval, train and vLLM."""
     from .. import backbones, cli
 
-    refuse_existing(output)
-    backbones.locate(backbone)
     cli.quiet_libraries()
-    with loading(f"the backbone {backbone}"):
-        backbones.merge_adapter(backbone, adapter, output)
+    backbones.merge_adapter(backbone, adapter, output)
     print(f"wrote {output}")
 
 

@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -35,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..backbones import model_weights_hash
+from ..backbones import model_weights_hash, taking_place_of
 from ..boundary import newline_token_ids
 from ..config import CacheProcessorConfig
 from ..module import CacheProcessorModule
@@ -427,38 +426,29 @@ class BackboneTrainer(Trainer):
         if self._adapted is not None:
             self._adapted.merge_and_unload()
             self._adapted = None
-        target = Path(directory)
-        unfinished = target.with_name(target.name + ".new")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        self.model.to(getattr(torch, self.config.dtype))
-        self.model.eval().requires_grad_(False)
-        self.model.save_pretrained(unfinished)
-        self.tokenizer.save_pretrained(unfinished)
         from .card import backbone_card
 
-        (unfinished / "README.md").write_text(backbone_card(self, **about), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(unfinished, target)
+        self.model.to(getattr(torch, self.config.dtype))
+        self.model.eval().requires_grad_(False)
+        with taking_place_of(directory) as unfinished:
+            self.model.save_pretrained(unfinished)
+            self.tokenizer.save_pretrained(unfinished)
+            (unfinished / "README.md").write_text(backbone_card(self, **about), encoding="utf-8")
 
     def export_adapter(self, directory: str | os.PathLike[str], *, backbone: str | None = None) -> None:
         """Write the adapters of `sft.method: lora` alone, as peft does, their matrices in bfloat16.
 
-        Everything is written beside `directory`, which must not exist, and then takes its place. backbone: what its
-        configuration calls the model, for peft to find it. ValueError for another method.
+        Everything is written beside `directory` and then takes its place. backbone: what its configuration calls the
+        model, for peft to find it. ValueError for another method.
         """
         if self._adapted is None:
             raise ValueError(f"sft.method is {self.config.sft.method!r}, but only lora has adapters to write")
-        from safetensors.torch import load_file, save_file
-
-        target = Path(directory)
-        unfinished = target.with_name(target.name + ".new")
-        shutil.rmtree(unfinished, ignore_errors=True)
         self._adapted.peft_config["default"].base_model_name_or_path = backbone
-        self._adapted.save_pretrained(unfinished, save_embedding_layers=False)  # else it asks the hub about `backbone`
-        (unfinished / "README.md").unlink(missing_ok=True)  # peft's is an empty form
-        file = unfinished / "adapter_model.safetensors"
-        save_file({n: t.to(torch.bfloat16) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
-        os.replace(unfinished, target)
+        adapters = {n: t.to(torch.bfloat16) for n, t in self._adapted.state_dict().items() if ".lora_" in n}
+        with taking_place_of(directory) as unfinished:
+            # With embeddings it would ask the hub about `backbone`.
+            self._adapted.save_pretrained(unfinished, state_dict=adapters, save_embedding_layers=False)
+            (unfinished / "README.md").unlink(missing_ok=True)  # peft's is an empty form
 
 
 class ProcessorTrainer(Trainer):
