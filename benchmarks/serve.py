@@ -44,7 +44,7 @@ parser = argparse.ArgumentParser()
 add_cli_args(parser)
 main(parser.parse_args())
 """
-PROMPTS = {1: 4, 8: 24, 32: 64}  # by concurrency
+PROMPTS = {1: 2, 8: 16, 32: 64}  # by concurrency
 LINE = 20  # tokens: what SmolLM2's answers to GSM8K's questions have
 NAMES = ["stock", "ours"]
 

@@ -3,7 +3,8 @@
 #include "paging.h"
 #include "rope.h"
 
-#define GATHER_ROWS 64 /* at a time */
+#define GATHER_ROWS 64    /* at a time */
+#define GATHER_COLUMNS 16 /* at a time, where the elements of a head lie apart: a cache line of f32 */
 
 /* Column i of rows [num_rows, stride] = elements of one dtype at offsets [num_rows] + shift. */
 static inline void gather_column(const btx_tensor *view, const int64_t *offsets, int64_t shift, int64_t num_rows,
@@ -25,8 +26,20 @@ static inline void gather_column(const btx_tensor *view, const int64_t *offsets,
     }
 }
 
-/* to [num_rows, stride], of which [num_kv_heads, head_dim] are written = positions of a key or value view. Where the
- * elements of a head lie apart, those of one column are read together: they share cache lines. */
+/* to [num_rows, stride], of which [num_columns] are written = elements at offsets [num_rows] + shift, stride[3] of the
+ * view apart. Those of one column are read together, as they share cache lines, and go through a tile: the rows of `to`
+ * lie a multiple of 4096 bytes apart in many models, so that few of their lines fit into the first-level cache. */
+static void gather_columns(const btx_tensor *view, const int64_t *offsets, int64_t shift, int64_t num_columns,
+                           int64_t num_rows, int64_t stride, float *to)
+{
+    float tile[GATHER_ROWS * GATHER_COLUMNS];
+    for (int64_t i = 0; i < num_columns; i++)
+        gather_column(view, offsets, shift + i * view->stride[3], num_rows, GATHER_COLUMNS, tile + i);
+    for (int64_t row = 0; row < num_rows; row++)
+        memcpy(to + row * stride, tile + row * GATHER_COLUMNS, (size_t)num_columns * sizeof *to);
+}
+
+/* to [num_rows, stride], of which [num_kv_heads, head_dim] are written = positions of a key or value view. */
 static void gather_rows(const btx_plan *plan, const btx_tensor *view, int64_t sequence, const int32_t *positions,
                         int64_t num_rows, int64_t stride, float *to)
 {
@@ -39,9 +52,9 @@ static void gather_rows(const btx_plan *plan, const btx_tensor *view, int64_t se
             btx_load_elements(view, offsets[row] + head * view->stride[2], 1, dim, to + row * stride + head * dim);
     }
     for (int32_t head = 0; view->stride[3] != 1 && head < plan->num_kv_heads; head++) {
-        for (int64_t i = 0; i < dim; i++)
-            gather_column(view, offsets, head * view->stride[2] + i * view->stride[3], num_rows, stride,
-                          to + head * dim + i);
+        for (int64_t i = 0; i < dim; i += GATHER_COLUMNS)
+            gather_columns(view, offsets, head * view->stride[2] + i * view->stride[3],
+                           dim - i < GATHER_COLUMNS ? dim - i : GATHER_COLUMNS, num_rows, stride, to + head * dim + i);
     }
 }
 

@@ -48,6 +48,6 @@ def test_a_ratio_is_taken_within_each_repeat_and_told_for_each_start() -> None:
     assert found["throughput_ratio"] == pytest.approx(0.85)  # not 11.5 / 15
     assert found["throughput_ratio_by_start"] == pytest.approx([0.95, 0.75])
     assert found["itl_ratio"] == pytest.approx(1.1)
-    assert found["tokens_per_boundary"] == pytest.approx(4 * 24 * 64 / 384)
+    assert found["tokens_per_boundary"] == pytest.approx(4 * 16 * 64 / 384)
     assert found["rewrite_share"] == pytest.approx(0.05)
     assert "| 8 | 15.0 | 11.5 | 0.850 (" in table([{"case": "machine"}, found])
