@@ -249,6 +249,7 @@ def prompts_of(concurrency: int) -> int:
 def figure(concurrency: int, runs: Sequence[Run], options: argparse.Namespace) -> dict[str, Any]:
     """One line: throughput in output tokens per second, median time between tokens, and ours over stock's.
 
+    throughput_ratios: of each pair of runs, in the order they were made; the mean and its standard error beside.
     by_start: the throughput's ratio of each start, its median over repeats. rewrite_share: of our runs' time, what the
     worker was in rewrites.
     """
@@ -261,7 +262,9 @@ def figure(concurrency: int, runs: Sequence[Run], options: argparse.Namespace) -
         "concurrency": concurrency, "starts": options.starts, "repeats": options.repeats, "tokens": options.tokens,
         "prompts": "ours" if options.prompts is None else options.prompts.name,
         "tokens_per_s": {name: statistics.median(run.tokens_per_s[name] for run in runs) for name in NAMES},
+        "throughput_ratios": ratios,
         "throughput_ratio": statistics.median(ratios), "throughput_ratio_spread": spread(ratios),
+        "throughput_ratio_mean": statistics.mean(ratios), "throughput_ratio_error": standard_error(ratios),
         "throughput_ratio_by_start": [statistics.median(of_one) for of_one in starts],
         "itl_ms": {name: statistics.median(run.itl_ms[name] for run in runs) for name in NAMES},
         "itl_ratio": statistics.median(itl), "itl_ratio_spread": spread(itl),
@@ -271,17 +274,24 @@ def figure(concurrency: int, runs: Sequence[Run], options: argparse.Namespace) -
     }  # fmt: skip
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None of a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     rows = [
-        "| clients | stock, tokens/s | ours | throughput ours / stock (spread) | by start | stock, ms between tokens | "
-        "ours | ours / stock (spread) | boundaries | tokens a boundary | time in rewrites |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| clients | stock, tokens/s | ours | throughput ours / stock (spread) | mean, standard error | by start | "
+        "stock, ms between tokens | ours | ours / stock (spread) | boundaries | tokens a boundary | time in rewrites |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines[1:]:
+        error = line["throughput_ratio_error"]
         rows.append(
             f"| {line['concurrency']} | {line['tokens_per_s']['stock']:.1f} | {line['tokens_per_s']['ours']:.1f} | "
             f"{line['throughput_ratio']:.3f} ({line['throughput_ratio_spread']:.1%}) | "
+            f"{line['throughput_ratio_mean']:.3f}{'' if error is None else f' ± {error:.3f}'} | "
             f"{', '.join(f'{ratio:.3f}' for ratio in line['throughput_ratio_by_start'])} | "
             f"{line['itl_ms']['stock']:.1f} | "
             f"{line['itl_ms']['ours']:.1f} | {line['itl_ratio']:.3f} ({line['itl_ratio_spread']:.1%}) | "

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serve import LINE, Run, figure, line_ends, make_prompts, model_directory, read_questions, table
+from benchmarks.serve import (
+    LINE,
+    Run,
+    figure,
+    line_ends,
+    make_prompts,
+    model_directory,
+    read_questions,
+    standard_error,
+    table,
+)
 
 
 def test_prompts() -> None:
@@ -46,8 +56,12 @@ def test_a_ratio_is_taken_within_each_repeat_and_told_for_each_start() -> None:
     ]
     found = figure(8, runs, options)
     assert found["throughput_ratio"] == pytest.approx(0.85)  # not 11.5 / 15
+    assert found["throughput_ratios"] == pytest.approx([0.9, 1.0, 0.8, 0.7])
+    assert found["throughput_ratio_error"] == pytest.approx(0.06455, rel=1e-3)  # of their mean
     assert found["throughput_ratio_by_start"] == pytest.approx([0.95, 0.75])
     assert found["itl_ratio"] == pytest.approx(1.1)
     assert found["tokens_per_boundary"] == pytest.approx(4 * 16 * 64 / 384)
     assert found["rewrite_share"] == pytest.approx(0.05)
     assert "| 8 | 15.0 | 11.5 | 0.850 (" in table([{"case": "machine"}, found])
+    assert " | 0.850 ± 0.065 | 0.950, 0.750 | " in table([{"case": "machine"}, found])
+    assert standard_error([0.9]) is None
