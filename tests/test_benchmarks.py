@@ -27,7 +27,7 @@ from bottlenecked import cli
 from bottlenecked.processor import BoundCache
 
 ROOT = Path(__file__).parent.parent
-WITH_FLOOR = ("gemm", "mass", "top_k", "gather", "write", "boundary", "threads", "scaling")
+WITH_FLOOR = ("gemm", "mass", "top_k", "gather", "write", "boundary", "paged", "threads", "scaling")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -533,7 +533,7 @@ def test_decoding_that_is_not_stocks_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_pages_hold_what_contiguous_caches_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cases of vLLM's layout compare bytes before they measure, and refuse what differs."""
+    """The cases of vLLM's layouts compare bytes before they measure, and refuse what differs."""
     from benchmarks.gpu import capture, paged
     from benchmarks.gpu.context import Context as GpuContext
 
@@ -543,8 +543,11 @@ def test_pages_hold_what_contiguous_caches_do(monkeypatch: pytest.MonkeyPatch) -
         assert len(figures) == 2
         assert not [f["refused"] for f in figures if "refused" in f]
     setting = context.setting("llama-3.2-1b", 2, 40)
-    pages = paged.Pages(context.inputs(setting))
-    pages.query_table = pages.query_table[::-1].copy()  # queries of the other sequence
-    bound, plain = pages.bind(pages.inputs.workspace), pages.inputs.bind()
-    with pytest.raises(SystemExit, match=r"on vLLM's layout other positions are recalled|are not those rewritten"):
-        paged.check(pages, bound, plain)
+    for columns in (False, True):
+        pages = paged.Pages(context.inputs(setting), 16, columns=columns)
+        assert {keys.stride(3) for keys in pages.keys} == {16 if columns else 1}
+        paged.check(pages, pages.bind(pages.inputs.workspace), pages.inputs.bind())
+        pages.query_table = pages.query_table[::-1].copy()  # queries of the other sequence
+        bound, plain = pages.bind(pages.inputs.workspace), pages.inputs.bind()
+        with pytest.raises(SystemExit, match=r"on vLLM's layout other positions are recalled|are not those rewritten"):
+            paged.check(pages, bound, plain)

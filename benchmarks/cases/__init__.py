@@ -16,6 +16,7 @@ CASES = {  # name: module
     "gather": "gather",
     "write": "write",
     "boundary": "boundary",
+    "paged": "paged",
     "decode": "decode",
     "memory": "memory",
     "import": "importing",
