@@ -536,6 +536,7 @@ def test_pages_hold_what_contiguous_caches_do(monkeypatch: pytest.MonkeyPatch) -
     """The cases of vLLM's layouts compare bytes before they measure, and refuse what differs."""
     from benchmarks.gpu import capture, paged
     from benchmarks.gpu.context import Context as GpuContext
+    from benchmarks.pages import Pages, check
 
     context = GpuContext("cpu", True, 5, set())
     for case in (paged, capture):
@@ -544,10 +545,10 @@ def test_pages_hold_what_contiguous_caches_do(monkeypatch: pytest.MonkeyPatch) -
         assert not [f["refused"] for f in figures if "refused" in f]
     setting = context.setting("llama-3.2-1b", 2, 40)
     for columns in (False, True):
-        pages = paged.Pages(context.inputs(setting), 16, columns=columns)
+        pages = Pages(context.inputs(setting), 16, columns=columns)
         assert {keys.stride(3) for keys in pages.keys} == {16 if columns else 1}
-        paged.check(pages, pages.bind(pages.inputs.workspace), pages.inputs.bind())
+        check(pages, pages.bind(pages.inputs.workspace), pages.inputs.bind())
         pages.query_table = pages.query_table[::-1].copy()  # queries of the other sequence
         bound, plain = pages.bind(pages.inputs.workspace), pages.inputs.bind()
         with pytest.raises(SystemExit, match=r"on vLLM's layout other positions are recalled|are not those rewritten"):
-            paged.check(pages, bound, plain)
+            check(pages, bound, plain)

@@ -13,13 +13,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-import numpy as np
-
 from benchmarks.cases import boundary
 from benchmarks.harness import OURS, Contender, Context, Figure, figure, with_floor
 from benchmarks.inputs import Inputs, Setting
-from benchmarks.paged import Pages, check
-from bottlenecked.processor import BoundCache
+from benchmarks.pages import Pages, check
 
 BLOCK = 128
 
@@ -36,19 +33,16 @@ def measure(context: Context, setting: Setting) -> Figure:
     bound, plain = pages.bind(inputs.workspace), inputs.bind()
     if context.process == 0:
         check(pages, bound, plain)
-
-    def call(of: BoundCache, table: np.ndarray | None) -> object:
-        return of.rewrite(inputs.events, table)
-
+    rewrite = functools.partial(bound.rewrite, inputs.events, pages.block_table)
     times = context.measure(
         {
-            OURS: Contender(functools.partial(call, bound, pages.block_table), pages.restore),
-            "contiguous": Contender(functools.partial(call, plain, None), inputs.restore),
+            OURS: Contender(rewrite, pages.restore),
+            "contiguous": Contender(functools.partial(plain.rewrite, inputs.events), inputs.restore),
         },
         threads=setting.threads,
     )
     pages.restore()
     context.scrub()
-    stages = bound.rewrite(inputs.events, pages.block_table).stage_seconds
+    stages = rewrite().stage_seconds
     made = figure("paged", setting.describe(), times, stage_share=boundary.shares(stages))
     return with_floor(made, boundary.work(inputs), context.peaks(setting.threads))

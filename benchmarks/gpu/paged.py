@@ -21,7 +21,7 @@ from benchmarks.gpu.context import MIN_REPEATS, Context, key, over
 from benchmarks.gpu.timing import Graph
 from benchmarks.harness import OURS, Contender, Figure, figure
 from benchmarks.inputs import Setting
-from benchmarks.paged import Pages, check
+from benchmarks.pages import Pages, check
 from bottlenecked.processor import BoundCache
 
 BLOCK = 16

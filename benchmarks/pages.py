@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 import bottleneck_ext
 from benchmarks import checks
 from benchmarks.inputs import SEED, Inputs
+from bottlenecked.integrations.vllm.layout import key_value_views
 from bottlenecked.integrations.vllm.scheduler import pages_per_row
 from bottlenecked.processor import BoundCache
 
@@ -33,13 +36,12 @@ class Pages:
         self.block_table = rng.permutation(setting.batch * blocks).astype(np.int32).reshape(setting.batch, blocks)
         size, dim = (config.num_layers, setting.batch * blocks), config.head_dim
         if columns:
-            pool = torch.zeros(*size, config.num_kv_heads, 2, dim * block, dtype=dtype, device=device)
-            keys = pool[..., 0, :].unflatten(-1, (dim, block)).permute(0, 1, 4, 2, 3)
-            values = pool[..., 1, :].unflatten(-1, (block, dim)).transpose(2, 3)
+            pool = torch.zeros(*size, config.num_kv_heads, block, 2 * dim, dtype=dtype, device=device)
+            views = [key_value_views("pages", SimpleNamespace(isa="vec"), layer, block) for layer in pool]
+            self.keys, self.values = [keys for keys, _ in views], [values for _, values in views]
         else:
             pool = torch.zeros(*size, block, config.num_kv_heads, 2 * dim, dtype=dtype, device=device)
-            keys, values = pool[..., :dim], pool[..., dim:]
-        self.keys, self.values = list(keys.unbind()), list(values.unbind())
+            self.keys, self.values = list(pool[..., :dim].unbind()), list(pool[..., dim:].unbind())
         self._blocks = torch.from_numpy(self.block_table).long().to(device)
         self.restore()
 
