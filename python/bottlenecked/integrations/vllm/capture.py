@@ -49,7 +49,8 @@ class QueryCapture:
     def __call__(self, query: Tensor, attn_metadata: Any) -> None:
         """query: [num_tokens, num_query_heads, head_dim], perhaps padded behind `attn_metadata.num_actual_tokens`."""
         slots = attn_metadata.slot_mapping
-        if len(slots) != attn_metadata.num_actual_tokens:  # a slice takes longer than what else is done here
+        # Of shape[0], len() and a slice the first takes the least time, and this is done in every layer.
+        if slots.shape[0] != attn_metadata.num_actual_tokens:
             slots = slots[: attn_metadata.num_actual_tokens]
         self.queries.capture(self.layer, query, slots, self.block_to_page, workspace=self.workspace)
 
