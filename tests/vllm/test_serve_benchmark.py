@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import benchmarks.serve
 from benchmarks.serve import (
     LINE,
     Run,
@@ -16,6 +19,7 @@ from benchmarks.serve import (
     make_prompts,
     model_directory,
     read_questions,
+    servers,
     standard_error,
     table,
 )
@@ -46,10 +50,29 @@ def test_a_random_shape_is_served_with_lines_of_one_length(tmp_path: Path) -> No
     assert (boundary.rule, boundary.min_step_length, boundary.token_ids) == ("token_ids", LINE, tuple(range(512)))
 
 
+@pytest.mark.parametrize("control", [False, True])
+def test_the_control_is_stock_in_place_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: bool) -> None:
+    commands = []
+
+    @contextlib.contextmanager
+    def running(command: list[str], log: Path) -> Iterator[str]:
+        commands.append(command)
+        yield log.stem
+
+    monkeypatch.setattr(benchmarks.serve, "running", running)
+    options = argparse.Namespace(dtype="bfloat16", control=control)
+    with servers(tmp_path, tmp_path / "model", tmp_path / "processor", options, ["ours", "stock"]) as addresses:
+        assert addresses == {"ours": "ours", "stock": "stock"}
+    ours, stock = commands
+    assert "--processor" not in stock
+    assert ours == stock if control else "--processor" in ours
+
+
 def test_a_ratio_is_taken_within_each_repeat_and_told_for_each_start() -> None:
     options = argparse.Namespace(
-        shape="smollm2", processor_dim=128, dtype="bfloat16", starts=2, repeats=2, tokens=64, prompts=None
-    )
+        shape="smollm2", processor_dim=128, dtype="bfloat16", starts=2, repeats=2, tokens=64, prompts=None,
+        control=False,
+    )  # fmt: skip
     runs = [
         Run({"stock": stock, "ours": ours}, {"stock": 10.0, "ours": 11.0}, boundaries=96, rewrite_s=0.5, ours_s=10.0)
         for stock, ours in ((10.0, 9.0), (20.0, 20.0), (10.0, 8.0), (20.0, 14.0))
