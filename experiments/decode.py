@@ -3,6 +3,8 @@
 A step that has ended is fed once more, as in training, for the attention mass of its last tokens: so a rewrite sees
 what it saw in training, to the rounding. Sequences whose step has ended wait until half of them do, and are rewritten
 together: they see nothing of one another. All variants go this way, so that they differ in nothing else.
+
+Whoever is fed or rewritten stands in front of all others in the cache, so that no more of it is read or copied.
 """
 
 from __future__ import annotations
@@ -11,11 +13,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bottlenecked.module import CacheProcessorModule
-from bottlenecked.training.packed import PackedBackbone, Stretch
+from bottlenecked.training.packed import Cache, PackedBackbone, Stretch
 from bottlenecked.training.rollout import METHOD, Variant, rewrite
 
 _ROOM = 64  # positions by which the cache grows
@@ -27,7 +28,6 @@ class _Sequence:
     step_begin: int
     prompt: int
     wanted: list[int] = field(default_factory=list)  # pauses still to be read
-    done: bool = False
 
 
 @torch.inference_mode()
@@ -55,10 +55,7 @@ def decode(
     rows = [_Sequence(list(prompt), 0, len(prompt)) for prompt in prompts]
     for row in rows:
         row.wanted = [pause] * pauses if pause is not None else []
-    longest = max(map(len, prompts)) + _ROOM
-    store = torch.zeros(
-        (backbone.num_layers, len(rows), longest, backbone.kv_width), dtype=backbone.model.dtype, device=backbone.device
-    )
+    store = _Store(backbone, rows)
     made: list[list[int]] = [[] for _ in rows]
     fresh = {i: row.tokens for i, row in enumerate(rows)}  # tokens to be fed
     waiting: dict[int, tuple[int, int]] = {}  # to be rewritten: their steps
@@ -66,82 +63,99 @@ def decode(
         if len(waiting) >= len(fresh):
             assert processor is not None
             with torch.autocast(backbone.device.type, dtype=autocast, enabled=autocast is not None):
-                _rewrite(backbone, processor, store, rows, sorted(waiting.items()), variant)
+                store.rewrite(processor, waiting, variant)
             fresh |= {i: [rows[i].tokens[-1]] for i in waiting}
             waiting = {}
-        longest = max(len(rows[i].tokens) for i in fresh)
-        if longest > store.shape[2]:
-            store = F.pad(store, (0, 0, 0, longest + _ROOM - store.shape[2]))
-        following = _feed(backbone, store, rows, dict(sorted(fresh.items())))
-        ended = {}
+        following = store.feed(fresh, processor)
         fresh = {}
         for i, likeliest in following.items():
             row = rows[i]
             last, length = row.tokens[-1], len(row.tokens) - row.step_begin
-            at_prompt = len(row.tokens) == row.prompt
+            ended, at_prompt = None, len(row.tokens) == row.prompt
             if at_prompt or (not only_prompt and (length == every if every else last in line_ends)):
-                ended[i] = (row.step_begin, len(row.tokens))
+                ended = (row.step_begin, len(row.tokens))
                 row.step_begin = len(row.tokens)
                 if not at_prompt:
                     row.wanted = [pause] * pauses if pause is not None else []
             if row.wanted:
                 token = row.wanted.pop()
             elif likeliest == end or len(made[i]) == max_new_tokens:
-                row.done = True
                 continue
             else:
                 token = likeliest
                 made[i].append(token)
             row.tokens.append(token)
-            if processor is not None and i in ended:
-                waiting[i] = ended[i]
+            if processor is not None and ended is not None:
+                waiting[i] = ended
             else:
                 fresh[i] = [token]
     return made
 
 
-def _feed(
-    backbone: PackedBackbone, store: Tensor, rows: Sequence[_Sequence], fresh: dict[int, list[int]]
-) -> dict[int, int]:
-    """Write the new tokens' rows; the likeliest token behind each sequence's last."""
-    chosen = list(fresh)
-    begins = [len(rows[i].tokens) - len(fresh[i]) for i in chosen]
-    stretch = Stretch(list(fresh.values()), begins, [[len(tokens) - 1] for tokens in fresh.values()])
-    output = backbone.forward(stretch, _prior(store, chosen, begins), keep=True)
-    assert output.kv is not None
-    sequences = [i for i, tokens in fresh.items() for _ in tokens]
-    positions = [begin + j for begin, tokens in zip(begins, fresh.values(), strict=True) for j in range(len(tokens))]
-    store[:, sequences, positions] = output.kv
-    return dict(zip(chosen, output.logits.argmax(1).tolist(), strict=True))
+class _Store:
+    """The sequences' cache, in which they stand in an order that changes."""
 
+    def __init__(self, backbone: PackedBackbone, sequences: Sequence[_Sequence]) -> None:
+        self.backbone, self.sequences = backbone, sequences
+        self._layers = backbone.layers()
+        self._cache = Cache(backbone, len(sequences), max(len(s.tokens) for s in sequences) + _ROOM)
+        self._order = list(range(len(sequences)))
+        self._mass_of_prompts: Tensor | None = None  # [num_layers, B, positions], by sequence
 
-def _rewrite(
-    backbone: PackedBackbone,
-    processor: CacheProcessorModule,
-    store: Tensor,
-    rows: Sequence[_Sequence],
-    ended: Sequence[tuple[int, tuple[int, int]]],
-    variant: Variant,
-) -> None:
-    """At the ends of steps [begin, end) of sequences: mass, selection, edits, all as in training."""
-    config = processor.config
-    ended = [(i, step) for i, step in ended if config.rewrite_prompt or step[0] > 0]
-    if not ended:
-        return
-    chosen, steps = [i for i, _ in ended], [step for _, step in ended]
-    begins = [begin for begin, _ in steps]
-    mass = None
-    if config.top_k:
-        tokens = [rows[i].tokens[begin:end] for i, (begin, end) in ended]
-        stretch = Stretch(tokens, begins, [[0] for _ in ended])
-        prior = _prior(store, chosen, begins)
-        with torch.autocast(backbone.device.type, enabled=False):
-            mass = backbone.forward(stretch, prior, mass_window=config.recent_window).mass
-    longest = max(end for _, end in steps)
-    cache = store[:, chosen, :longest].contiguous()
-    rewrite(processor, cache, steps, mass, variant)
-    store[:, chosen, :longest] = cache
+    def feed(self, fresh: dict[int, list[int]], processor: CacheProcessorModule | None) -> dict[int, int]:
+        """Write the new tokens' rows, the last ones of their sequences; the likeliest token behind each of these.
 
+        A prompt is fed whole: the mass that a rewrite at its end needs is kept.
+        """
+        chosen = self._to_front(fresh)
+        longest = max(len(self.sequences[i].tokens) for i in chosen)
+        if longest > self._cache.capacity:
+            before, self._cache = self._cache.rows, Cache(self.backbone, len(self._order), longest + _ROOM)
+            self._cache.rows[:, :, : before.shape[2] - 1] = before[:, :, :-1]
+        tokens = [fresh[i] for i in chosen]
+        begins = [len(self.sequences[i].tokens) - len(fresh[i]) for i in chosen]
+        window = None
+        if processor is not None and processor.config.top_k and begins[0] == 0:
+            window = processor.config.recent_window
+        stretch = Stretch(tokens, begins, [[len(of_one) - 1] for of_one in tokens])
+        output = self.backbone.forward(stretch, self._cache, mass_window=window, layers=self._layers)
+        if window is not None:
+            self._mass_of_prompts = output.mass
+        return dict(zip(chosen, output.logits.argmax(1).tolist(), strict=True))
 
-def _prior(store: Tensor, chosen: Sequence[int], begins: Sequence[int]) -> Tensor | None:
-    return store[:, list(chosen), : max(begins)] if max(begins) else None
+    def rewrite(self, processor: CacheProcessorModule, ended: dict[int, tuple[int, int]], variant: Variant) -> None:
+        """At the ends of sequences' steps [begin, end): mass, selection, edits, all as in training."""
+        config = processor.config
+        chosen = self._to_front([i for i, (begin, _) in ended.items() if config.rewrite_prompt or begin > 0])
+        if not chosen:
+            return
+        steps = [ended[i] for i in chosen]
+        mass = None
+        if config.top_k and steps[0][0] == 0:
+            mass = None if self._mass_of_prompts is None else self._mass_of_prompts[:, chosen]
+        elif config.top_k:
+            mass = self._mass(steps, chosen, config.recent_window)
+        rewrite(processor, self._cache.rows, steps, mass, variant)
+
+    def _mass(self, steps: Sequence[tuple[int, int]], chosen: Sequence[int], window: int) -> Tensor | None:
+        """Of steps that were fed token by token: fed once more, for it alone."""
+        tokens = [self.sequences[i].tokens[begin:end] for i, (begin, end) in zip(chosen, steps, strict=True)]
+        stretch = Stretch(tokens, [begin for begin, _ in steps], [[0] for _ in steps])
+        first, last = min(begin for begin, _ in steps), max(end for _, end in steps)
+        written = self._cache.rows[:, : len(steps), first:last]
+        before = written.clone()
+        with torch.autocast(self.backbone.device.type, enabled=False):
+            mass = self.backbone.forward(stretch, self._cache, mass_window=window, layers=self._layers).mass
+        written.copy_(before)
+        return mass
+
+    def _to_front(self, chosen: Collection[int]) -> list[int]:
+        """These sequences, in the order in which they now stand in front."""
+        count, order = len(chosen), self._order
+        leaving = [place for place in range(count) if order[place] not in chosen]
+        coming = [place for place in range(count, len(order)) if order[place] in chosen]
+        if leaving:
+            self._cache.rows[:, leaving + coming] = self._cache.rows[:, coming + leaving]
+            for one, other in zip(leaving, coming, strict=True):
+                order[one], order[other] = order[other], order[one]
+        return order[:count]

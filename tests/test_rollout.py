@@ -197,6 +197,17 @@ def test_gradients_are_the_same_whatever_the_way_through_the_backbone(
     assert all(parameter.grad is None for parameter in double.parameters())
 
 
+def test_what_is_found_out_in_inference_mode_serves_training_too(double: Any) -> None:
+    frozen._has_fused_norm.cache_clear()
+    frozen._scalar.cache_clear()
+    backbone, made, stretch = PackedBackbone(double), module().double(), Stretch([[3, 1, 4]], [0], [[2]])
+    with torch.inference_mode():
+        found = backbone.forward(stretch).logits.numpy()
+    np.testing.assert_array_equal(found, backbone.forward(stretch).logits.numpy())
+    rollout(backbone, made, RAGGED, denominator=count_targets(RAGGED))
+    assert_close(gradients(made), literal_gradients(double, made, RAGGED)[0], 1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_of_frozen_layers_are_those_of_autograd(dtype: torch.dtype) -> None:
     """With biases, and in the dtypes of training; the last layer is of weights that autograd could train."""

@@ -66,6 +66,7 @@ def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)
 def _has_fused_norm(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether PyTorch has both directions as one operation each, here, and they are what we think they are."""
     generator = torch.Generator().manual_seed(0)

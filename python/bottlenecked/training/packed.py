@@ -76,13 +76,11 @@ class Output:
     """What one forward gives.
 
     logits: [wanted, vocabulary], in the order of the sequences.
-    kv: [num_layers, tokens, C], the new cache rows, constants; None unless asked for.
     mass: [num_layers, B, positions], attention mass of every position before its sequence's window, -1 elsewhere;
         None where not asked for or where no sequence has such a position.
     """
 
     logits: Tensor
-    kv: Tensor | None
     mass: Tensor | None
 
 
@@ -119,30 +117,22 @@ class PackedBackbone:
     def forward(
         self,
         stretch: Stretch,
-        prior: Tensor | None = None,
+        cache: Cache | None = None,
         *,
-        keep: bool = False,
         mass_window: int | None = None,
+        layers: list[Layer] | list[FrozenLayer] | None = None,
     ) -> Output:
         """Feed one stretch.
 
-        prior: the cache, [num_layers, B, S, C], of which sequence b's first begins[b] positions are read; a constant.
-            None where all begin at 0.
-        keep: whether the new cache rows are wanted.
+        cache: of these sequences and maybe others behind; of sequence b the first begins[b] positions are read, and the
+            new rows are written behind them. None where all begin at 0 and nothing is read later.
         mass_window: compute the attention mass that the last `mass_window` tokens of each sequence's stretch paid.
+        layers: what `layers` gives, where it was asked before.
         """
-        indices, cache = Indices(), None
-        if prior is not None or keep or mass_window is not None:
-            ends = [begin + len(tokens) for begin, tokens in zip(stretch.begins, stretch.tokens, strict=True)]
-            cache = Cache(self, len(ends), max(ends))
-            if prior is not None:
-                cache.rows[:, :, : prior.shape[2]] = prior[:, :, : cache.capacity].detach()
+        indices = Indices()
         plan = Plan(self, stretch, indices, cache, mass_window=mass_window)
         indices.send(self.device)
-        output = self.run(plan, cache, self.layers())
-        if keep and cache is not None:
-            output.kv = cache.new_rows(plan)
-        return output
+        return self.run(plan, cache, layers or self.layers())
 
     def layers(self) -> list[Layer] | list[FrozenLayer] | None:
         """For `run`, to be asked for once per batch; None for a model that runs through its own code."""
@@ -199,7 +189,7 @@ class PackedBackbone:
                     logits_to_keep=wanted,
                     packed=under_way,
                 ).logits[0]
-        return Output(logits, None, under_way.mass())
+        return Output(logits, under_way.mass())
 
     @functools.cached_property
     def _decoder(self) -> Decoder | None:
