@@ -126,7 +126,8 @@ class PackedBackbone:
 
         cache: of these sequences and maybe others behind; of sequence b the first begins[b] positions are read, and the
             new rows are written behind them. None where all begin at 0 and nothing is read later.
-        mass_window: compute the attention mass that the last `mass_window` tokens of each sequence's stretch paid.
+        mass_window: compute the attention mass that the last `mass_window` tokens of each sequence's stretch paid. It
+            needs a cache.
         layers: what `layers` gives, where it was asked before.
         """
         indices = Indices()
