@@ -55,18 +55,16 @@ def decode(
     rows = [_Sequence(list(prompt), 0, len(prompt)) for prompt in prompts]
     for row in rows:
         row.wanted = [pause] * pauses if pause is not None else []
-    store = _Store(backbone, rows)
+    store = _Store(backbone, rows, processor, variant, autocast)
     made: list[list[int]] = [[] for _ in rows]
     fresh = {i: row.tokens for i, row in enumerate(rows)}  # tokens to be fed
     waiting: dict[int, tuple[int, int]] = {}  # to be rewritten: their steps
     while fresh or waiting:
         if len(waiting) >= len(fresh):
-            assert processor is not None
-            with torch.autocast(backbone.device.type, dtype=autocast, enabled=autocast is not None):
-                store.rewrite(processor, waiting, variant)
+            store.rewrite(waiting)
             fresh |= {i: [rows[i].tokens[-1]] for i in waiting}
             waiting = {}
-        following = store.feed(fresh, processor)
+        following = store.feed(fresh)
         fresh = {}
         for i, likeliest in following.items():
             row = rows[i]
@@ -95,14 +93,22 @@ def decode(
 class _Store:
     """The sequences' cache, in which they stand in an order that changes."""
 
-    def __init__(self, backbone: PackedBackbone, sequences: Sequence[_Sequence]) -> None:
+    def __init__(
+        self,
+        backbone: PackedBackbone,
+        sequences: Sequence[_Sequence],
+        processor: CacheProcessorModule | None,
+        variant: Variant,
+        autocast: torch.dtype | None,
+    ) -> None:
         self.backbone, self.sequences = backbone, sequences
+        self.processor, self.variant, self.autocast = processor, variant, autocast
         self._layers = backbone.layers()
         self._cache = Cache(backbone, len(sequences), max(len(s.tokens) for s in sequences) + _ROOM)
         self._order = list(range(len(sequences)))
         self._mass_of_prompts: Tensor | None = None  # [num_layers, B, positions], by sequence
 
-    def feed(self, fresh: dict[int, list[int]], processor: CacheProcessorModule | None) -> dict[int, int]:
+    def feed(self, fresh: dict[int, list[int]]) -> dict[int, int]:
         """Write the new tokens' rows, the last ones of their sequences; the likeliest token behind each of these.
 
         A prompt is fed whole: the mass that a rewrite at its end needs is kept.
@@ -115,17 +121,18 @@ class _Store:
         tokens = [fresh[i] for i in chosen]
         begins = [len(self.sequences[i].tokens) - len(fresh[i]) for i in chosen]
         window = None
-        if processor is not None and processor.config.top_k and begins[0] == 0:
-            window = processor.config.recent_window
+        if self.processor is not None and self.processor.config.top_k and begins[0] == 0:
+            window = self.processor.config.recent_window
         stretch = Stretch(tokens, begins, [[len(of_one) - 1] for of_one in tokens])
         output = self.backbone.forward(stretch, self._cache, mass_window=window, layers=self._layers)
         if window is not None:
             self._mass_of_prompts = output.mass
         return dict(zip(chosen, output.logits.argmax(1).tolist(), strict=True))
 
-    def rewrite(self, processor: CacheProcessorModule, ended: dict[int, tuple[int, int]], variant: Variant) -> None:
+    def rewrite(self, ended: dict[int, tuple[int, int]]) -> None:
         """At the ends of sequences' steps [begin, end): mass, selection, edits, all as in training."""
-        config = processor.config
+        assert self.processor is not None
+        config = self.processor.config
         chosen = self._to_front([i for i, (begin, _) in ended.items() if config.rewrite_prompt or begin > 0])
         if not chosen:
             return
@@ -135,7 +142,8 @@ class _Store:
             mass = None if self._mass_of_prompts is None else self._mass_of_prompts[:, chosen]
         elif config.top_k:
             mass = self._mass(steps, chosen, config.recent_window)
-        rewrite(processor, self._cache.rows, steps, mass, variant)
+        with torch.autocast(self.backbone.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            rewrite(self.processor, self._cache.rows, steps, mass, self.variant)
 
     def _mass(self, steps: Sequence[tuple[int, int]], chosen: Sequence[int], window: int) -> Tensor | None:
         """Of steps that were fed token by token: fed once more, for it alone."""
@@ -144,8 +152,7 @@ class _Store:
         first, last = min(begin for begin, _ in steps), max(end for _, end in steps)
         written = self._cache.rows[:, : len(steps), first:last]
         before = written.clone()
-        with torch.autocast(self.backbone.device.type, enabled=False):
-            mass = self.backbone.forward(stretch, self._cache, mass_window=window, layers=self._layers).mass
+        mass = self.backbone.forward(stretch, self._cache, mass_window=window, layers=self._layers).mass
         written.copy_(before)
         return mass
 
