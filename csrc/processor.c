@@ -1168,8 +1168,10 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
 {
     btx_boundary_plan planned = {0};
     btx_status status = btx_backend_check(backend, error);
-    if (status == BTX_OK)
-        status = btx_workspace_check(workspace, backend, btx_workspace_device_index(workspace), error);
+    if (status == BTX_OK) {
+        int32_t device_index = workspace != NULL ? btx_workspace_device_index(workspace) : 0;
+        status = btx_workspace_check(workspace, backend, device_index, error);
+    }
     if (status == BTX_OK)
         status = check_range("recent_window", recent_window, 1, BTX_MAX_RECENT_WINDOW, error);
     if (status != BTX_OK)

@@ -561,7 +561,7 @@ static void boundary_arguments_clear(boundary_arguments *arguments)
 }
 
 /* steps: a sequence of (sequence, sequence_begin, step_begin, step_end) or those and top_k. */
-static int parse_steps(PyObject *steps, boundary_arguments *arguments)
+static int parse_steps(module_state *state, PyObject *steps, boundary_arguments *arguments)
 {
     PyObject *fast = PySequence_Tuple(steps);
     if (fast == NULL)
@@ -574,7 +574,7 @@ static int parse_steps(PyObject *steps, boundary_arguments *arguments)
         return -1;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
-        long long sequence, sequence_begin, step_begin, step_end, top_k = -1;
+        long long sequence, sequence_begin, step_begin, step_end, top_k = LLONG_MAX; /* not given */
         PyObject *tuple = PySequence_Tuple(PyTuple_GetItem(fast, i));
         int parsed = tuple != NULL &&
                      PyArg_ParseTuple(tuple, "LLLL|L:step", &sequence, &sequence_begin, &step_begin, &step_end, &top_k);
@@ -583,11 +583,17 @@ static int parse_steps(PyObject *steps, boundary_arguments *arguments)
             Py_DECREF(fast);
             return -1;
         }
+        if (top_k < 0) { /* below, -1 has a meaning */
+            PyErr_Format(state->invalid_argument_error,
+                         "step %zd is to recall %lld positions; its top_k must be 0 to the Processor's, or left out", i,
+                         top_k);
+            Py_DECREF(fast);
+            return -1;
+        }
         arguments->steps[i] = (btx_step){sequence, sequence_begin, step_begin, step_end,
-                                         /* here 0 is none, and -1 the Processor's */
-                                         top_k == 0    ? -1
-                                         : top_k == -1 ? 0
-                                                       : top_k};
+                                         top_k == LLONG_MAX ? 0
+                                         : top_k == 0       ? -1
+                                                            : top_k};
     }
     Py_DECREF(fast);
     arguments->boundary.steps = arguments->steps;
@@ -609,6 +615,18 @@ static int parse_table(module_state *state, boundary_arguments *arguments, Py_ss
     return 0;
 }
 
+/* As float32. What is not zero does not become zero, which has a meaning of its own, by being rounded; nor may it be a
+ * subnormal, which is zero to a host that flushes them. */
+static float narrow(double value)
+{
+    float narrowed = (float)value;
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits); /* a comparison might flush it */
+    if (bits << 1 == 0 || isnan(narrowed) || fabsf(narrowed) >= FLT_MIN)
+        return narrowed;
+    return bits >> 63 ? -FLT_MIN : FLT_MIN;
+}
+
 static int boundary_arguments_parse(module_state *state, boundary_arguments *arguments, cache_object *kv_cache,
                                     cache_object *query_cache, PyObject *steps, PyObject *block_table,
                                     double softmax_scale, double max_relative_edit, PyObject *stream)
@@ -616,7 +634,7 @@ static int boundary_arguments_parse(module_state *state, boundary_arguments *arg
     if (parse_stream(stream, &arguments->boundary.stream, &arguments->stream) < 0 ||
         cache_borrow(state, kv_cache, arguments->stream, &arguments->kv, kv_names) < 0 ||
         cache_borrow(state, query_cache, arguments->stream, &arguments->queries, query_names) < 0 ||
-        borrowed_list_init(&arguments->tables, 2, NULL) < 0 || parse_steps(steps, arguments) < 0)
+        borrowed_list_init(&arguments->tables, 2, NULL) < 0 || parse_steps(state, steps, arguments) < 0)
         return -1;
     if (stream == Py_None)
         arguments->boundary.stream = current_stream(state, &arguments->kv, PyTuple_GetItem(kv_cache->tensors, 0));
@@ -641,11 +659,8 @@ static int boundary_arguments_parse(module_state *state, boundary_arguments *arg
     arguments->query_cache = (btx_query_cache){(int32_t)query_cache->num_layers, arguments->queries.views};
     arguments->boundary.kv_cache = &arguments->kv_cache;
     arguments->boundary.query_cache = &arguments->query_cache;
-    arguments->boundary.softmax_scale = (float)softmax_scale;
-    /* A limit must not become none by being rounded. */
-    arguments->boundary.max_relative_edit = (float)max_relative_edit;
-    if (max_relative_edit > 0.0 && arguments->boundary.max_relative_edit == 0.0f)
-        arguments->boundary.max_relative_edit = FLT_TRUE_MIN;
+    arguments->boundary.softmax_scale = narrow(softmax_scale);
+    arguments->boundary.max_relative_edit = narrow(max_relative_edit);
     if (block_table == Py_None) {
         if (parse_table(state, arguments, 1, query_cache->table, "query_table", rows,
                         &arguments->boundary.query_table) < 0)
@@ -884,6 +899,15 @@ static PyGetSetDef processor_getset[] = {
     {0},
 };
 
+static int is_empty(const btx_tensor *tensor)
+{
+    for (int32_t d = 0; d < tensor->num_dims; d++) {
+        if (tensor->shape[d] == 0)
+            return 1;
+    }
+    return 0;
+}
+
 PyDoc_STRVAR(rewrite_doc,
              "rewrite($self, kv_cache, query_cache, steps, block_table=None, *, workspace, softmax_scale=0.0,\n"
              "        max_relative_edit=0.0, recalled=None, delta_norm=None, row_norm=None, skipped=None,\n"
@@ -946,8 +970,13 @@ static PyObject *processor_rewrite(PyObject *object, PyObject *args, PyObject *k
         }
         if (borrow_tensor(state, &borrowed, i, outputs[i], output_names[i], -1) < 0)
             goto cleanup;
-        if (borrowed.views[i].data == NULL) /* an empty tensor is to be checked, not taken for "not wanted" */
+        if (borrowed.views[i].data == NULL) { /* to be checked, not taken for "not wanted" */
+            if (!is_empty(&borrowed.views[i])) {
+                PyErr_Format(state->invalid_argument_error, "%s has no data", output_names[i]);
+                goto cleanup;
+            }
             borrowed.views[i].data = &nothing;
+        }
     }
     report.recalled = borrowed.views[0];
     report.delta_norm = borrowed.views[1];

@@ -266,6 +266,8 @@ static void measure(const task *task, btx_workspace *workspace)
     const btx_boundary boundary = boundary_of(task->shared, 0, SEQUENCES);
     btx_error error = {{0}};
     must(btx_attention_mass(task->backend, workspace, &boundary, WINDOW, &out, &error), &error, "btx_attention_mass");
+    if (btx_attention_mass(task->backend, NULL, &boundary, WINDOW, &out, &error) != BTX_INVALID_ARGUMENT)
+        fail("btx_attention_mass", "no workspace was not refused");
     free(mass);
 }
 

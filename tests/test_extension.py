@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -87,7 +88,8 @@ def test_a_step_may_recall_fewer(lengths: tuple) -> None:
 def test_a_step_may_not_recall_more(case: Case) -> None:
     refused(case, "step 1 is to recall 5 positions; its top_k must be 0 to 4",
             events=[case.events[0], replace(case.events[1], top_k=5)])  # fmt: skip
-    refused(case, "step 0 is to recall -2 positions", events=[replace(case.events[0], top_k=-2)])
+    for negative in (-1, -2, -(2**63)):
+        refused(case, f"step 0 is to recall {negative} positions", events=[replace(case.events[0], top_k=negative)])
 
 
 def test_rewrite_changes_exactly_the_selected_rows(case: Case) -> None:
@@ -253,7 +255,8 @@ def test_query_ring_shorter_than_the_window() -> None:
     )
 
 
-@pytest.mark.parametrize("scale", [-1.0, 1e-31, float("nan"), float("inf")])
+# The smallest would be zero in float32, which means the default.
+@pytest.mark.parametrize("scale", [-1.0, 1e-31, 1e-44, 1e-46, 1e-60, -1e-60, 5e-324, float("nan"), float("inf")])
 def test_softmax_scale(case: Case, scale: float) -> None:
     refused(case, "softmax_scale", softmax_scale=scale)
 
@@ -418,7 +421,32 @@ def test_empty_outputs_are_checked(case: Case) -> None:
             )
 
 
-def test_out_of_memory_is_never_reported_as_nothing_written(case: Case) -> None:
+@pytest.mark.parametrize("name", ["recalled", "delta_norm", "row_norm", "skipped"])
+def test_outputs_without_data_are_refused(case: Case, name: str) -> None:
+    processor = case.processor()
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    before = case.snapshot()
+    out = {
+        "recalled": torch.zeros(case.config.num_layers, 1, case.config.top_k, dtype=torch.int64),
+        "skipped": torch.zeros(1, dtype=torch.int32),
+    }.get(name, torch.zeros(case.config.num_layers, 1))
+    out.untyped_storage().resize_(0)
+    with pytest.raises(InvalidArgumentError, match=f"{name} has no data"):
+        processor.native.rewrite(
+            bound.kv_cache,
+            bound.query_cache,
+            [(0, 0, 21, 30)],
+            case.block_table,
+            workspace=bound.workspace,
+            **{name: out},
+        )
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
+
+
+@pytest.mark.parametrize("what", ["native", "with a report"])
+def test_out_of_memory_is_never_reported_as_nothing_written(case: Case, what: str) -> None:
     """Every Python allocation of a call fails once: MemoryError means that the caches are as they were."""
     testcapi = pytest.importorskip("_testcapi")
     processor = case.processor()
@@ -426,13 +454,19 @@ def test_out_of_memory_is_never_reported_as_nothing_written(case: Case) -> None:
         case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
     )
     steps = [(0, 0, 21, 30)]
+    events = [BoundaryEvent(0, 21, 30)]
 
     def rewrite() -> None:
-        processor.native.rewrite(bound.kv_cache, bound.query_cache, steps, case.block_table, workspace=bound.workspace)
+        if what == "native":
+            processor.native.rewrite(
+                bound.kv_cache, bound.query_cache, steps, case.block_table, workspace=bound.workspace
+            )
+        else:
+            bound.rewrite(events, case.block_table)
 
     rewrite()
     seen = set()
-    for n in range(150):
+    for n in range(150 if what == "native" else 400):
         before = case.snapshot()
         error = None
         testcapi.set_nomemory(n, n + 1)
@@ -1139,6 +1173,33 @@ def test_results_do_not_depend_on_flushed_subnormals() -> None:
             assert torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("limit", [1e-39, 1e-60, 5e-324, -1e-60])
+def test_a_small_limit_is_a_limit_where_subnormals_are_flushed(limit: float, flush: bool) -> None:
+    case = make_case(Shape(lengths=((0, 40, 20),)))
+    processor, before, skipped = case.processor(), case.snapshot(), torch.zeros(1, dtype=torch.int32)
+    bound = processor.bind(
+        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
+    )
+    negative = pytest.raises(InvalidArgumentError, match="max_relative_edit is -")
+    with negative if limit < 0 else contextlib.nullcontext():
+        torch.set_flush_denormal(flush)
+        try:
+            processor.native.rewrite(
+                bound.kv_cache,
+                bound.query_cache,
+                [(0, 0, 20, 40)],
+                case.block_table,
+                workspace=bound.workspace,
+                max_relative_edit=limit,
+                skipped=skipped,
+            )
+        finally:
+            torch.set_flush_denormal(False)
+    assert skipped.item() == (limit > 0)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
+
+
 def test_shared_processor_many_threads() -> None:
     shape = Shape(lengths=((0, 90, 20),), num_layers=3)
     expected = make_case(shape)
@@ -1338,6 +1399,14 @@ def test_bfloat16_weights_take_half_the_memory(case: Case) -> None:
     assert case.processor(weight_dtype="bfloat16").nbytes < 0.6 * case.processor().nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_any_type_are_saved(case: Case, tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = {name: torch.from_numpy(weight).to(dtype) for name, weight in case.weights.items()}
+    CacheProcessor(case.config, weights).save_pretrained(tmp_path)
+    for name, weight in CacheProcessor.from_pretrained(tmp_path).weights.items():
+        assert torch.equal(torch.from_dlpack(weight), weights[name].float())
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 def test_auto_is_bfloat16_where_it_is_multiplied(
     backend: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1391,6 +1460,19 @@ def test_module_survives_a_second_interpreter_dictionary() -> None:
     assert second.BottleneckError is not bottleneck_ext.BottleneckError
     with pytest.raises(second.UnsupportedError):
         second.Workspace(1, "nothing")
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "cpu:scalar"])
+def test_select_top_k_tells_subnormals_apart(backend: str, flush: bool) -> None:
+    mass = torch.tensor([[1e-40, 3e-40, 2e-40, 1e-45]])
+    out = torch.empty(1, 2, dtype=torch.int64)
+    torch.set_flush_denormal(flush)
+    try:
+        bottleneck_ext.select_top_k(mass, torch.tensor([4]), out, backend=backend)
+    finally:
+        torch.set_flush_denormal(False)
+    assert out.tolist() == [[1, 2]]
 
 
 def test_select_top_k_against_sorting() -> None:

@@ -8,7 +8,9 @@
 /* An integer that orders as the value does. NaN counts as zero, and so does -0. */
 static inline uint32_t top_k_order(float value)
 {
-    uint32_t bits = value < 0.0f || value > 0.0f ? btx_f32_bits(value) : 0;
+    uint32_t bits = btx_f32_bits(value), magnitude = bits & 0x7fffffffu; /* a comparison might flush a subnormal */
+    if (magnitude == 0 || magnitude > 0x7f800000u)
+        bits = 0;
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 

@@ -127,7 +127,8 @@ class CacheProcessor:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes the checkpoint as float32, atomically: a crash leaves the old one or the new one."""
-        save_checkpoint(directory, self.config, {name: np.from_dlpack(w) for name, w in self.weights.items()})
+        weights = {name: np.from_dlpack(_without_bfloat16(w)) for name, w in self.weights.items()}
+        save_checkpoint(directory, self.config, weights)
 
     @property
     def backend(self) -> str:
@@ -206,6 +207,13 @@ class CacheProcessor:
         )
 
 
+def _without_bfloat16(weight: Any) -> SupportsDLPack:
+    """NumPy has no such type; float32 holds all its values."""
+    if not str(getattr(weight, "dtype", "")).endswith("bfloat16"):
+        return weight  # type: ignore[no-any-return]
+    return weight.float() if hasattr(weight, "float") else weight.astype("float32")  # type: ignore[no-any-return]
+
+
 def check_max_relative_edit(value: object) -> None:
     """Raises InvalidArgumentError unless it is None or a positive finite number."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -274,7 +282,8 @@ class BoundCache:
         RebuildNeededError means the write began and failed: discard these sequences.
         """
         steps = [
-            (e.sequence, e.sequence_begin, e.step_begin, e.step_end, -1 if e.top_k is None else e.top_k) for e in events
+            (e.sequence, e.sequence_begin, e.step_begin, e.step_end, *(() if e.top_k is None else (e.top_k,)))
+            for e in events
         ]
         rewrite = functools.partial(
             self.processor.native.rewrite,
@@ -295,18 +304,24 @@ class BoundCache:
         delta_norm = np.empty((config.num_layers, len(events)), np.float32)
         row_norm = np.empty_like(delta_norm)
         skipped = np.zeros(len(events), np.int32)
-        stage_seconds = rewrite(recalled=recalled, delta_norm=delta_norm, row_norm=row_norm, skipped=skipped)
-        assert stage_seconds is not None, "it was waited for"
-        window_begin = tuple(e.window_begin(config.recent_window) for e in events)
-        return RewriteReport(
+        begins = [e.window_begin(config.recent_window) for e in events]
+        top_k = [config.top_k if e.top_k is None else e.top_k for e in events]
+        # Whatever is made now need not be made once the caches are written.
+        counts = [max(0, min(k, b - e.sequence_begin)) for e, b, k in zip(events, begins, top_k, strict=True)]
+        made = functools.partial(
+            RewriteReport,
             events=tuple(events),
-            window_begin=window_begin,
-            recalled=tuple(
-                recalled[:, i, : min(config.top_k if e.top_k is None else e.top_k, begin - e.sequence_begin)]
-                for i, (e, begin) in enumerate(zip(events, window_begin, strict=True))
-            ),
+            window_begin=tuple(begins),
+            recalled=tuple(recalled[:, i, :count] for i, count in enumerate(counts)),
             delta_norm=delta_norm,
             row_norm=row_norm,
-            skipped=tuple(map(bool, skipped.tolist())),
-            stage_seconds=stage_seconds,
         )
+        too_late = bottleneck_ext.RebuildNeededError(
+            "out of memory after the caches were rewritten: discard these sequences"
+        )
+        stage_seconds = rewrite(recalled=recalled, delta_norm=delta_norm, row_norm=row_norm, skipped=skipped)
+        assert stage_seconds is not None, "it was waited for"
+        try:
+            return made(skipped=tuple(map(bool, skipped.tolist())), stage_seconds=stage_seconds)
+        except MemoryError:
+            raise too_late from None
