@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     QuantizedCache,
     StaticCache,
     T5Config,
@@ -519,6 +521,22 @@ def test_attention_with_something_more(name: str) -> None:
         forward = attention.forward
         attention.forward = lambda *a, **k: forward(*a, **k, **{name: 1.0})
         refuses(UnsupportedError, name, lambda: model.generate(tiny.prompts((5,))[0], max_new_tokens=4))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_that_scales_its_queries_itself(attention: str) -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(**(tiny.SHAPE | {"num_key_value_heads": 4, "word_embed_proj_dim": 64}))
+    model = OPTForCausalLM(config).eval()
+    model.set_attn_implementation(attention)
+    with attach(model, tiny.processor(num_kv_heads=4)) as attachment:
+        refuses(
+            UnsupportedError,
+            "OPTAttention has scaling 0.25, but calls its attention function with 1.0",
+            lambda: model.generate(tiny.prompts((40,))[0], max_new_tokens=4),
+        )
+    assert attachment.stats.boundaries == 0
+    model.generate(tiny.prompts((40,))[0], max_new_tokens=4)
 
 
 def test_queries_that_never_arrive() -> None:

@@ -1005,6 +1005,12 @@ def _capturing(
             for name in _OTHER_ATTENTION:
                 if kwargs.get(name) is not None:
                     raise UnsupportedError(f"the model's attention uses {name}: not supported")
+            # The mass is computed with the module's scaling: it must be that of the queries which are captured.
+            if (scaling := kwargs.get("scaling")) != module.scaling:
+                raise UnsupportedError(
+                    f"{type(module).__name__} has scaling {module.scaling}, but calls its attention function with "
+                    f"{scaling}, as if its queries were scaled already: use a model that leaves this to that function"
+                )
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             kept = _untracked(query)
             if query_parts is None:
