@@ -468,6 +468,39 @@ def test_kept_cache_goes_on(kind: str, timing: str, split: int) -> None:
         assert len(recorders[0].steps(row)) > 2
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("what", ["clone", "same order", "crop"])
+def test_kept_cache_with_the_same_contents(kind: str, what: str) -> None:
+    """Other tensors that hold the same, as after a way to the host and back, and candidates tried and cropped."""
+    model = tiny.model()
+    ids, _ = tiny.prompts((20, 20))
+    recorders = Recorder(), Recorder()
+
+    def cache() -> Any:
+        if kind == "dynamic":
+            return DynamicCache(config=model.config)
+        return StaticCache(config=model.config, max_cache_len=24 + NEW)
+
+    with attach(model, tiny.processor(), on_boundary=recorders[0]):
+        at_once = generate(model, ids, past_key_values=cache())
+    with attach(model, tiny.processor(), on_boundary=recorders[1]):
+        kept = cache()
+        first = generate(model, ids, past_key_values=kept, max_new_tokens=20).sequences
+        if what == "crop":
+            with torch.no_grad():
+                model(first[:, -3:], past_key_values=kept)
+            kept.crop(-3)
+        elif what == "clone":
+            for layer in kept.layers:
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        else:
+            kept.reorder_cache(torch.tensor([0, 1]))
+        second = generate(model, first, past_key_values=kept, max_new_tokens=NEW - 20)
+    assert torch.equal(second.sequences, at_once.sequences)
+    for row in range(2):
+        assert recorders[0].steps(row) == recorders[1].steps(row)
+
+
 def test_kept_cache_with_another_turn() -> None:
     """The new tokens and those since the last boundary are one step, rewritten when the answer begins."""
     model = tiny.model()

@@ -414,6 +414,37 @@ def test_kept_cache_with_another_batch() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        *(("dynamic", how) for how in ("reorder_cache", "batch_select_indices", "crop")),
+        *(("static", how) for how in ("reorder_cache", "crop")),
+    ],
+)
+def test_kept_cache_with_other_contents(kind: str, how: str) -> None:
+    """As many rows and positions as before: whose queries and steps are kept would no longer be theirs."""
+    model = tiny.model()
+    static = kind == "static"
+    cache = StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
+    settings: dict[str, Any] = {tiny.CACHE: cache, "do_sample": False}
+    with attach(model, tiny.processor()) as attachment:
+        tokens = model.generate(tiny.prompts((5, 5))[0], max_new_tokens=4, **settings)
+        if how == "crop":
+            cache.crop(-2)
+            with torch.no_grad():
+                model((tokens[:, -3:-1] + 1) % tiny.EOS, **{tiny.CACHE: cache})
+        else:
+            getattr(cache, how)(torch.tensor([1, 0]))
+            tokens = tokens.flip(0)
+        rewrites = attachment.stats.rewrites
+        refuses(
+            InvalidArgumentError,
+            "does not hold the keys that generate left at position 7",
+            lambda: model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2, **settings),
+        )
+        assert attachment.stats.rewrites == rewrites
+
+
 def test_kept_cache_with_another_mask() -> None:
     model = tiny.model()
     with attach(model, tiny.processor()):

@@ -306,6 +306,7 @@ class Attachment:
         state = self._start(cache, batch_size) if past == 0 else _going_on(found, batch_size, past)
         if past == 0 or request is not state.request:
             _check_complete(cache, past)
+            _check_contents(cache, state)
         if request is not state.request:
             self._begin_request(state, request, arguments.get("attention_mask"), past)
         if state.newest_slot is not None and state.newest_rows is not None:
@@ -368,6 +369,7 @@ class Attachment:
                 f"attention_mask pads the rows of the kept cache by {begins}, but they were written with "
                 f"{state.begins}: pass the mask of the whole sequences"
             )
+        state.left = None
         state.request = request
         state.settings = request or _Request.of(_settings(self.model, {}))
         state.fresh = True
@@ -559,18 +561,23 @@ class Attachment:
             self._states.pop(cache, None)
 
     def _finish_request(self, request: _Request) -> None:
-        """Wait for the rewrites of a `generate` call that nobody has waited for, and raise what became of them."""
-        if self._device.type == "cpu" or self._on_boundary is not None:
-            return
+        """After a `generate` call: wait for rewrites that nobody has waited for, and raise what became of them.
+
+        What the call leaves in the cache is remembered for the next one.
+        """
+        waited_for = self._device.type == "cpu" or self._on_boundary is not None
         with self._lock:
-            pending = [(cache, state) for cache, state in self._states.items() if state.request is request]
-        for cache, state in pending:
-            try:
-                state.workspace.synchronize()
-            except BaseException:
-                self._forget(cache)
-                raise
-            self._count_skipped(state)
+            caches = [(cache, state) for cache, state in self._states.items() if state.request is request]
+        for cache, state in caches:
+            if not waited_for:
+                try:
+                    state.workspace.synchronize()
+                except BaseException:
+                    self._forget(cache)
+                    raise
+                self._count_skipped(state)
+            if cache.layers[-1].is_initialized:  # not where a streamer's reader has emptied it already
+                state.left = _latest_keys(cache, state.length).clone()
 
 
 def _untracked(tensor: Tensor) -> Tensor:
@@ -629,6 +636,7 @@ class _State:
     prompt_ended: bool = False
     captured: bool = False  # the ring was seen to be written in every layer
     finished: set[int] = field(default_factory=set)  # rows that generated an end-of-text token
+    left: Tensor | None = None  # [batch, KV heads, 1, head_dim], `_latest_keys` when the latest `generate` returned
 
     def __post_init__(self) -> None:
         self.num_layers, self.batch_size, self.window = self.ring.shape[:3]
@@ -671,6 +679,29 @@ def _check_complete(cache: Cache, past: int) -> None:
             f"the cache holds {past} positions in its first layer and {held} in its last one: a forward was cancelled "
             "halfway, so that nothing can go on from there; begin with a new cache"
         )
+
+
+def _latest_keys(cache: Cache, length: int) -> Tensor:
+    """[batch, KV heads, 1, head_dim], those of the last layer at the last of `length` positions, a view.
+
+    They depend on all tokens of a row, and so tell rows apart.
+    """
+    keys: Tensor = cache.layers[-1].keys
+    return _untracked(keys)[:, :, length - 1 : length]
+
+
+def _check_contents(cache: Cache, state: _State) -> None:
+    """InvalidArgumentError where rows of a kept cache were moved, or others written, since `generate` returned.
+
+    The tensor itself may be another one: the cache may have been on the host meanwhile, or lengthened and cropped.
+    """
+    if state.left is None or torch.equal(_latest_keys(cache, state.length).to(state.left.device), state.left):
+        return
+    raise InvalidArgumentError(
+        f"the kept cache does not hold the keys that generate left at position {state.length - 1}: its rows were "
+        "moved, as by reorder_cache, or written elsewhere, and their queries were not; keep every row where it was, or "
+        "begin with a new cache"
+    )
 
 
 def _past(
