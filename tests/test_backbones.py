@@ -166,6 +166,11 @@ def test_rope_parameters_of_old_and_new_files() -> None:
     assert rope_parameters({"rope_theta": 7.0, "rope_scaling": None}) == {"rope_type": "default", "rope_theta": 7.0}
     partial = rope_parameters({"rope_theta": 7.0, "partial_rotary_factor": 0.5})
     assert partial == {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.5}
+    without = rope_parameters({"rope_theta": 7.0, "no_rope_layers": [1, 1, 1, 0]})
+    assert without == {"rope_type": "default", "rope_theta": 7.0, "no_rope_layers": [1, 1, 1, 0]}
+    for everywhere in (None, [], [1, 1]):
+        found = rope_parameters({"rope_theta": 7.0, "no_rope_layers": everywhere})
+        assert found == {"rope_type": "default", "rope_theta": 7.0}
 
 
 @pytest.mark.parametrize(

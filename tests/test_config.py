@@ -245,6 +245,8 @@ def test_inv_freq_is_that_of_transformers(rope):
         ("rope_parameters.rope_theta", {"rope_type": "default"}),
         ("rope_parameters.rope_theta", {**ROPE, "rope_theta": 0.5}),
         ("rope_parameters.partial_rotary_factor", {**ROPE, "partial_rotary_factor": 0.5}),
+        ("rope_parameters.no_rope_layers", {**ROPE, "no_rope_layers": [1, 1, 0]}),
+        ("rope_parameters.no_rope_layers", {**ROPE, "no_rope_layers": 1}),
         ("rope_parameters.factor", {**ROPE, "rope_type": "linear", "factor": 0}),
         ("rope_parameters.high_freq_factor", {**LLAMA3, "high_freq_factor": None}),
         ("rope_parameters.low_freq_factor", {**LLAMA3, "low_freq_factor": 4.0}),

@@ -23,6 +23,7 @@ pytest.importorskip("accelerate")
 
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from transformers import SmolLM3Config, SmolLM3ForCausalLM  # noqa: E402
 
 from bottlenecked import CacheProcessor, CacheProcessorConfig  # noqa: E402
 from bottlenecked.backbones import merge_adapter  # noqa: E402
@@ -440,6 +441,13 @@ def test_what_the_checkpoint_says(tmp_path: Path) -> None:
     assert (config.boundary.timing, config.boundary.min_step_length) == ("pre", 2)
     assert config.boundary.token_ids == tiny.NEWLINES
     assert [float(tensors[f"layers.{i}.gate"]) for i in range(3)] == [0.5] * 3
+
+
+def test_layers_without_rope() -> None:
+    model = SmolLM3ForCausalLM(SmolLM3Config(**(tiny.SHAPE | {"num_hidden_layers": 4})))
+    processor_trainer(model=model)
+    with pytest.raises(ValueError, match=r"no_rope_layers is \[1, 1, 1, 0\], but .* key_space must be \"rotated\""):
+        processor_trainer(model=model, key_space="unrotated")
 
 
 def test_only_the_prompt(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     QuantizedCache,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -184,6 +186,19 @@ def test_other_pairing_of_rotated_elements(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(modeling_llama, "rotate_half", lambda x: torch.stack([-x[1::2], x[::2]], -1).flatten())
     processor = tiny.processor(key_space="unrotated", rope_parameters=rope)
     refuses(UnsupportedError, "rotate halves", lambda: attach(tiny.model(), processor))
+
+
+def test_layers_without_rope() -> None:
+    model = SmolLM3ForCausalLM(SmolLM3Config(**(tiny.SHAPE | {"num_hidden_layers": 4}))).eval()
+    rope = {"rope_type": "default", "rope_theta": model.config.rope_parameters["rope_theta"]}
+    unrotated = tiny.processor(num_layers=4, key_space="unrotated", rope_parameters=rope)
+    match = r"no_rope_layers \[1, 1, 1, 0\].*key_space 'rotated'"
+    refuses(UnsupportedError, match, lambda: attach(model, unrotated))
+    with attach(model, tiny.processor(num_layers=4)):
+        pass
+    model = SmolLM3ForCausalLM(SmolLM3Config(**(tiny.SHAPE | {"num_hidden_layers": 4}), no_rope_layers=[1] * 4)).eval()
+    with attach(model, unrotated):
+        pass
 
 
 def test_attached_already() -> None:

@@ -259,8 +259,8 @@ def kv_cache(given: Any) -> Any:
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The rotary parameters of a transformers configuration, in the form transformers 5 writes.
 
-    Older files spread them over `rope_theta` and `rope_scaling`. None where the model has none. Raises ValueError
-    where they are no object.
+    Older files spread them over `rope_theta` and `rope_scaling`. With `no_rope_layers`, which stands beside them,
+    where a layer goes without. None where the model has none. Raises ValueError where they are no object.
     """
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(found, Mapping):
@@ -275,6 +275,9 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any] | None:
     factor = config.get("partial_rotary_factor")
     if factor is not None:
         result.setdefault("partial_rotary_factor", factor)
+    layers = config.get("no_rope_layers")  # by layer, 0 where there is no RoPE, despite the name
+    if isinstance(layers, (list, tuple)) and not all(layers):
+        result["no_rope_layers"] = list(layers)
     return result
 
 

@@ -191,7 +191,7 @@ class CacheProcessorConfig:
 
         Computed in float64 and rounded once: the last bits may differ from the backbone's own float32 table.
         Raises ValueError unless rope_parameters are of rope_type "default", "linear" or "llama3", applied to
-        the whole head.
+        the whole head in every layer.
         """
         rope = self.rope_parameters
         if rope is None:
@@ -200,6 +200,9 @@ class CacheProcessorConfig:
         _check_choice("rope_parameters.rope_type", rope_type, ("default", "linear", "llama3"))
         if part != 1:
             _refuse("rope_parameters.partial_rotary_factor", part, '1, or key_space must be "rotated"')
+        layers = rope.get("no_rope_layers") or []
+        if not isinstance(layers, (list, tuple)) or not all(layers):
+            _refuse("rope_parameters.no_rope_layers", layers, 'all ones, or key_space must be "rotated"')
 
         def number(name: str, least: int = 1) -> float:
             value = rope.get(name)

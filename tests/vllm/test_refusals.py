@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import SmolLM3Config
 
 from bottleneck_ext import InvalidArgumentError, UnsupportedError
-from bottlenecked.config import CacheProcessorConfig
+from bottlenecked.backbones import describe
+from bottlenecked.config import BoundaryConfig, CacheProcessorConfig
 from bottlenecked.integrations.vllm import checks
 from bottlenecked.integrations.vllm.capture import _PARAMETERS
 
@@ -243,6 +246,17 @@ def test_another_model(tmp_path: Path, backbone: Path, configure: Configure) -> 
     config.backbone["architecture"] = "OtherForCausalLM"
     (tmp_path / "p1" / "config.json").write_text(config.to_json())
     assert "the Processor's backbone has architecture OtherForCausalLM, but" in refused(configure(wrong))
+
+
+def test_layers_without_rope() -> None:
+    model = SmolLM3Config(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    served = SimpleNamespace(model="SmolLM3", hf_config=model, hf_text_config=model)
+    described = describe(model.to_dict()) | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    settings = {"processor_dim": 32, "processor_heads": 4, "processor_mlp_dim": 48, "boundary": BoundaryConfig()}
+    rotated = CacheProcessorConfig(**described, **settings)
+    checks.check_fit(served, rotated, check_weights=False)
+    with pytest.raises(UnsupportedError, match=r"no_rope_layers \[1, 1, 1, 0\].*key_space 'rotated'"):
+        checks.check_fit(served, dataclasses.replace(rotated, key_space="unrotated"), check_weights=False)
 
 
 @pytest.mark.parametrize("name", ["kv_connector", "kv_offloading_size", "MultiConnector"])

@@ -939,6 +939,11 @@ def _check_rope(model: PreTrainedModel, attention: torch.nn.Module, config: Cach
     """Undoing a rotation needs the very angles and pairing that the model used."""
     wanted = config.rope_parameters or {}
     actual = rope_parameters(model.config.to_dict()) or {}
+    if layers := actual.get("no_rope_layers"):
+        raise UnsupportedError(
+            f"{type(model).__name__} has layers without RoPE (no_rope_layers {layers}), whose keys cannot be turned "
+            "back: use a Processor with key_space 'rotated'"
+        )
     tables = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
     expected = torch.tensor(config.inv_freq())
     if (

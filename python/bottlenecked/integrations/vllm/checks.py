@@ -187,6 +187,12 @@ def check_fit(model_config: Any, processor: CacheProcessorConfig, *, check_weigh
                 f"the Processor is for a backbone with {getattr(processor, key)} {words}, but {model_config.model} has "
                 f"{actual[key]}: {remedy}"
             )
+    layers = (actual["rope_parameters"] or {}).get("no_rope_layers")
+    if processor.key_space == "unrotated" and layers:
+        raise UnsupportedError(
+            f"{model_config.model} has layers without RoPE (no_rope_layers {layers}), whose keys cannot be turned "
+            "back: use a Processor with key_space 'rotated'"
+        )
     backbone = actual["backbone"]
     if (
         check_weights
