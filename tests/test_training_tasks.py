@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,16 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bottlenecked import backbones
+from bottlenecked.integrations.transformers import attach
 from bottlenecked.training.data import Dataset, load_examples, write_lines
 from bottlenecked.training.tasks import (
     ChainTask,
     RegisterTask,
+    decode,
     exact_match,
     synthesize,
     task_tokenizer,
     tiny_backbone,
 )
 
+from . import tiny
 from .test_cli import fails, run
 
 TASKS: dict[str, Any] = {
@@ -303,3 +307,42 @@ def test_exact_match_decodes_greedily(tmp_path: Path, tokenizer: Any) -> None:
     early = [tokenizer.eos_token_id in a.tokens[:-1] for a in answers]
     assert exact_match(model, answers, batch_size=4) == [not e for e in early]
     assert not all(early)
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 15},
+        {"min_length": 25},
+        {"suppress_tokens": [16, 17]},
+        {"bad_words_ids": [[16], [17]]},
+        {"sequence_bias": [[[16], -100.0], [[17], -100.0]]},
+        {"exponential_decay_length_penalty": (1, 3.0)},
+        {"num_beams": 3, "num_return_sequences": 3},
+        {"guidance_scale": 3.0},
+        {"do_sample": True, "temperature": 9.0, "min_p": 0.01},
+        {"prompt_lookup_num_tokens": 2},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["w1"], "max_time": 1e-9, "max_length": 3},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_decoding_is_greedy_whatever_the_model_states(stated: dict[str, Any], rewritten: bool) -> None:
+    """As where generation_config.json says nothing; it stays as it is."""
+    model, end = tiny.model(), 49
+    prompts = [row[mask.bool()].tolist() for row, mask in zip(*tiny.prompts((9, 4)), strict=True)]
+
+    def decoded() -> list[list[int]]:
+        with attach(model, tiny.processor()) if rewritten else contextlib.nullcontext():
+            return decode(model, prompts, max_new_tokens=20, end_tokens=[end])
+
+    expected = decoded()
+    assert [len(row) for row in expected] == ([14, 2] if rewritten else [7, 13])
+    model.generation_config.update(**stated)
+    before = model.generation_config.to_dict()
+    assert decoded() == expected
+    assert model.generation_config.to_dict() == before

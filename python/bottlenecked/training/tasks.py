@@ -358,7 +358,8 @@ def decode(
 ) -> list[list[int]]:
     """Greedy decoding of a batch: the new tokens of each row, up to its end-of-text token or `max_new_tokens`.
 
-    model: a transformers model; a Processor works where one is attached.
+    model: a transformers model; a Processor works where one is attached. Of its generation_config only the special
+        tokens are used: no penalty or least length that it states.
     end_tokens: what ends a text; None: those of the model's generation_config.
     given: per row, for its first new tokens, one that comes whatever the model says, or None: the model's own.
     """
@@ -382,17 +383,20 @@ def decode(
             tokens = [-1 if token is None else token for token in row_given[:max_new_tokens]]
             wanted[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
         processors.append(_environment(wanted, width))
+    greedy = {
+        # What the model's generation_config states, such as a repetition_penalty, is in force until it is taken back.
+        **dict.fromkeys(settings.to_dict()),
+        "do_sample": False,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "use_cache": True,
+        "max_new_tokens": max_new_tokens,
+        "bos_token_id": settings.bos_token_id,
+        "eos_token_id": ends or None,
+        "pad_token_id": pad,
+    }
     output = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        logits_processor=processors,
+        ids.to(model.device), attention_mask=mask.to(model.device), logits_processor=processors, **greedy
     )
     rows: list[list[int]] = output[:, width:].tolist()
     return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
