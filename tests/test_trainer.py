@@ -247,6 +247,44 @@ def test_signals_save_first(number: int, raised: type[BaseException], tmp_path: 
     assert_same(weights(straight), weights(again))
 
 
+@pytest.mark.parametrize("where", ["evaluate", "save"])
+def test_a_signal_in_the_last_evaluation_or_save_is_not_lost(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes behind `run`, such as the next stage, must not begin."""
+    trainer = processor_trainer(tmp_path, evaluate_every=1000, save_every=1000)
+    ours = getattr(trainer, where)
+
+    def interrupted() -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ours()
+
+    monkeypatch.setattr(trainer, where, interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run()
+    assert stopped.value.code == 143
+    again = processor_trainer(tmp_path, evaluate_every=1000, save_every=1000)
+    again.resume()
+    assert again.iteration == again.total  # all of it was saved
+    again.run()
+
+
+def test_a_signal_to_another_process_at_the_end_stops_this_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = processor_trainer(iterations=1)
+    told = []
+    evaluate = trainer.evaluate
+
+    def evaluated() -> Any:
+        told.append(signal.SIGTERM)  # to the other process
+        return evaluate()
+
+    monkeypatch.setattr(trainer, "evaluate", evaluated)
+    monkeypatch.setattr(trainer, "_sum", lambda value: value + len(told))
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run()
+    assert stopped.value.code == 143
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     trainer = processor_trainer(tmp_path)
     trainer.step()

@@ -223,9 +223,9 @@ class Trainer(abc.ABC):
     def run(self) -> None:
         """Step until `total`, showing progress; log, evaluate and save as configured and at the end.
 
-        SIGTERM and SIGINT (Ctrl-C) save after the step under way and then end it: with SystemExit(143) and
-        KeyboardInterrupt. Writes NAME.csv (a line per step), NAME.evaluations.jsonl, NAME.checkpoint, and events for
-        TensorBoard where that is installed.
+        SIGTERM and SIGINT (Ctrl-C) save after the step under way and then end the run, behind its last step too: with
+        SystemExit(143) and KeyboardInterrupt. Writes NAME.csv (a line per step), NAME.evaluations.jsonl,
+        NAME.checkpoint, and events for TensorBoard where that is installed.
         """
         from tqdm import tqdm
 
@@ -252,7 +252,8 @@ class Trainer(abc.ABC):
                         bar.write(f"{self.name}, iteration {self.iteration}: {self._describe(evaluation)}")
                 if self.output is not None and (done or stop or self.iteration % settings.save_every == 0):
                     self.save()
-        if stop:
+        # Again, on all devices alike: it may have come in the last evaluation or save.
+        if self._sum(float(self._signal is not None)) > 0:
             if self._signal == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + (self._signal or signal.SIGTERM))
