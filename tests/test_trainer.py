@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -324,6 +325,39 @@ def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="data was 'made:12:0' and is 'made:13:0'"):
         other.resume()
+
+
+def test_another_number_of_devices_is_not_resumed(tmp_path: Path) -> None:
+    """With epochs it has another number of iterations: what is left of the run would be cut off."""
+
+    def make(devices: int) -> ProcessorTrainer:
+        accelerator = SimpleNamespace(
+            num_processes=devices,
+            process_index=0,
+            is_main_process=True,
+            device=torch.device("cpu"),
+            wait_for_everyone=lambda: None,
+        )
+        config = configuration(iterations=None, epochs=4.0, batch_size=2)
+        arguments = (tiny.tokenizer(), dataset(), dataset(5, 100), config)
+        return ProcessorTrainer(tiny.model(), *arguments, output=tmp_path, accelerator=accelerator)
+
+    one = make(1)
+    one.step()
+    one.save()
+    two = make(2)
+    assert (one.total, two.total) == (24, 12)
+    with pytest.raises(ValueError, match=r"is of another run: num_devices was 1 and is 2; use the same, or another"):
+        two.resume()
+    assert two.iteration == 0
+    # A checkpoint of before does not say how many there were.
+    with safe_open(one.checkpoint, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = json.loads(file.metadata()["state"])
+    state["fingerprint"].pop("num_devices")
+    save_file(tensors, one.checkpoint, {"state": json.dumps(state)})
+    two.resume()
+    assert two.iteration == 1
 
 
 def test_damaged_or_missing_checkpoints_are_named(tmp_path: Path) -> None:

@@ -289,9 +289,10 @@ class Trainer(abc.ABC):
         return self.output / f"{self.name}.checkpoint"
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same when a run goes on: configuration, data, backbone."""
+        """What must be the same when a run goes on: configuration, number of devices, data, backbone."""
         return {
             "config": self.config.to_dict(),
+            "num_devices": self.accelerator.num_processes,
             "data": self.data.digest,
             "curriculum": None if self.curriculum is None else self.curriculum.digest,
             "backbone": self._backbone,
@@ -324,8 +325,8 @@ class Trainer(abc.ABC):
     def resume(self) -> None:
         """Go on from the checkpoint: on one CPU, with the same bits as without the interruption.
 
-        Raises ValueError where there is none, or where it is damaged or of another configuration, data or backbone,
-        listing what differs.
+        Raises ValueError where there is none, or where it is damaged or of another configuration, number of devices,
+        data or backbone, listing what differs.
         """
         path = self.checkpoint
         if not path.exists():
@@ -338,7 +339,9 @@ class Trainer(abc.ABC):
             raise ValueError(f"{path} cannot be read ({error}): start again without --resume") from None
         if not isinstance(state, dict) or state.get("format") != _CHECKPOINT_FORMAT:
             raise ValueError(f"{path} is no checkpoint of this version: start again without --resume")
-        changed = differences(state["fingerprint"], json.loads(json.dumps(self.fingerprint())))
+        # Checkpoints of before do not say on how many devices.
+        before = {"num_devices": self.accelerator.num_processes, **state["fingerprint"]}
+        changed = differences(before, json.loads(json.dumps(self.fingerprint())))
         if changed:
             raise ValueError(
                 f"{path} is of another run: {'; '.join(changed)}; use the same, or another output directory"
