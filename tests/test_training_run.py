@@ -125,6 +125,7 @@ def test_no_first_stage(files: dict[str, Path], tmp_path: Path) -> None:
         ({"processor": {"k": 1}}, r"train\.yaml: processor\.k is no field"),
         ({**CONFIG, "data": {"held_back": 20}}, "held_back is 20"),
         ({**CONFIG, "processor": {**CONFIG["processor"], "batch_size": 17}}, "batch of 17"),
+        ({**CONFIG, "sft": {**CONFIG["sft"], "batch_size": 17}}, "batch of 17"),
         ({**CONFIG, "processor": {**CONFIG["processor"], "layers": [7]}}, "names layer 7"),
         (
             {**CONFIG, "processor": {**CONFIG["processor"], "curriculum": {"files": ["x.jsonl"], "iterations": 1}}},
@@ -141,7 +142,7 @@ def test_mistakes_are_one_sentence_before_anything_runs(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("bottlenecked: ")
     assert re.search(message, error)
-    assert not (files["run"] / "sft.csv").exists()
+    assert not files["run"].exists()  # so that the same command, with the mistake corrected, is not refused
 
 
 def test_another_run_or_none_is_not_resumed(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,3 +152,39 @@ def test_another_run_or_none_is_not_resumed(files: dict[str, Path], capsys: pyte
     files["train.yaml"].write_text(yaml.safe_dump({**CONFIG, "seed": 1}))
     assert cli.main(command(files, "--resume")) == 1
     assert "config.seed was 0 and is 1" in capsys.readouterr().err
+
+
+def test_a_backbone_that_cannot_be_trained_leaves_nothing(
+    files: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **settings: Any) -> Any:
+        raise NotImplementedError("not this one")
+
+    monkeypatch.setattr(trainers, "PackedBackbone", refuse)
+    assert cli.main(command(files)) == 1
+    assert "not this one" in capsys.readouterr().err
+    assert not files["run"].exists()
+
+
+def test_a_run_without_a_checkpoint_goes_on_as_it_began(
+    files: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(self: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers.Trainer, "step", die)
+        assert cli.main(command(files)) == 1
+    began = (files["run"] / "train.yaml").read_text()
+    assert not list(files["run"].glob("*.checkpoint"))
+    files["train.yaml"].write_text(yaml.safe_dump({**CONFIG, "seed": 7, "sft": {**CONFIG["sft"], "batch_size": 2}}))
+    capsys.readouterr()
+    assert cli.main(command(files, "--resume")) == 1
+    error = capsys.readouterr().err
+    assert "train.yaml is of another run: seed was 0 and is 7; sft.batch_size was 4 and is 2; use the same, or" in error
+    assert (files["run"] / "train.yaml").read_text() == began
+    assert not (files["run"] / "processor").exists()
+    files["train.yaml"].write_text(yaml.safe_dump(CONFIG))
+    assert cli.main(command(files, "--resume")) == 0
+    made = json.loads((files["run"] / "processor" / "config.json").read_text())
+    assert made["training"]["config"] == yaml.safe_load((files["run"] / "train.yaml").read_text())

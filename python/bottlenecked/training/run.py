@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import backbones
 from ..boundary import newline_token_ids
-from .config import TrainingConfig
+from .config import TrainingConfig, differences
 from .data import Dataset, load_examples
 from .evaluate import Evaluation
 from .trainer import (
@@ -39,10 +39,12 @@ def train(
     """Train both stages and export them; see the module's text. Returns the Processor's final evaluation.
 
     backbone: a model's directory, a .gguf file, or "smollm2". files: JSONL, never test sets.
-    resume: go on with the run in `output`; it must have been made with the same config, data and backbone.
+    resume: go on with the run in `output`; it must have been made with the same config, number of devices, data and
+        backbone.
 
     Raises ValueError, OSError, ImportError and NotImplementedError, each in one sentence; all that can be checked is
-    checked before the first step. NotImplementedError at the end where the Processor's ablation cannot be exported.
+    checked before anything is written. NotImplementedError at the end where the Processor's ablation cannot be
+    exported.
     """
     config = TrainingConfig() if config is None else config
     directory = Path(output)
@@ -51,6 +53,13 @@ def train(
         raise FileExistsError(f"--output {directory} is not empty: give another directory, or --resume its run")
     if resume and not (directory / "train.yaml").exists():
         raise ValueError(f"{directory} holds no run to resume: leave out --resume")
+    if resume and not any(directory.glob("*.checkpoint")):  # each of them knows its configuration
+        changed = differences(TrainingConfig.load(directory / "train.yaml").to_dict(), config.to_dict())
+        if changed:
+            raise ValueError(
+                f"{directory / 'train.yaml'} is of another run: {'; '.join(changed)}; use the same, or another output "
+                "directory"
+            )
     tokenizer = backbones.load_tokenizer(backbone)
     boundary = config.processor.boundary()
 
@@ -68,14 +77,19 @@ def train(
     data, held_back = load(files).split(config.data.held_back, seed=config.seed)
     curricula = [load(c.files) if c.files else None for c in (config.sft.curriculum, config.processor.curriculum)]
     name, names = Path(backbone).name, [Path(file).name for file in files]
+    if config.sft.method != "none":
+        planned_iterations(config.sft, data, curricula[0], accelerator.num_processes)
     # Mistakes about the second stage are told before the first, which takes hours.
     planned_iterations(config.processor, data, curricula[1], accelerator.num_processes)
     processor_config(config, backbones.describe(backbone), newline_token_ids(tokenizer))
 
-    def started(trainer: Trainer) -> Trainer:
+    def start(trainer: Trainer) -> None:
         if resume and trainer.checkpoint.exists():
             trainer.resume()
-        return trainer
+        elif accelerator.is_main_process and not resume:
+            # Not before: what a refused start had written would be in the way of the next.
+            directory.mkdir(parents=True, exist_ok=True)
+            config.save(directory / "train.yaml")
 
     def finish(trainer: Trainer, target: Path) -> Evaluation:
         trainer.run()
@@ -85,9 +99,6 @@ def train(
         accelerator.wait_for_everyone()
         return found
 
-    if accelerator.is_main_process and not resume:
-        directory.mkdir(parents=True, exist_ok=True)
-        config.save(directory / "train.yaml")
     source: str | Path = backbone
     if config.sft.method != "none":
         source = directory / "backbone"
@@ -103,7 +114,7 @@ def train(
             curriculum=curricula[0],
             backbone_name=name,
         )
-        started(stage)
+        start(stage)
         if not (stage.iteration == stage.total and source.exists()):
             finish(stage, source)
         del stage, model
@@ -119,7 +130,7 @@ def train(
         curriculum=curricula[1],
         backbone_name=name if config.sft.method == "none" else f"{name}, fine-tuned",
     )
-    started(processor)
+    start(processor)
     return finish(processor, directory / "processor")
 
 
