@@ -110,7 +110,7 @@ def main() -> int:
 
     title("the same checkpoint in `generate`")
     used = ("--model", str(trained / "backbone"), "--processor", str(trained / "processor"))
-    run("generate", *used, "--prompt", first["question"] + "\n", "--raw", "--max-new-tokens", "24", "--threads", "1")
+    run("generate", *used, "--prompt", first["question"], "--max-new-tokens", "24", "--threads", "1")
 
     last = json.loads((trained / "processor.evaluations.jsonl").read_text().splitlines()[-1])
     found = last["kinds"]["all"]

@@ -15,8 +15,11 @@ import torch
 from bottlenecked import CacheProcessor, CacheProcessorConfig
 from bottlenecked import __version__ as version
 from bottlenecked.checkpoint import initial_weights
-from bottlenecked.cli import main
+from bottlenecked.cli import _encode, main
+from bottlenecked.evaluation.problems import Problem
 from bottlenecked.integrations.transformers import attach
+from bottlenecked.training.data import encode_prompts, resolve_template
+from bottlenecked.training.tasks import task_tokenizer
 
 from . import tiny
 
@@ -251,9 +254,12 @@ def generate(backbone: Path, *options: object) -> tuple[object, ...]:
     return ("generate", "--model", backbone, "--prompt", PROMPT, "--max-new-tokens", 40, "--threads", 1, *options)
 
 
-def through_the_api(processor: CacheProcessor | None, **settings: Any) -> tuple[list[int], list[Any]]:
+def through_the_api(
+    processor: CacheProcessor | None, text: str = PROMPT + "\n", **settings: Any
+) -> tuple[list[int], list[Any]]:
+    """text: of a tokenizer without a chat template, training's prompts end with a newline."""
     model, tokenizer = tiny.model(), tiny.tokenizer()
-    inputs = tokenizer(PROMPT, return_tensors="pt")
+    inputs = tokenizer(text, return_tensors="pt")
     reports: list[Any] = []
     settings = {"max_new_tokens": 40, "do_sample": False} | settings
     if processor is None:
@@ -366,11 +372,34 @@ def test_chat_template(capsys: pytest.CaptureFixture[str], backbone: Path, tmp_p
         ids = tokenizer(text, return_tensors="pt").input_ids
         return tiny.model().generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :].tolist()
 
-    assert tokens("--raw") == through_the_api(None)[0]
-    assert tokens() == stock(PROMPT + " w9")
+    assert tokens("--raw") == through_the_api(None, PROMPT)[0]
+    assert tokens() == tokens("--template", "chat") == stock(PROMPT + " w9")
     assert tokens("--system", "w4") == stock("w4 " + PROMPT + " w9")
+    assert tokens("--template", "w4 {question} w3\\n") == stock("w4 " + PROMPT + " w3\n")
     fails(capsys, 2, "--system.*--raw", *generate(tmp_path, "--raw", "--system", "w4"))
     fails(capsys, 2, "--system.*no chat template", *generate(backbone, "--system", "w4"))
+    text = ("--template", "{question} ")
+    fails(capsys, 2, "--system.*--template is a text", *generate(tmp_path, "--system", "w4", *text))
+    fails(capsys, 2, "--template.*--raw sends the prompt alone", *generate(tmp_path, "--raw", *text))
+    fails(capsys, 1, "template is 'w4', but", *generate(tmp_path, "--template", "w4"))
+    fails(capsys, 1, "the tokenizer has no chat template", *generate(backbone, "--template", "chat"))
+    tokenizer.chat_template = "{{ raise_exception('no systems') }}"
+    tokenizer.save_pretrained(tmp_path)
+    fails(capsys, 1, "does not fit the chat template: no systems", *generate(tmp_path, "--system", "w4"))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_prompt_is_that_of_training_and_evaluation(chat: bool) -> None:
+    tokenizer = task_tokenizer()
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m.content }};{% endfor %}?" if chat else None
+    question = "ab;ba;?a1"
+    problem = Problem("x", ({"role": "user", "content": question},), "", 0)
+    encoded = _encode(tokenizer, question, raw=False, template="auto", system=None)
+    (expected,) = encode_prompts([problem], tokenizer, resolve_template("auto", tokenizer))
+    assert encoded["input_ids"].tolist() == [expected]
+    assert encoded["attention_mask"].tolist() == [[1] * len(expected)]
+    raw = _encode(tokenizer, question, raw=True, template="auto", system=None)
+    assert raw["input_ids"].tolist() == [tokenizer(question)["input_ids"]] != [expected]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def test_both_stages_and_what_uses_them(files: dict[str, Path], capsys: pytest.C
     with attach(model, processor, tokenizer) as attachment:  # refuses weights other than those it was trained on
         model.generate(ids, max_new_tokens=3, do_sample=False)
     assert attachment.stats.boundaries == 1
-    assert (run / "processor" / "README.md").exists()
+    # The card's command sends the prompts that it was trained with.
+    assert "THIS_DIRECTORY --template '{question} ' --prompt" in (run / "processor" / "README.md").read_text()
     assert (run / "backbone" / "README.md").exists()
     assert yaml.safe_load((run / "train.yaml").read_text())["processor"]["dim"] == 32
     assert len((run / "sft.csv").read_text().splitlines()) == 4

@@ -21,13 +21,14 @@ import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from .evaluation.cli import commands as evaluation_commands
 from .messages import loading, sentence
 from .training.cli import commands as training_commands
+from .training.cli import unescape
 
 if TYPE_CHECKING:
     from .config import CacheProcessorConfig
@@ -43,7 +44,6 @@ app.add_typer(training_commands)
 app.add_typer(evaluation_commands)
 
 _PACKAGES = ("numpy", "safetensors", "torch", "transformers", "gguf", "vllm")
-_CHAT_HINT = "the tokenizer has no chat template"
 
 
 class DType(StrEnum):
@@ -271,7 +271,10 @@ def generate(
     dtype: Annotated[DType, typer.Option(help="Of weights and KV cache.")] = DType.float32,
     threads: Annotated[int | None, typer.Option(help="For model and rewrite; default: torch's.")] = None,
     cache: Annotated[CacheKind, typer.Option(help="Kind of KV cache.")] = CacheKind.dynamic,
-    raw: Annotated[bool, typer.Option("--raw", help="Send the prompt as it is, without the chat template.")] = False,
+    template: Annotated[
+        str, typer.Option(help="chat (the tokenizer's), a text with {question} in it, or auto, as in training.")
+    ] = "auto",
+    raw: Annotated[bool, typer.Option("--raw", help="Send the prompt as it is, without a template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message of the chat template.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; default: greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from this much of the probability.")] = None,
@@ -287,6 +290,8 @@ def generate(
         raise typer.BadParameter(f"{temperature} is not positive; leave it out for greedy", param_hint="--temperature")
     if top_p is not None and not 0 < top_p <= 1:
         raise typer.BadParameter(f"{top_p} is not in (0, 1]", param_hint="--top-p")
+    if raw and template != "auto":
+        raise typer.BadParameter("leave it out: --raw sends the prompt alone", param_hint="--template")
     if processor is not None:
         # Before the model, which takes longer.
         from .processor import CacheProcessor
@@ -299,7 +304,7 @@ def generate(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    inputs = _encode(tokenizer, text, raw=raw, system=system)
+    inputs = _encode(tokenizer, text, raw=raw, template=unescape(template), system=system)
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise typer.BadParameter("the prompt has no tokens", param_hint="--prompt")
@@ -509,21 +514,34 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _encode(tokenizer: Any, text: str, *, raw: bool, system: str | None) -> dict[str, Any]:
-    """input_ids and attention_mask, [1, tokens]."""
-    if raw or not tokenizer.chat_template:
-        if system is not None:
-            reason = "--raw sends the prompt alone" if raw else _CHAT_HINT
+class _Conversation(NamedTuple):
+    """What `encode_prompts` encodes."""
+
+    name: str
+    messages: list[dict[str, str]]
+
+
+def _encode(tokenizer: Any, text: str, *, raw: bool, template: str, system: str | None) -> dict[str, Any]:
+    """input_ids and attention_mask, [1, tokens]: of the same prompt as in training and evaluation, unless raw."""
+    import torch
+
+    from .training.data import encode_prompts, resolve_template
+
+    template = "" if raw else resolve_template(template, tokenizer)
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        if template != "chat":
+            reason = f"--template is a text, {template!r}"
+            if raw or not tokenizer.chat_template:
+                reason = "--raw sends the prompt alone" if raw else "the tokenizer has no chat template"
             raise typer.BadParameter(f"leave it out: {reason}", param_hint="--system")
-        encoded = tokenizer(text, return_tensors="pt")
+        messages.insert(0, {"role": "system", "content": system})
+    if raw:
+        ids = tokenizer(text)["input_ids"]
     else:
-        messages = [{"role": "user", "content": text}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        (ids,) = encode_prompts([_Conversation("the prompt", messages)], tokenizer, template)
+    input_ids = torch.tensor([ids], dtype=torch.long)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
 def _token_ids(text: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def processor_card(
     """Of a Processor."""
     config = trainer.processor.config
     name = config.backbone.get("name") or config.backbone.get("architecture")
+    template = trainer.config.data.template.replace("\n", "\\n")
+    option = "" if template == "auto" else f"--template {shlex.quote(template)} "
     text = f"""
 # Cache Processor for {name}
 
@@ -38,7 +41,7 @@ Rewrites the KV cache of its backbone at the end of every reasoning step
 ([arXiv 2505.16950](https://arxiv.org/abs/2505.16950)). Made with `bottlenecked`; it works with this backbone only:
 
 ```
-bottlenecked generate --model BACKBONE --processor THIS_DIRECTORY --prompt "..."
+bottlenecked generate --model BACKBONE --processor THIS_DIRECTORY {option}--prompt "..."
 ```
 
 | | |
