@@ -114,7 +114,8 @@ def cuda_command() -> list[str]:
     return [
         *[os.environ.get("CXX", "g++"), "-x", "c++", "-std=gnu++17", "-c", "-O2", "-g", "-fPIC"],
         *["-fno-strict-aliasing", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-missing-field-initializers"],
-        *["-DBTX_EMULATE", "-Icsrc", "-Itests/emulation", "-include", "emulation.h", *common_args],
+        *["-DBTX_EMULATE", "-Icsrc", "-Itests/emulation", "-include", "emulation.h", "-fsanitize=alignment"],
+        *common_args,
     ]
 
 

@@ -276,7 +276,7 @@ static boundary *make_boundary(random_source &random)
     b.num_layers = is_long ? 1 : (int32_t)random.one_of({1, 1, 2, 3});
     b.num_kv_heads = is_long ? 1 : (int32_t)random.one_of({1, 2, 3});
     b.group = is_long ? 1 : (int32_t)random.one_of({1, 2, 3, 4, 7, 8});
-    b.head_dim = (int32_t)random.one_of({6, 16, 20, 64, 64, 96, 128, 128, 256, 7});
+    b.head_dim = (int32_t)random.one_of({6, 16, 20, 64, 64, 96, 128, 128, 256, 9});
     b.dtype = random.one_of({BTX_F32, BTX_F16, BTX_BF16, BTX_BF16});
     b.top_k = (int32_t)random.one_of({0, 1, 5, 32, 77, 300});
     const int64_t recent_window = is_long ? 3 : random.one_of({1, 9, 16, 33, 96, 96});

@@ -28,10 +28,10 @@ __device__ static inline void load_token(const device_plan &plan, const device_l
 }
 
 template <typename Operand>
-__device__ static inline void store_normed(const row_piece &piece, const float (&x)[8], float scale,
-                                           const float *weight, Operand *normed)
+__device__ static inline void store_normed(const device_plan &plan, const row_piece &piece, const float (&x)[8],
+                                           float scale, const float *weight, Operand *normed)
 {
-    const bool whole = piece.count == 8 && piece.column % 8 == 0;
+    const bool whole = plan.head_dim % 8 == 0; /* else the weight of a layer need not start on 16 bytes */
     float factor[8];
     Operand value[8];
     load_piece(weight + piece.column, 1, whole, piece.count, factor);
@@ -87,13 +87,13 @@ __global__ void __launch_bounds__(BTX_ROW_THREADS)
     for (int n = 0; n < KEPT; n++) {
         const int32_t p = threadIdx.x + n * BTX_ROW_THREADS;
         if (p < num_pieces)
-            store_normed(find_piece(plan, p), kept[n], scale, weight, normed);
+            store_normed(plan, find_piece(plan, p), kept[n], scale, weight, normed);
     }
     for (int32_t p = threadIdx.x + KEPT * BTX_ROW_THREADS; p < num_pieces; p += BTX_ROW_THREADS) {
         const row_piece piece = find_piece(plan, p);
         float x[8];
         load_token<T>(plan, layer, piece, key_offset, value_offset, cosines, sines, x);
-        store_normed(piece, x, scale, weight, normed);
+        store_normed(plan, piece, x, scale, weight, normed);
     }
     for (int64_t i = width + threadIdx.x; i < stride; i += BTX_ROW_THREADS)
         normed[i] = from_f32<Operand>(0.0f);

@@ -981,3 +981,24 @@ cudaError_t run_blocks(const work &launch, char *message, size_t message_size)
     return failure;
 }
 } // namespace btx_emulation
+
+/* ---- what the compiler calls where kernels access memory that is not aligned (-fsanitize=alignment) ----------------
+ */
+
+#ifndef __SANITIZE_ADDRESS__
+struct misaligned_access {
+    const char *file;
+    uint32_t line, column;
+    const void *type;
+    unsigned char log_alignment, kind;
+};
+
+extern "C" __attribute__((visibility("hidden"))) void
+btx_misaligned(const misaligned_access *access, const void *at) __asm__("__ubsan_handle_type_mismatch_v1");
+void btx_misaligned(const misaligned_access *access, const void *at)
+{
+    if (btx_emulation::current_thread >= 0)
+        btx_emulation::trap_as(cudaErrorMisalignedAddress, "an access at %s:%u: %p is not %d-byte aligned",
+                               btx_emulation::file_name(access->file), access->line, at, 1 << access->log_alignment);
+}
+#endif

@@ -64,6 +64,7 @@ SHAPES = {
     "k larger than the prior": Shape(((0, 20, 5), (1, 60, 50)), top_k=32, dtype="bfloat16"),
     "no prior": Shape(((0, 5, 5), (9, 1, 1)), top_k=8, head_dim=64, dtype="float16"),
     "odd head_dim": Shape(((0, 77, 9),), head_dim=7, num_kv_heads=3),
+    "odd head_dim of more than a vector": Shape(((0, 77, 9),), head_dim=9, num_kv_heads=3, dtype="bfloat16"),
     "steps of all lengths": Shape(
         ((0, 100, 1), (8, 150, 60), (0, 16, 16), (1, 40, 3)), head_dim=64, top_k=5, block_size=3, dtype="bfloat16"
     ),

@@ -293,6 +293,12 @@ __global__ void load_badly(int offset, const void *elsewhere)
     load_matrix_x4(fragment, elsewhere != nullptr ? elsewhere : memory + 16 * threadIdx.x + offset);
 }
 
+__global__ void load_vector(const float *from, float *to)
+{
+    const float4 vector = *(const float4 *)(const void *)from;
+    *to = vector.x + vector.y + vector.z + vector.w;
+}
+
 template <typename T> static void test_product(void)
 {
     device_array<T> a(256), b(128);
@@ -330,6 +336,17 @@ static void test_matrices(void)
     device_array<float> elsewhere(4);
     BTX_LAUNCH(load_badly, 1, 32, 512, stream, 0, elsewhere.data);
     CHECK(failed_with(cudaErrorIllegalAddress, "not in shared memory"));
+#endif
+}
+
+static void test_alignment(void)
+{
+    device_array<float> memory(16);
+    BTX_LAUNCH(load_vector, 1, 1, 0, stream, memory.data + 4, memory.data);
+    CHECK(cudaDeviceSynchronize() == cudaSuccess);
+#ifndef __SANITIZE_ADDRESS__ /* which ends the program */
+    BTX_LAUNCH(load_vector, 1, 1, 0, stream, memory.data + 6, memory.data);
+    CHECK(failed_with(cudaErrorMisalignedAddress, "not 16-byte aligned"));
 #endif
 }
 
@@ -607,6 +624,7 @@ int main(void)
     test_barriers();
     test_warps();
     test_matrices();
+    test_alignment();
     test_copies();
     test_races();
     test_bounds();
