@@ -29,7 +29,7 @@ extern "C" {
 #endif
 
 #define BTX_VERSION "0.1.0"
-#define BTX_ABI_VERSION 5u
+#define BTX_ABI_VERSION 6u
 #define BTX_MAX_DIMS 4
 #define BTX_MAX_RECENT_WINDOW 256
 #define BTX_MAX_TOP_K 65536
@@ -204,7 +204,8 @@ btx_status btx_workspace_synchronize(btx_workspace *workspace, btx_error *error)
 int32_t btx_workspace_num_threads(const btx_workspace *workspace);
 size_t btx_workspace_bytes(const btx_workspace *workspace); /* reserved, or grown to the largest call so far */
 
-/* Memory for calls of up to bytes now, rather than when they come. Less than there is does nothing. */
+/* Memory for calls of up to bytes now, rather than when they come. Less than there is does nothing. INVALID_ARGUMENT
+ * where a captured CUDA graph uses what there is. */
 btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, btx_error *error);
 
 /* Steps that calls with this workspace left unwritten because of max_relative_edit, see btx_boundary: of all calls that
@@ -405,6 +406,7 @@ struct btx_backend {
 
     /* Where the memory is not the host's; all NULL where it is. A boundary is
      *
+     *     check_growth (where the workspace is too small)
      *     begin, executor_run (mass and top-k, each then mark), executor_run (each further stage's operations, then
      *     mark), executor_run (the write, then mark), and where there is a report: synchronize, download
      *
@@ -412,6 +414,9 @@ struct btx_backend {
      * plan is the host's and goes when the call returns. */
     /* memory = from, of the host; blocks. */
     btx_status (*upload)(int32_t device_index, void *memory, const void *from, size_t bytes, btx_error *error);
+    /* Whether the workspace's memory may be allocated anew, for a call on stream: INVALID_ARGUMENT while a graph is
+     * captured there, and where one that was uses what there is. */
+    btx_status (*check_growth)(void *executor, void *stream, btx_error *error);
     /* Brings the plan to the device. Tells of an earlier call's failure that nobody has been told of. timed:
      * synchronize will be asked for stage_seconds. */
     btx_status (*begin)(void *executor, const btx_plan *plan, void *stream, int timed, btx_error *error);

@@ -99,16 +99,25 @@ btx_status btx_workspace_check(const btx_workspace *workspace, const btx_backend
 
 btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, btx_error *error)
 {
+    return btx_workspace_grow(workspace, bytes, NULL, error);
+}
+
+btx_status btx_workspace_grow(btx_workspace *workspace, size_t bytes, void *stream, btx_error *error)
+{
+    const btx_backend *backend = workspace->backend;
     if (bytes <= workspace->bytes)
         return BTX_OK;
     void *grown = NULL;
-    /* An earlier call may be working there. */
-    btx_status status = workspace->memory != NULL ? btx_workspace_synchronize(workspace, error) : BTX_OK;
+    btx_status status = BTX_OK;
+    if (backend->check_growth != NULL)
+        status = backend->check_growth(workspace->executor, stream, error);
+    if (status == BTX_OK && workspace->memory != NULL) /* an earlier call may be working there */
+        status = btx_workspace_synchronize(workspace, error);
     if (status == BTX_OK)
-        status = workspace->backend->allocate(workspace->device_index, bytes, &grown, error);
+        status = backend->allocate(workspace->device_index, bytes, &grown, error);
     if (status != BTX_OK)
         return status;
-    workspace->backend->release(workspace->memory);
+    backend->release(workspace->memory);
     workspace->memory = grown;
     workspace->bytes = bytes;
     return BTX_OK;

@@ -181,6 +181,13 @@ static btx_status tell_refusal(btx_error *error)
     return btx_fail(error, BTX_INVALID_ARGUMENT, "the device refused");
 }
 
+static btx_status check_growth(void *executor, void *stream, btx_error *error)
+{
+    CHECK(executor == &device);
+    device.stream = stream;
+    return fail_as_told("check_growth", error);
+}
+
 static btx_status begin(void *executor, const btx_plan *plan, void *stream, int timed, btx_error *error)
 {
     CHECK(executor == &device);
@@ -349,6 +356,7 @@ static btx_backend make_device(void)
     made.executor_destroy = executor_destroy;
     made.executor_run = executor_run;
     made.upload = upload;
+    made.check_growth = check_growth;
     made.begin = begin;
     made.mark = mark;
     made.download = download;
@@ -559,6 +567,31 @@ static void check_refusals(const call *on_device)
     CHECK(run(&there, &got, NULL, &error) == BTX_OK && !is_untouched(&got));
 }
 
+/* A device that lets no memory be allocated is asked before; a call that needs no more does not ask. */
+static void check_refused_growth(const call *on_device)
+{
+    static results got;
+    btx_error error = {{0}};
+    call there = *on_device;
+    CHECK(btx_workspace_create(there.backend, 0, 1, &there.workspace, &error) == BTX_OK);
+    there.num_steps = 1;
+    start(&got);
+    device.failing = NULL;
+    CHECK(run(&there, &got, NULL, &error) == BTX_OK);
+    const size_t bytes = btx_workspace_bytes(there.workspace);
+    device.failing = "check_growth";
+    start(&got);
+    CHECK(run(&there, &got, NULL, &error) == BTX_OK);
+    there.num_steps = NUM_SEQUENCES;
+    start(&got);
+    CHECK(run(&there, &got, NULL, &error) == BTX_DEVICE_ERROR && is_untouched(&got));
+    CHECK(btx_workspace_reserve(there.workspace, 2 * bytes, &error) == BTX_DEVICE_ERROR);
+    CHECK(btx_workspace_bytes(there.workspace) == bytes);
+    device.failing = NULL;
+    CHECK(run(&there, &got, NULL, &error) == BTX_OK);
+    btx_workspace_destroy(there.workspace);
+}
+
 /* What fails before the write leaves the caches; what fails after it says that nobody knows. */
 static void check_failures(const call *on_device)
 {
@@ -584,6 +617,7 @@ static void check_failures(const call *on_device)
     btx_processor *processor = NULL;
     CHECK(btx_processor_create(on_device->backend, 0, &config, weights, &processor, &error) == BTX_DEVICE_ERROR);
     CHECK(processor == NULL);
+    check_refused_growth(on_device);
     device.failing = NULL;
 }
 

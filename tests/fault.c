@@ -141,6 +141,7 @@ enum {
     EXECUTOR_CREATE,
     EXECUTOR_RUN,
     UPLOAD,
+    CHECK_GROWTH,
     BEGIN,
     DOWNLOAD,
     SYNCHRONIZE,
@@ -160,9 +161,9 @@ enum {
 };
 
 static const char *const function_names[NUM_FUNCTIONS] = {
-    "allocate",       "executor_create", "executor_run", "upload",    "begin",           "download", "synchronize",
-    "attention_mass", "store_mass",      "top_k",        "gather_kv", "round",           "rms_norm", "linear",
-    "linear_swiglu",  "attention",       "stage_kv",     "write_kv",  "capture_queries",
+    "allocate",    "executor_create", "executor_run", "upload",   "check_growth", "begin",           "download",
+    "synchronize", "attention_mass",  "store_mass",   "top_k",    "gather_kv",    "round",           "rms_norm",
+    "linear",      "linear_swiglu",   "attention",    "stage_kv", "write_kv",     "capture_queries",
 };
 
 static struct {
@@ -218,6 +219,12 @@ static btx_status fake_upload(int32_t device_index, void *memory, const void *fr
 {
     (void)device_index;
     CALL(UPLOAD, copy(memory, from, bytes));
+}
+
+static btx_status fake_check_growth(void *executor, void *stream, btx_error *error)
+{
+    (void)executor, (void)stream;
+    CALL(CHECK_GROWTH, BTX_OK);
 }
 
 static btx_status fake_begin(void *executor, const btx_plan *plan, void *stream, int timed, btx_error *error)
@@ -373,6 +380,7 @@ static btx_backend make_fake(int is_device)
     made.mass_by_head = 1;
     made.attention_mass = fake_mass_by_head;
     made.upload = fake_upload;
+    made.check_growth = fake_check_growth;
     made.begin = fake_begin;
     made.mark = fake_mark;
     made.download = fake_download;
@@ -620,8 +628,8 @@ static void fail_backend(const setting *with)
     const long count = fake.num_calls;
     const int is_device = with->backend->begin != NULL;
     for (int function = 0; function < NUM_FUNCTIONS; function++) {
-        const int of_devices =
-            function == UPLOAD || function == BEGIN || function == DOWNLOAD || function == SYNCHRONIZE;
+        const int of_devices = function == UPLOAD || function == CHECK_GROWTH || function == BEGIN ||
+                               function == DOWNLOAD || function == SYNCHRONIZE;
         CHECK(fake.calls_of[function] > 0 || (of_devices && !is_device), "%s is never called",
               function_names[function]);
     }

@@ -356,9 +356,12 @@ btx_status cuda_executor_create(int32_t device, int32_t num_threads, void **out,
     return BTX_OK;
 }
 
-/* The latest call, as far as the next one on another stream must wait for it. */
-static btx_status mark_done(cuda_executor *executor, btx_error *error)
+/* The latest call, as far as the next one on another stream must wait for it. What is captured is the graph's from the
+ * first run on, unless one fails: then there is no graph that anybody could use. */
+static btx_status mark_done(cuda_executor *executor, int failed, btx_error *error)
 {
+    if (executor->capturing)
+        executor->captured = !failed;
     if (executor->slot == NULL || executor->capturing)
         return BTX_OK;
     BTX_CUDA_TRY(cudaEventRecord(executor->slot->done, executor->stream), "recording an event");
@@ -376,7 +379,7 @@ btx_status cuda_executor_run(void *memory, int64_t num_units, btx_unit_function 
     for (int64_t unit = 0; unit < num_units && status == BTX_OK; unit++)
         status = fn(context, unit, 0, error);
     btx_error ignored;
-    btx_status recorded = mark_done(executor, status == BTX_OK ? error : &ignored);
+    btx_status recorded = mark_done(executor, status != BTX_OK, status == BTX_OK ? error : &ignored);
     cuda_leave_device(executor->device, &scope);
     return status == BTX_OK ? recorded : status;
 }
@@ -573,23 +576,50 @@ static btx_status check_limits(const btx_plan *plan, const plan_layout *layout, 
     return BTX_OK;
 }
 
+/* Refuses whatever is to come where a captured graph owns the executor, and says whether stream is being captured. */
+static btx_status look_at_graphs(const cuda_executor *executor, cudaStream_t stream, int *capturing, btx_error *error)
+{
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    BTX_CUDA_TRY(cudaStreamIsCapturing(stream, &capture), "looking at the stream");
+    *capturing = capture != cudaStreamCaptureStatusNone;
+    if (executor->captured)
+        return btx_fail(error, BTX_INVALID_ARGUMENT,
+                        "this workspace belongs to a captured CUDA graph; use another one for other calls");
+    return BTX_OK;
+}
+
+static btx_status refuse_to_allocate(btx_error *error)
+{
+    return btx_fail(error, BTX_INVALID_ARGUMENT,
+                    "memory cannot be allocated while a CUDA graph is captured: make the same call once before");
+}
+
+btx_status cuda_check_growth(void *memory, void *stream, btx_error *error)
+{
+    const cuda_executor *executor = (const cuda_executor *)memory;
+    device_scope scope;
+    int capturing = 0;
+    btx_status status = cuda_enter_device(executor->device, &scope, error);
+    if (status != BTX_OK)
+        return status;
+    status = look_at_graphs(executor, (cudaStream_t)stream, &capturing, error);
+    cuda_leave_device(executor->device, &scope);
+    return status == BTX_OK && capturing ? refuse_to_allocate(error) : status;
+}
+
 static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan, cudaStream_t stream, int timed,
                                   btx_error *error)
 {
     const plan_layout layout = lay_out(plan);
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    int capturing = 0;
     btx_status status = check_limits(plan, &layout, error);
+    if (status == BTX_OK)
+        status = look_at_graphs(executor, stream, &capturing, error);
     if (status != BTX_OK)
         return status;
-    BTX_CUDA_TRY(cudaStreamIsCapturing(stream, &capture), "looking at the stream");
-    const int capturing = capture != cudaStreamCaptureStatusNone;
-    if (executor->captured)
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "this workspace belongs to a captured CUDA graph; use another one for other calls");
     plan_slot *slot = capturing ? &executor->capture_slot : &executor->slots[executor->next_slot];
     if (capturing && (layout.bytes > slot->capacity || plan->num_steps > slot->num_steps))
-        return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "memory cannot be allocated while a CUDA graph is captured: make the same call once before");
+        return refuse_to_allocate(error);
     if (!capturing) {
         if (slot->in_use) {
             BTX_CUDA_TRY(cudaEventSynchronize(slot->done), "waiting for an earlier boundary");
@@ -629,7 +659,6 @@ static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan,
     executor->slot = slot;
     executor->stream = stream;
     executor->capturing = capturing;
-    executor->captured = capturing;
     executor->timed = timed && !capturing;
     executor->num_marks = 0;
     BTX_CUDA_TRY(cudaMemcpyAsync(slot->device + layout.refused, slot->host + layout.refused,

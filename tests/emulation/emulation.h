@@ -908,6 +908,13 @@ __attribute__((visibility("default"))) int64_t btx_emulation_calls(const char *f
 __attribute__((visibility("default"))) void btx_emulation_seed(uint64_t seed);
 /* Nonzero: work is done no sooner than somebody waits for it, as on a slow device (BTX_EMULATE_DEFER). */
 __attribute__((visibility("default"))) void btx_emulation_defer(int defer);
+/* Does up to so many pieces (copies, kernels, events) of what was deferred. How many there were. */
+__attribute__((visibility("default"))) int btx_emulation_advance(int pieces);
+/* Nonzero: all streams are captured into a CUDA graph, the only one; zero: no longer. What is called for meanwhile is
+ * not done. Whether nothing has invalidated the capture: memory allocated or freed, a wait. */
+__attribute__((visibility("default"))) int btx_emulation_capture(int capture);
+/* Calls for what the graph holds. */
+__attribute__((visibility("default"))) void btx_emulation_replay(void);
 /* Nonzero: executors take the kernels for sm_90a that are emulated (BTX_EMULATE_SM90A). */
 __attribute__((visibility("default"))) int btx_emulation_sm90a(void);
 }

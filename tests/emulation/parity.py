@@ -247,11 +247,10 @@ def test_the_callers_device_stays(what: str) -> None:
 SMALL = Shape(((0, 60, 9), (2, 21, 5)), head_dim=16, block_size=8, dtype="bfloat16", key_space="unrotated")
 
 
-def bind(case: Case) -> Any:
+def bind(case: Case, workspace: bottleneck_ext.Workspace | None = None) -> Any:
     processor = case.processor(BACKEND, "bfloat16")
-    return processor.bind(
-        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
-    )
+    workspace = processor.workspace() if workspace is None else workspace
+    return processor.bind(case.keys, case.values, case.queries, workspace=workspace, query_table=case.query_table)
 
 
 def bits(pools: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -330,6 +329,89 @@ def test_what_the_device_refuses_is_told_by_the_next_call(deferred: None) -> Non
     bound.workspace.synchronize()  # it is told once
     bound.rewrite(case.events[:1], case.block_table)
     assert not same(case.pools, before)
+
+
+# --- CUDA graphs -------------------------------------------------------------------------------------------------
+
+LONGER = replace(SMALL, lengths=((0, 400, 9), (2, 300, 5)))
+
+
+def captured(work: Callable[[], object]) -> bool:
+    """Whether there is a graph then, or the capture was invalidated."""
+    EMULATION.btx_emulation_capture(1)
+    try:
+        work()
+    finally:
+        is_valid = EMULATION.btx_emulation_capture(0)
+    return bool(is_valid)
+
+
+def test_a_captured_call_is_done_at_each_replay() -> None:
+    case, right = make_case(SMALL), make_case(SMALL)
+    bound, uncaptured = bind(case), bind(right)
+    bound.rewrite(case.events, case.block_table)
+    uncaptured.rewrite(right.events, right.block_table)
+    assert captured(lambda: bound.rewrite(case.events, case.block_table, report=False))
+    assert same(case.pools, right.pools), "capturing ran it"
+    for _ in range(2):
+        EMULATION.btx_emulation_replay()
+        uncaptured.rewrite(right.events, right.block_table)
+        assert same(case.pools, right.pools)
+
+
+def test_a_refused_call_leaves_the_graph_its_memory() -> None:
+    """Nor is anything allocated for it: neither for a call that needs no more memory, nor for one that does."""
+    case, right, longer = make_case(SMALL), make_case(SMALL), make_case(LONGER)
+    bound, uncaptured = bind(case), bind(right)
+    bound.rewrite(case.events, case.block_table)
+    uncaptured.rewrite(right.events, right.block_table)
+    captured(lambda: bound.rewrite(case.events, case.block_table, report=False))
+    of_longer, before = bind(longer, bound.workspace), longer.snapshot()
+    nbytes, live = bound.workspace.nbytes, EMULATION.btx_emulation_live()
+    for refused, of in ((bound, case), (of_longer, longer)):
+        with pytest.raises(bottleneck_ext.InvalidArgumentError, match="belongs to a captured CUDA graph"):
+            refused.rewrite(of.events, of.block_table, report=False)
+    assert bound.workspace.nbytes == nbytes
+    assert EMULATION.btx_emulation_live() == live
+    assert same(longer.pools, before)
+    EMULATION.btx_emulation_replay()
+    uncaptured.rewrite(right.events, right.block_table)
+    assert same(case.pools, right.pools)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_capture_that_wants_memory_is_refused_and_stays_valid(warm: bool) -> None:
+    case, longer = make_case(SMALL), make_case(LONGER)
+    bound = bind(case)
+    of_longer, before = bind(longer, bound.workspace), longer.snapshot()
+    if warm:
+        bound.rewrite(case.events, case.block_table)
+
+    def refused() -> None:
+        with pytest.raises(bottleneck_ext.InvalidArgumentError, match="make the same call once before"):
+            of_longer.rewrite(longer.events, longer.block_table, report=False)
+
+    assert captured(refused)
+    assert same(longer.pools, before)
+    of_longer.rewrite(longer.events, longer.block_table)
+    assert captured(lambda: of_longer.rewrite(longer.events, longer.block_table, report=False))
+
+
+@pytest.mark.parametrize("function", ["cudaMemcpyAsync", "launch"])
+def test_a_capture_that_failed_does_not_keep_the_workspace(function: str) -> None:
+    case = make_case(SMALL)
+    bound = bind(case)
+    bound.rewrite(case.events, case.block_table)
+    before = EMULATION.btx_emulation_calls(function.encode())
+    bound.rewrite(case.events, case.block_table, report=False)
+    for call in range(1, EMULATION.btx_emulation_calls(function.encode()) - before + 1):
+        EMULATION.btx_emulation_fail(f"{function}:{call}:1".encode())
+        EMULATION.btx_emulation_capture(1)
+        with pytest.raises(bottleneck_ext.BottleneckError):
+            bound.rewrite(case.events, case.block_table, report=False)
+        EMULATION.btx_emulation_reset()
+        bound.rewrite(case.events, case.block_table)
+    assert captured(lambda: bound.rewrite(case.events, case.block_table, report=False))
 
 
 # --- a device that fails -----------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ struct runtime {
     std::map<CUstream_st *, std::unique_ptr<CUstream_st>> streams;
     std::map<const void *, size_t> shared_limits; /* of kernels that asked for more */
     std::deque<std::function<void()>> queue;
-    bool defer = false, running_queue = false;
+    std::vector<std::function<void()>> graph; /* what the latest capture holds */
+    bool defer = false, running_queue = false, capturing = false, invalidated = false;
     cudaError_t sticky = cudaSuccess, last = cudaSuccess;
     char message[2048] = "";
     int64_t launches = 0, launches_of_seed = 0;
@@ -142,7 +143,9 @@ static cudaError_t called(const char *name, cudaError_t natural)
 void submit(std::function<void()> what)
 {
     runtime &all = state();
-    if (all.defer)
+    if (all.capturing)
+        all.graph.push_back(std::move(what));
+    else if (all.defer)
         all.queue.push_back(std::move(what));
     else
         what();
@@ -158,10 +161,19 @@ static void do_one(void)
     all.running_queue = false;
 }
 
+/* What must not be called while a stream is captured. */
+static cudaError_t invalidate(void)
+{
+    state().invalidated = true;
+    return remember(cudaErrorStreamCaptureUnsupported);
+}
+
 /* All that was called for is done; what the device says of it. */
 static cudaError_t wait(void)
 {
     runtime &all = state();
+    if (all.capturing)
+        return invalidate();
     while (!all.queue.empty() && !all.running_queue)
         do_one();
     return all.sticky;
@@ -191,6 +203,8 @@ static cudaError_t allocate(void **memory, size_t bytes, bool on_host)
 {
     unsigned char *made = nullptr;
     *memory = nullptr;
+    if (state().capturing)
+        return invalidate();
     if (bytes == 0)
         return cudaSuccess;
 #ifdef __SANITIZE_ADDRESS__
@@ -472,7 +486,9 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned)
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus *status)
 {
     CALLED(cudaErrorInvalidResourceHandle);
-    *status = cudaStreamCaptureStatusNone;
+    *status = !state().capturing    ? cudaStreamCaptureStatusNone
+              : state().invalidated ? cudaStreamCaptureStatusInvalidated
+                                    : cudaStreamCaptureStatusActive;
     return cudaSuccess;
 }
 
@@ -757,6 +773,8 @@ void btx_emulation_reset(void)
     runtime &all = state();
     std::lock_guard<std::recursive_mutex> lock(all.mutex);
     all.queue.clear();
+    all.graph.clear();
+    all.capturing = all.invalidated = false;
     all.sticky = all.last = cudaSuccess;
     all.message[0] = '\0';
     for (auto &[name, own] : all.functions)
@@ -818,4 +836,32 @@ void btx_emulation_defer(int defer)
     std::lock_guard<std::recursive_mutex> lock(state().mutex);
     wait();
     state().defer = defer != 0;
+}
+
+int btx_emulation_advance(int pieces)
+{
+    std::lock_guard<std::recursive_mutex> lock(state().mutex);
+    int left = pieces;
+    for (; left > 0 && !state().queue.empty(); left--)
+        do_one();
+    return pieces - left;
+}
+
+int btx_emulation_capture(int capture)
+{
+    runtime &all = state();
+    std::lock_guard<std::recursive_mutex> lock(all.mutex);
+    const bool is_valid = !all.invalidated;
+    if (capture != 0)
+        all.graph.clear();
+    all.capturing = capture != 0;
+    all.invalidated = false;
+    return is_valid;
+}
+
+void btx_emulation_replay(void)
+{
+    std::lock_guard<std::recursive_mutex> lock(state().mutex);
+    for (const std::function<void()> &one : state().graph)
+        submit(one);
 }
