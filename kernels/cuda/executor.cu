@@ -193,7 +193,7 @@ static void collect_all_skipped(cuda_executor *executor)
     collect_skipped(executor, &executor->capture_slot);
 }
 
-/* Tells once what the device refused of a slot's call. */
+/* Tells once what the device refused of a slot's call: when that is done, for until then it may be refused again. */
 static btx_status tell_refusal(plan_slot *slot, btx_error *error)
 {
     if (slot->host == NULL || slot->num_steps == 0)
@@ -202,6 +202,10 @@ static btx_status tell_refusal(plan_slot *slot, btx_error *error)
     const unsigned mass = found->mass, edit = found->edit;
     if (mass == BTX_NOT_REFUSED && edit == BTX_NOT_REFUSED)
         return BTX_OK;
+    if (slot->in_use && cudaEventQuery(slot->done) == cudaErrorNotReady) {
+        cudaGetLastError(); /* or the next launch would be taken to have failed */
+        return BTX_OK;
+    }
     found->mass = found->edit = BTX_NOT_REFUSED;
     const unsigned place = mass != BTX_NOT_REFUSED ? mass : edit;
     const long long layer = place / slot->num_steps, sequence = slot->sequences[place % slot->num_steps];

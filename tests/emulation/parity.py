@@ -331,6 +331,36 @@ def test_what_the_device_refuses_is_told_by_the_next_call(deferred: None) -> Non
     assert not same(case.pools, before)
 
 
+def told_of_one_refusal(pieces: int) -> tuple[list[str], bool]:
+    """Of NaN in a key of the window, which the mass refuses and the edit does again, when so many pieces of the work
+    are done; and whether that was not all of it."""
+    case = make_case(SMALL)
+    bound, told = bind(case), []
+    bound.rewrite(case.events, case.block_table)
+    for keys in case.keys:
+        keys[case.block_table[1, 22 // 8], 22 % 8] = float("nan")
+    bound.rewrite(case.events[1:], case.block_table, report=False)
+    is_under_way = EMULATION.btx_emulation_advance(pieces) == pieces
+    for call in (lambda: bound.rewrite(case.events[:1], case.block_table, report=False), bound.workspace.synchronize):
+        try:
+            call()
+        except bottleneck_ext.InvalidArgumentError as refusal:
+            told.append(str(refusal))
+    bound.workspace.synchronize()
+    return told, is_under_way
+
+
+def test_a_refusal_is_told_once_however_far_the_device_is(deferred: None) -> None:
+    pieces, is_under_way = 0, True
+    while is_under_way:
+        told, is_under_way = told_of_one_refusal(pieces)
+        gc.collect()  # what is freed waits for the device
+        assert len(told) == 1, (pieces, told)
+        assert "sequence 1" in told[0]
+        pieces += 1
+    assert pieces > 10
+
+
 # --- CUDA graphs -------------------------------------------------------------------------------------------------
 
 LONGER = replace(SMALL, lengths=((0, 400, 9), (2, 300, 5)))

@@ -17,7 +17,8 @@ struct CUstream_st {
 };
 
 struct CUevent_st {
-    bool timed, called_for, recorded; /* recorded: since it was called for last */
+    bool timed, recorded; /* recorded: since it was called for last */
+    int64_t num_calls;
     std::chrono::steady_clock::time_point time;
 };
 
@@ -504,7 +505,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags)
     CALLED(cudaErrorMemoryAllocation);
     auto made = std::make_shared<CUevent_st>();
     made->timed = !(flags & cudaEventDisableTiming);
-    made->called_for = false;
+    made->num_calls = 0;
     made->recorded = true; /* one that was never called for is done */
     *event = made.get();
     state().events[*event] = std::move(made);
@@ -524,9 +525,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t)
         return remember(cudaErrorInvalidResourceHandle);
     auto own = found->second;
     own->recorded = false;
-    own->called_for = true;
-    submit([own] {
-        own->recorded = true;
+    submit([own, call = ++own->num_calls] {
+        own->recorded = call == own->num_calls; /* or it was called for again, and stands for what is before that */
         own->time = std::chrono::steady_clock::now();
     });
     return cudaSuccess;
@@ -549,8 +549,8 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEve
 {
     CALLED(cudaErrorInvalidResourceHandle);
     auto first = state().events.find(begin), last = state().events.find(end), none = state().events.end();
-    if (first == none || last == none || !first->second->timed || !last->second->timed || !first->second->called_for ||
-        !last->second->called_for)
+    if (first == none || last == none || !first->second->timed || !last->second->timed ||
+        first->second->num_calls == 0 || last->second->num_calls == 0)
         return remember(cudaErrorInvalidResourceHandle);
     if (!first->second->recorded || !last->second->recorded)
         return cudaErrorNotReady;
