@@ -1010,6 +1010,27 @@ static void test_capture(random_source &random, btx_dtype dtype)
     delete query;
 }
 
+/* Of a call of as many stages as there can be, two each for the selection and for the unit of every layer. */
+static void test_marks(void)
+{
+    random_source random = {1};
+    double seconds[BTX_NUM_STAGES] = {};
+    btx_error error;
+    boundary *b = make_boundary(random);
+    begin(*b);
+    for (int i = 0; i < 2 * 4096; i++)
+        mark(i % 2 == 0 ? BTX_STAGE_MASS : BTX_STAGE_TOP_K);
+    for (int i = 0; i < 2 * 4096; i++)
+        mark(i % 2 == 0 ? BTX_STAGE_GATHER : BTX_STAGE_PROCESSOR);
+    mark(BTX_STAGE_WRITE);
+    must(backend->executor_run(executor, 0, nullptr, nullptr, &error), error);
+    if (backend->mark != nullptr)
+        must(backend->synchronize(executor, seconds, &error), error);
+    for (int stage = 0; backend->mark != nullptr && stage < BTX_NUM_STAGES; stage++)
+        check(seconds[stage] > 0.0, "no time of stage %d", stage);
+    delete b;
+}
+
 int main(int count, char **arguments)
 {
     const long first = count > 1 ? atol(arguments[1]) : 0, number = count > 2 ? atol(arguments[2]) : 20;
@@ -1020,6 +1041,7 @@ int main(int count, char **arguments)
         return 3;
     }
     must(backend->executor_create(0, 1, &executor, &error), error);
+    test_marks();
     for (long seed = first; seed < first + number && !(stop && num_failures > 0); seed++) {
         random_source random = {(uint64_t)seed * 1000003};
         boundary *b = make_boundary(random);

@@ -94,7 +94,8 @@ typedef struct plan_slot {
 } plan_slot;
 
 #define BTX_PLAN_SLOTS 4
-#define BTX_MAX_MARKS 80
+/* Two each for the selection and for the unit of every layer, of which btx_config has 4096 at most, and the write. */
+#define BTX_MAX_MARKS (4 * 4096 + 1)
 #define BTX_MAX_PREPARED 32
 
 typedef struct cuda_executor {
