@@ -189,12 +189,18 @@ static unsigned divide_up(int64_t a, int64_t b)
     return (unsigned)((a + b - 1) / b);
 }
 
+/* Of shared memory. */
+static int tile_bytes(int tiles, int warps, int stages)
+{
+    return stages * (32 * tiles + 64 * warps) * STRIDE * 2;
+}
+
 template <int TILES, int WARPS, int STAGES>
 static btx_status launch(const btx_pass *pass, const btx_linear *weights, const void *x, void *out, btx_error *error)
 {
     cuda_executor *executor = executor_of(pass);
     const int64_t rows = btx_pass_rows(pass), dim = weights->out_dim / 2, out_stride = operand_stride(dim);
-    const int bytes = STAGES * (32 * TILES + 64 * WARPS) * STRIDE * 2;
+    const int bytes = tile_bytes(TILES, WARPS, STAGES);
     btx_status status = cuda_prepare(executor, (const void *)swiglu_kernel<TILES, WARPS, STAGES>, bytes, error);
     if (status != BTX_OK)
         return status;
@@ -230,9 +236,9 @@ btx_status cuda_linear_swiglu(const btx_pass *pass, const btx_linear *weights, c
         return cuda_linear_swiglu_sm90(pass, weights, x, out, error);
 #endif
     if (weights->dtype == BTX_BF16) {
-        /* Three stages of the largest tile take 162 KiB of shared memory. */
-        return executor->shared_limit >= 166 * 1024 ? launch_best<3>(pass, weights, x, out, error)
-                                                    : launch_best<2>(pass, weights, x, out, error);
+        /* Three stages of the largest tile take 162 KiB; an A100's blocks may have 163. */
+        return executor->shared_limit >= tile_bytes(4, 4, 3) ? launch_best<3>(pass, weights, x, out, error)
+                                                             : launch_best<2>(pass, weights, x, out, error);
     }
     BTX_LAUNCH(swiglu_f32_kernel,
                dim3(divide_up(out_stride, F32_COLUMNS), divide_up(rows, F32_ROWS), (unsigned)num_layers_of(pass)), 256,
