@@ -712,8 +712,19 @@ static void cut_chunks(boundary_run *run)
         run->chunk_begin[run->num_chunks] = plan->num_steps;
 }
 
+/* Positions as memory is laid out for them: in steps of a quarter at most, or a sequence that grows would want more
+ * memory, and all of it anew, at nearly each of its boundaries. */
+static int64_t round_positions(int64_t positions)
+{
+    int64_t unit = 1;
+    while (8 * unit <= positions)
+        unit *= 2;
+    return (positions + unit - 1) / unit * unit;
+}
+
 /* What the memory of a run depends on. It grows with each of these and depends on nothing else, so that it can be
- * planned: the largest boundary needs the most. For that it is here and there a little more than a boundary uses. */
+ * planned: the largest boundary needs the most. For that it is here and there a little more than a boundary uses; of
+ * max_positions it sees round_positions alone. */
 typedef struct run_size {
     int64_t num_steps;
     int64_t total_rows;
@@ -781,17 +792,18 @@ static int reserve_shared(size_t *bytes, size_t *at, int64_t count, size_t size,
 }
 
 /* Memory to select the rows of so many steps times layers. longest: of one step, as large as any. */
-static int reserve_selection(const boundary_run *run, const run_size *size, const btx_plan *longest, int64_t steps,
-                             size_t *scratch_at, size_t *bytes)
+static int reserve_selection(const boundary_run *run, const btx_plan *longest, int64_t steps, size_t *scratch_at,
+                             size_t *bytes)
 {
     const btx_config *config = &run->processor->config;
-    const int64_t prior = config->top_k > 0 ? steps * size->max_positions : 0;
+    const int64_t prior = config->top_k > 0 ? steps * longest->steps->num_prior : 0;
     const int64_t parts = run->backend->mass_by_head ? run->plan->num_kv_heads : 1;
     size_t mass_at;
     *bytes = 0;
     return btx_reserve(bytes, &mass_at, prior * parts, sizeof(float)) &&
-           btx_reserve(bytes, scratch_at, 1,
-                       run->backend->scratch_bytes(longest, 1, steps * size->max_window, config->processor_dim));
+           btx_reserve(
+               bytes, scratch_at, 1,
+               run->backend->scratch_bytes(longest, 1, steps * longest->steps->num_window, config->processor_dim));
 }
 
 /* Lays out lanes and staged results for a run of this size; without a Processor for attention mass alone. 0 where they
@@ -809,15 +821,16 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
     const int64_t mass_parts = backend->mass_by_head ? plan->num_kv_heads : 1;
     /* With a Processor the rows of a device's unit are bounded, without one the prior positions. */
     const int64_t rows_of_step = config != NULL ? size->max_rows : size->row_limit;
+    const int64_t max_positions = round_positions(size->max_positions);
     run->layers_per_unit = (int32_t)layers_of_unit(run, size->num_steps, rows_of_step);
 
     /* A chunk is a single step, or has at most limit rows: steps with more than top_k prior positions have top_k + 1
      * rows or more, those with fewer recall them all. */
-    int64_t chunk_rows = size->num_steps * size->max_rows, all_prior = size->num_steps * size->max_positions;
+    int64_t chunk_rows = size->num_steps * size->max_rows, all_prior = size->num_steps * max_positions;
     int64_t chunk_prior = config != NULL && top_k == 0 ? 0 : all_prior;
     if (backend->layers_per_pass > 0 && limit > 0) {
         chunk_rows = smaller(chunk_rows, larger(limit, size->max_rows));
-        chunk_prior = smaller(chunk_prior, larger(1, limit / (top_k + 1)) * size->max_positions + limit);
+        chunk_prior = smaller(chunk_prior, larger(1, limit / (top_k + 1)) * max_positions + limit);
     }
     /* Of mass in parts, for as many chunks as are still split. */
     int64_t layer_units = (plan->num_layers + run->layers_per_unit - 1) / run->layers_per_unit, split_prior = 0;
@@ -826,7 +839,7 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
     else if (is_split(run, layer_units))
         split_prior = smaller(all_prior, (4 * (int64_t)run->num_lanes - 1) / layer_units * chunk_prior);
 
-    const btx_plan_step longest = {.num_prior = size->max_positions, .num_window = size->max_window};
+    btx_plan_step longest = {.num_prior = max_positions, .num_window = size->max_window};
     btx_plan plan_of_longest = *plan;
     plan_of_longest.steps = &longest;
     plan_of_longest.num_steps = 1;
@@ -836,7 +849,7 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
         const int64_t steps = largest_unit(run, size->num_steps, size->row_limit);
         max_layers = layers_of_unit(run, 1, size->row_limit);
         rows = steps * size->max_rows;
-        prior = steps * size->max_positions;
+        prior = steps * max_positions;
         chunk_rows = (rows + max_layers - 1) / max_layers;
     }
     const int64_t all_rows = plan->num_layers * size->total_rows, all_steps = plan->num_layers * size->num_steps;
@@ -850,13 +863,14 @@ static int lay_out(boundary_run *run, const run_size *size, btx_dtype cache_dtyp
         const int64_t steps = largest_unit(run, size->num_steps, size->row_limit);
         size_t staged = 0, at, bytes;
         if (!btx_reserve(&staged, &at, all_rows, C * btx_dtype_size(cache_dtype)) ||
-            !reserve_selection(run, size, &plan_of_longest, steps, &at, &selection_bytes))
+            !reserve_selection(run, &plan_of_longest, steps, &at, &selection_bytes))
             return 0;
         staged = staged > selection_bytes ? staged : selection_bytes;
         run->layers_per_selection = plan->num_layers + 1;
+        longest.num_prior = size->max_positions; /* what is reserved may hold more layers of what there is */
         do {
             run->layers_per_selection--;
-            if (!reserve_selection(run, size, &plan_of_longest, run->layers_per_selection * size->num_steps,
+            if (!reserve_selection(run, &plan_of_longest, run->layers_per_selection * size->num_steps,
                                    &run->selection_scratch, &bytes))
                 bytes = SIZE_MAX;
         } while (bytes > staged && run->layers_per_selection > 1);

@@ -1345,6 +1345,23 @@ def test_a_planned_workspace_never_grows_and_is_no_larger_than_needed(name: str,
     rewrite([(0, max_tokens, 1)] * max_sequences, planned=True)
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
+def test_the_workspace_of_a_long_generation_seldom_grows(weight_dtype: str, num_threads: int) -> None:
+    """Four times, at most, until it is twice as long: not at nearly every boundary."""
+    case = make_case(Shape(((0, 1500, 8),), recent_window=8, top_k=4))
+    processor = case.processor(weight_dtype=weight_dtype)
+    workspace = processor.workspace(num_threads)
+    bound = processor.bind(case.keys, case.values, case.queries, workspace=workspace, query_table=case.query_table)
+    sizes = []
+    for end in range(50, 1501, 10):
+        bound.rewrite([replace(case.events[0], step_begin=end - 8, step_end=end)], case.block_table)
+        sizes.append(workspace.nbytes)
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) <= 4 * np.log2(1500 / 50) + 2
+    assert sizes[-1] == processor.native.workspace_bytes(num_threads, 1, 1500)
+
+
 def test_limits_of_a_planned_workspace(case: Case) -> None:
     processor = case.processor()
     for arguments, match in (

@@ -313,6 +313,14 @@ def test_skips_are_counted_when_they_are_known(deferred: None) -> None:
     assert workspace.skipped_steps == 13 + 5 * 80
 
 
+def test_the_workspace_of_a_long_generation_seldom_grows() -> None:
+    """As on CPUs; planned, which is what a boundary takes (tests/device.c)."""
+    processor = make_case(SMALL).processor(BACKEND, "bfloat16").native
+    sizes = [processor.workspace_bytes(1, 1, end, cache_dtype="bfloat16") for end in range(500, 33000, 30)]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) <= 4 * np.log2(33000 / 500) + 2
+
+
 def test_reports_are_waited_for(deferred: None) -> None:
     cases.check_parity(SMALL, BACKEND, "bfloat16")
 
