@@ -437,11 +437,14 @@ __global__ void __launch_bounds__(mass_block<D>::threads, mass_block<D>::per_pro
  */
 
 /* How many of a step's splits or ranges a block works on: as many as leave every place on the device some blocks in
- * turn, so that all end at about the same time. blocks: of one each; most: of a step. */
+ * turn, so that all end at about the same time; but of a step's 16, say, four times 4 rather than 5, 5, 5 and 1, which
+ * need as many turns of 5. blocks: of one each; most: of a step. */
 static int32_t per_block_of(const cuda_executor *executor, int64_t blocks, int per_processor, int64_t most)
 {
-    const int64_t per_block = blocks / ((int64_t)executor->num_processors * per_processor * 3);
-    return (int32_t)(per_block < 1 ? 1 : per_block < most ? per_block : most);
+    int64_t per_block = blocks / ((int64_t)executor->num_processors * per_processor * 3);
+    per_block = per_block < 1 ? 1 : per_block < most ? per_block : most;
+    const int64_t blocks_of_step = (most + per_block - 1) / per_block;
+    return (int32_t)((most + blocks_of_step - 1) / blocks_of_step);
 }
 
 template <typename T, int D, int GROUPS>
