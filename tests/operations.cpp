@@ -594,7 +594,7 @@ static void test_products(random_source &random, btx_dtype dtype)
 
 static void test_attention(random_source &random, const boundary &b, btx_dtype dtype)
 {
-    const int64_t heads = random.one_of({1, 3, 4}), size = random.one_of({1, 4, 8, 24, 32, 64}), dim = heads * size;
+    const int64_t heads = random.one_of({1, 3, 4}), size = random.one_of({1, 4, 16, 24, 32, 64}), dim = heads * size;
     const int64_t rows = btx_pass_rows(&pass), layers = pass_layers();
     const std::vector<float> qkv = normals(random, layers * rows * 3 * dim, 1.0f);
     memory device_qkv(qkv);

@@ -54,12 +54,31 @@ __device__ static inline void multiply_split(float (&sum)[4], const unsigned (&a
     multiply_16x8x16(sum, a_high, b_low0, b_low1, __nv_bfloat16());
 }
 
+/* Keys and values come in pieces of two keys and four columns, each on 16 bytes, since sizes are multiples of 16. A
+ * warp has 8 by 4 of them: enough of a row to fill its sectors, and in shared memory stores of keys do not meet in a
+ * bank, those of values, which are transposed, in pairs. */
+typedef struct key_piece {
+    int32_t key, column;
+} key_piece;
+
+template <int SIZE> __device__ static inline key_piece find_key_piece(int32_t index)
+{
+    constexpr int32_t ACROSS = SIZE / 16; /* warps */
+    const int32_t warp = index / BTX_WARP, lane = index % BTX_WARP;
+    return {warp / ACROSS * 16 + lane / 4 * 2, warp % ACROSS * 16 + lane % 4 * 4};
+}
+
+__device__ static inline float4 load_or_zero(const float *from, bool wanted)
+{
+    return wanted ? *(const float4 *)(const void *)from : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+}
+
 /* Block: a step, a head, a layer. qkv [layers, rows, 3 * dim]; SIZE of a head. A warp has 16 queries at a time. */
 template <int SIZE>
 __global__ void __launch_bounds__(SPLIT_WARPS *BTX_WARP)
     attention_split_kernel(const device_plan plan, const float *qkv, const int32_t dim, __nv_bfloat16 *out)
 {
-    constexpr int KEY_STRIDE = SIZE + 8, VALUE_STRIDE = SPLIT_KEYS + 8;
+    constexpr int KEY_STRIDE = SIZE + 8, VALUE_STRIDE = SPLIT_KEYS + 8, PIECES = SPLIT_KEYS / 2 * (SIZE / 4);
     __shared__ __align__(16) __nv_bfloat16 keys[2][SPLIT_KEYS][KEY_STRIDE]; /* high, low */
     __shared__ __align__(16) __nv_bfloat16 values[2][SIZE][VALUE_STRIDE];   /* transposed */
     const device_step step = plan.steps[blockIdx.x];
@@ -87,17 +106,30 @@ __global__ void __launch_bounds__(SPLIT_WARPS *BTX_WARP)
         float sum[SIZE / 8][4] = {}, largest[2] = {-1e30f, -1e30f}, total[2] = {};
         for (int32_t key = 0; key < num_rows; key += SPLIT_KEYS) {
             __syncthreads();
-            for (int32_t i = threadIdx.x; i < SPLIT_KEYS * SIZE; i += blockDim.x) {
-                const int32_t k = i / SIZE, column = i % SIZE;
-                const float *from = qkv + (int64_t)(key + k) * 3 * dim + column;
-                const bool inside = key + k < num_rows;
-                const float key_value = inside ? from[dim] : 0.0f, value = inside ? from[2 * dim] : 0.0f;
-                const __nv_bfloat16 key_high = from_f32<__nv_bfloat16>(key_value);
-                const __nv_bfloat16 value_high = from_f32<__nv_bfloat16>(value);
-                keys[0][k][column] = key_high;
-                keys[1][k][column] = from_f32<__nv_bfloat16>(key_value - to_f32(key_high));
-                values[0][column][k] = value_high;
-                values[1][column][k] = from_f32<__nv_bfloat16>(value - to_f32(value_high));
+            for (int32_t i = threadIdx.x; i < PIECES; i += blockDim.x) {
+                const key_piece piece = find_key_piece<SIZE>(i);
+                float4 key_of[2], value_of[2]; /* all on their way before the first is looked at */
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const bool inside = key + piece.key + h < num_rows;
+                    const float *from = qkv + (int64_t)(key + piece.key + h) * 3 * dim + piece.column;
+                    key_of[h] = load_or_zero(from + dim, inside);
+                    value_of[h] = load_or_zero(from + 2 * dim, inside);
+                }
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const split_pair left = split(key_of[h].x, key_of[h].y), right = split(key_of[h].z, key_of[h].w);
+                    *(uint2 *)(void *)&keys[0][piece.key + h][piece.column] = make_uint2(left.high, right.high);
+                    *(uint2 *)(void *)&keys[1][piece.key + h][piece.column] = make_uint2(left.low, right.low);
+                }
+                const float4 one = value_of[0], two = value_of[1];
+                const split_pair of_column[4] = {split(one.x, two.x), split(one.y, two.y), split(one.z, two.z),
+                                                 split(one.w, two.w)};
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    *(unsigned *)(void *)&values[0][piece.column + j][piece.key] = of_column[j].high;
+                    *(unsigned *)(void *)&values[1][piece.column + j][piece.key] = of_column[j].low;
+                }
             }
             __syncthreads();
             float score[SPLIT_KEYS / 8][4] = {};
