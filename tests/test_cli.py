@@ -100,6 +100,7 @@ def test_info_about_memory(capsys: pytest.CaptureFixture[str], processor: Path) 
         "tokens": 300,
         "threads": 2,
         "dtype": "bfloat16",
+        "backend": made.backend,
         "weight_dtype": made.weight_dtype,
         "weights": made.nbytes,
         "query_store_per_sequence": 3 * 8 * 4 * 16 * 2,
@@ -108,12 +109,17 @@ def test_info_about_memory(capsys: pytest.CaptureFixture[str], processor: Path) 
     }
     status, out, err = run(capsys, "info", *options)
     assert (status, err) == (0, "")
-    assert "memory           5 x 300 tokens, bfloat16, 2 threads\n" in out
+    assert f"memory           5 x 300 tokens, bfloat16, 2 threads, {made.backend}\n" in out
     assert "  query store    15.4 kB, 3.1 kB a sequence\n" in out
     memory = json.loads(run(capsys, "info", "--json", "--processor", processor)[1])["memory"]
     assert (memory["batch"], memory["tokens"], memory["threads"], memory["dtype"]) == (1, 4096, 1, "float32")
     assert "memory" not in json.loads(run(capsys, "info", "--json")[1])
+    scalar = json.loads(run(capsys, "info", "--json", *options, "--backend", "cpu:scalar")[1])["memory"]
+    assert (scalar["backend"], scalar["weight_dtype"]) == ("cpu:scalar", "float32")
+    assert scalar["weights"] == CacheProcessor.from_pretrained(processor, backend="cpu:scalar").nbytes
     fails(capsys, 2, "--batch.*give --processor too", "info", "--batch", 2)
+    fails(capsys, 2, "--backend.*give --processor too", "info", "--backend", "cpu")
+    fails(capsys, 1, "backend 'cpu:sse' is not", "info", "--processor", processor, "--backend", "cpu:sse")
     fails(capsys, 1, "num_sequences is 0; it must be 1 to 65536", "info", "--processor", processor, "--batch", 0)
     fails(capsys, 1, "config.json", "info", "--processor", processor / "nothing")
 

@@ -70,6 +70,37 @@ def test_sdist_holds_every_source(distributions: tuple[Path, Path]) -> None:
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names
 
 
+def test_sdist_is_all_there_is(distributions: tuple[Path, Path]) -> None:
+    """What is not in it is missing to whoever works from it: pages that are linked, what lint reads."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git knows which files there are")
+    tracked = set(run("git", "-C", ROOT, "ls-files").stdout.splitlines())
+    assert tracked - _sdist_names(distributions[0]) == set()
+
+
+@pytest.mark.parametrize(("version", "asked"), [("12.4.131", None), ("12.9.86", None), ("12.4.131", "100f")])
+def test_an_old_nvcc_is_asked_for_what_it_knows(tmp_path: Path, version: str, asked: str | None) -> None:
+    for name in ("csrc", "kernels", "bottleneck_ext", "python"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "release, V{version}" && exit\nexit 7\n')
+    nvcc.chmod(0o755)
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path)}
+    environment.pop("BOTTLENECKED_CUDA_ARCHS", None)
+    if asked is not None:
+        environment["BOTTLENECKED_CUDA_ARCHS"] = asked
+    command = [sys.executable, "setup.py", "build_ext"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "with BOTTLENECKED_CUDA_ARCHS= (empty) in the environment it is built without CUDA" in done.stderr
+    left_out = version.startswith("12.4") and asked is None
+    assert ("without 100f and 120f, which need nvcc 12.9" in done.stderr) == left_out
+    assert ("sm_100f" in done.stderr) == (not left_out)
+
+
 @pytest.fixture(scope="module")
 def built_elsewhere(distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that pip makes of the sdist: of the same sources, in another folder, at another time."""

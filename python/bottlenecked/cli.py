@@ -102,6 +102,9 @@ def info(
     tokens: Annotated[int | None, typer.Option(help="Of at most this many cache positions (4096).")] = None,
     threads: Annotated[int | None, typer.Option(help="On this many threads (1).")] = None,
     dtype: Annotated[DType | None, typer.Option(help="With a KV cache of this dtype (float32).")] = None,
+    where: Annotated[
+        str | None, typer.Option("--backend", help="On cpu, cuda, or another backend that there is (cpu).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Versions, backends, instruction set, CUDA; what a Processor takes in memory."""
@@ -109,7 +112,8 @@ def info(
 
     from .processor import native_weight_dtype
 
-    for option, given in (("--batch", batch), ("--tokens", tokens), ("--threads", threads), ("--dtype", dtype)):
+    about_memory = {"--batch": batch, "--tokens": tokens, "--threads": threads, "--dtype": dtype, "--backend": where}
+    for option, given in about_memory.items():
         if given is not None and processor is None:
             raise typer.BadParameter("is about a Processor's memory: give --processor too", param_hint=option)
     build = bottleneck_ext.build_info()
@@ -132,6 +136,7 @@ def info(
             tokens=4096 if tokens is None else tokens,
             threads=1 if threads is None else threads,
             dtype=DType.float32 if dtype is None else dtype,
+            backend="cpu" if where is None else where,
         )
     if as_json:
         print(json.dumps(found))
@@ -154,7 +159,8 @@ def info(
     }
     if memory := found.get("memory"):
         lines |= {
-            "memory": f"{memory['batch']} x {memory['tokens']} tokens, {memory['dtype']}, {memory['threads']} threads",
+            "memory": f"{memory['batch']} x {memory['tokens']} tokens, {memory['dtype']}, {memory['threads']} threads, "
+            f"{memory['backend']}",
             "  weights": f"{_size(memory['weights'])}, {memory['weight_dtype']}",
             "  query store": f"{_size(memory['query_store'])}, {_size(memory['query_store_per_sequence'])} a sequence",
             "  workspace": _size(memory["workspace"]),
@@ -163,11 +169,13 @@ def info(
         print(f"{name:16} {value}")
 
 
-def _memory(directory: Path, *, batch: int, tokens: int, threads: int, dtype: DType) -> dict[str, Any]:
+def _memory(
+    directory: Path, *, batch: int, tokens: int, threads: int, dtype: DType, backend: str
+) -> dict[str, Any]:
     """Bytes that a Processor takes at most for `batch` sequences of up to `tokens` cache positions."""
     from .processor import CacheProcessor
 
-    processor = CacheProcessor.from_pretrained(directory)
+    processor = CacheProcessor.from_pretrained(directory, backend=backend)
     config = processor.config
     element = 4 if dtype is DType.float32 else 2
     queries = config.num_layers * config.recent_window * config.num_query_heads * config.head_dim * element
@@ -177,6 +185,7 @@ def _memory(directory: Path, *, batch: int, tokens: int, threads: int, dtype: DT
         "tokens": tokens,
         "threads": threads,
         "dtype": dtype.value,
+        "backend": processor.backend,
         "weight_dtype": processor.weight_dtype,
         "weights": processor.nbytes,
         "query_store_per_sequence": queries,
@@ -507,7 +516,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     warnings.simplefilter("ignore")
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
-        raise ImportError("this needs torch and transformers: pip install 'bottlenecked[transformers]'")
+        raise ImportError("this needs torch and transformers: install bottlenecked with its extra [transformers]")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

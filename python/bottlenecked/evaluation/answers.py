@@ -15,7 +15,7 @@ from typing import Any
 FLEXIBLE, STRICT = "flexible-extract", "strict-match"
 NOTHING = "[invalid]"  # what lm-eval's filters return where there is no number
 
-_INSTALL = "this needs lm-eval and math-verify: pip install 'bottlenecked[eval]'"
+_INSTALL = "this needs lm-eval and math-verify: install bottlenecked with its extra [eval]"
 
 
 def extract(texts: Sequence[str], which: str = FLEXIBLE) -> list[str]:

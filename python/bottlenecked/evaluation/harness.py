@@ -16,7 +16,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
-    raise ImportError(f"this needs lm-eval: pip install 'bottlenecked[eval]' ({error})") from None
+    raise ImportError(f"this needs lm-eval: install bottlenecked with its extra [eval] ({error})") from None
 
 import datasets
 import torch

@@ -15,7 +15,7 @@ import numpy as np
 try:
     from scipy import stats
 except ImportError as error:
-    raise ImportError(f"this needs scipy: pip install 'bottlenecked[eval]' ({error})") from None
+    raise ImportError(f"this needs scipy: install bottlenecked with its extra [eval] ({error})") from None
 
 _LEVEL = 0.95
 _RESAMPLES = 9999
