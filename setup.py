@@ -2,9 +2,9 @@
 
 Environment: BOTTLENECKED_WERROR=1 makes warnings errors; BOTTLENECKED_SANITIZE=address,undefined adds sanitizers.
 The CUDA backend is built where there is an nvcc (CUDA_HOME, else the PATH), for the architectures that
-BOTTLENECKED_CUDA_ARCHS lists ("90a", "80,86"; empty: without CUDA; unset: all that this nvcc knows). What ptxas said of a kernel's registers lies beside
-its object, in build/temp.*/kernels/cuda/*.ptxas.txt, for tests/test_cuda_build.py. BOTTLENECKED_EMULATE=1 compiles the
-kernels for the host instead, for tests (tests/emulation/).
+BOTTLENECKED_CUDA_ARCHS lists ("90a", "80,86"; empty: without CUDA; unset: all that this nvcc knows). What ptxas said
+of a kernel's registers lies beside its object, in build/temp.*/kernels/cuda/*.ptxas.txt, for tests/test_cuda_build.py.
+BOTTLENECKED_EMULATE=1 compiles the kernels for the host instead, for tests (tests/emulation/).
 """
 
 import os
@@ -65,12 +65,17 @@ FROM_12_9 = ("100f", "120f")
 
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
-    return shutil.which(Path(home, "bin", "nvcc") if home else "nvcc")
+    return shutil.which(str(Path(home, "bin", "nvcc")) if home else "nvcc")
 
 
 def version_of(nvcc: str) -> str:
     told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     return "nvcc " + next(iter(re.findall(r"\bV\d[\d.]*", told)), "of an unknown version")
+
+
+def is_before_12_9(version: str) -> bool:
+    numbers = re.findall(r"V(\d+)\.(\d+)", version)
+    return bool(numbers) and tuple(map(int, numbers[0])) < (12, 9)
 
 
 def find_libraries(nvcc: str) -> list[str]:
@@ -82,10 +87,9 @@ def find_libraries(nvcc: str) -> list[str]:
 architectures = os.environ.get("BOTTLENECKED_CUDA_ARCHS", CUDA_ARCHITECTURES).replace(" ", "")
 nvcc = None if emulate or sanitize or not architectures else find_nvcc()
 nvcc_version = "" if nvcc is None else version_of(nvcc)
-if "BOTTLENECKED_CUDA_ARCHS" not in os.environ and (number := re.findall(r"V(\d+)\.(\d+)", nvcc_version)):
-    if tuple(map(int, number[0])) < (12, 9):
-        architectures = ",".join(a for a in CUDA_ARCHITECTURES.split(",") if a not in FROM_12_9)
-        print(f"{nvcc_version}: without {' and '.join(FROM_12_9)}, which need nvcc 12.9", file=sys.stderr)
+if "BOTTLENECKED_CUDA_ARCHS" not in os.environ and is_before_12_9(nvcc_version):
+    architectures = ",".join(a for a in CUDA_ARCHITECTURES.split(",") if a not in FROM_12_9)
+    print(f"{nvcc_version}: without {' and '.join(FROM_12_9)}, which need nvcc 12.9", file=sys.stderr)
 cuda_headers: list[str] = []
 if nvcc is not None or emulate:
     sources += glob("kernels/cuda/*.cu")
@@ -162,8 +166,8 @@ class BuildExtension(build_ext):
         sys.stderr.write("".join(line for line in done.stderr.splitlines(True) if not ABOUT_KERNELS.match(line)))
         if done.returncode != 0:
             raise CompileError(
-                f"{shlex.join(command)} failed with exit status {done.returncode}: with BOTTLENECKED_CUDA_ARCHS= (empty) "
-                "in the environment it is built without CUDA, with BOTTLENECKED_CUDA_ARCHS=90a, say, for one architecture"
+                f"{shlex.join(command)} failed with exit status {done.returncode}: with BOTTLENECKED_CUDA_ARCHS= "
+                "(empty) in the environment it is built without CUDA, with BOTTLENECKED_CUDA_ARCHS=90a for one device"
             )
         report.write_text(head + done.stderr)
         return str(target)

@@ -15,6 +15,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils.flop_counter import flop_registry  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
 
 from bottlenecked import CacheProcessor  # noqa: E402
@@ -164,6 +166,27 @@ def fused_norms() -> Iterator[None]:
             yield
         finally:
             frozen._has_fused_norm.cache_clear()
+
+
+class _Products(TorchDispatchMode):
+    """Operations by name that multiply matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in func._overloadpacket.__name__:
+            self.seen.add(func._overloadpacket)
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_product_is_counted(double: Any) -> None:
+    """By torch's FlopCounterMode, with which experiments give every variant as much compute."""
+    with _Products() as products:
+        rollout(PackedBackbone(double), module().double(), RAGGED, denominator=1.0)
+    assert products.seen >= {torch.ops.aten.mm, torch.ops.aten.addmm}
+    assert products.seen <= set(flop_registry)
 
 
 @pytest.mark.parametrize("way", ["autograd", "own code", "fused norms", "heads together"])

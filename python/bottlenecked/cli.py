@@ -169,9 +169,7 @@ def info(
         print(f"{name:16} {value}")
 
 
-def _memory(
-    directory: Path, *, batch: int, tokens: int, threads: int, dtype: DType, backend: str
-) -> dict[str, Any]:
+def _memory(directory: Path, *, batch: int, tokens: int, threads: int, dtype: DType, backend: str) -> dict[str, Any]:
     """Bytes that a Processor takes at most for `batch` sequences of up to `tokens` cache positions."""
     from .processor import CacheProcessor
 

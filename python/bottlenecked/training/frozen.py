@@ -188,7 +188,8 @@ class _Between(torch.autograd.Function):
         hidden = torch.mm(gradient, before.down)
         of_up = hidden * active
         of_gate = torch.ops.aten.silu_backward(hidden.mul_(up), gate)
-        of_z = torch.mm(of_up, before.up).addmm_(of_gate, before.gate)
+        # Not in place: addmm_ is no product to torch's FlopCounterMode, with which experiments count compute.
+        of_z = torch.addmm(torch.mm(of_up, before.up), of_gate, before.gate)
         gradient = before.mlp_norm.backward(of_z, x, inverse, gradient)
         of_attended = of.collect_back(torch.mm(gradient, before.output))
         return gradient if ctx.needs_input_grad[0] else None, of_attended, None, None, None, None

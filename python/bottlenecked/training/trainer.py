@@ -555,7 +555,7 @@ def make_accelerator() -> Accelerator:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise ImportError(f"training needs accelerate: install bottlenecked with its extra [training] ({error})") from None
+        raise ImportError(f"accelerate is missing: install bottlenecked with its extra [training] ({error})") from None
     return Accelerator()
 
 
@@ -617,7 +617,7 @@ def _adapt(model: PreTrainedModel, config: TrainingConfig) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError(f"sft.method lora needs peft: install bottlenecked with its extra [training] ({error})") from None
+        raise ImportError(f"sft.method lora: install bottlenecked with its extra [training] ({error})") from None
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         adapters = LoraConfig(r=config.sft.lora_rank, lora_alpha=config.sft.lora_alpha, target_modules="all-linear")
