@@ -618,6 +618,27 @@ def test_prompts_that_begin_alike() -> None:
     assert run(target, second, 1).keep == []
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(("sql", "/adapters/v1"), ("sql", "/adapters/v2")), (("sql", "/adapters/v1"), ("law", "/adapters/v1"))],
+)
+def test_a_kept_prompt_is_of_one_adapter(first: tuple[str, str], second: tuple[str, str]) -> None:
+    """A name may be given to other weights: vLLM's own prefix caching goes by name and path."""
+    target = half(options=ServerOptions(processor="somewhere", prompt_cache_tokens=8))
+
+    def asked(name: str, adapter: tuple[str, str]) -> Request:
+        lora_request = SimpleNamespace(lora_name=adapter[0], lora_path=adapter[1])
+        return Request(name, [1] * 16, lora_request=lora_request, blocks=[0, 1, 2, 3])
+
+    request = asked("kept", first)
+    target.add(request)
+    run(target, request, 16)
+    assert len(run(target, request, 1).keep) == 2
+    for name, adapter, known in (("again", first, 8), ("other", second, 0)):
+        target.add(asked(name, adapter))
+        assert target.restorable(asked(name, adapter)) == known
+
+
 def test_a_prompt_that_is_pushed_out_and_comes_back_in_one_step() -> None:
     """Workers keep, then forget: what is back must not be among what is forgotten."""
     target = half(options=ServerOptions(processor="somewhere", prompt_cache_tokens=8))

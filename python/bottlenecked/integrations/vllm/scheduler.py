@@ -155,7 +155,9 @@ class SchedulerHalf:
         """Of the whole blocks before the prompt's last window."""
         if request.mm_features:
             return []
-        adapter = request.lora_request.lora_name if request.lora_request is not None else None
+        lora = request.lora_request
+        # A name may be given to other weights: by name and path, as vLLM's own prefix caching.
+        adapter = (lora.lora_name, lora.lora_path) if lora is not None else None
         tokens = request.prompt_token_ids[: max(0, request.num_prompt_tokens - self.config.recent_window)]
         return block_keys(tokens, self.block_size, repr((request.cache_salt, adapter)))
 
