@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import SmolLM3Config
+from transformers import CohereConfig, LlamaConfig, SmolLM3Config
 
 from bottleneck_ext import InvalidArgumentError, UnsupportedError
 from bottlenecked.backbones import describe
@@ -257,6 +257,78 @@ def test_layers_without_rope() -> None:
     checks.check_fit(served, rotated, check_weights=False)
     with pytest.raises(UnsupportedError, match=r"no_rope_layers \[1, 1, 1, 0\].*key_space 'rotated'"):
         checks.check_fit(served, dataclasses.replace(rotated, key_space="unrotated"), check_weights=False)
+
+
+def unrotated(**changes: Any) -> CacheProcessorConfig:
+    """Of a Llama with LLAMA3's angles, but for changes of its rope_parameters."""
+    described = describe(llama(LLAMA3 | changes).to_dict())
+    return CacheProcessorConfig(
+        **described, processor_dim=32, processor_heads=4, processor_mlp_dim=48, key_space="unrotated"
+    )
+
+
+def llama(rope_parameters: dict[str, Any]) -> Any:
+    return LlamaConfig(
+        hidden_size=128, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=4,
+        rope_parameters=rope_parameters,
+    )  # fmt: skip
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 256,
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+}  # fmt: skip
+
+
+def check_fit(model: Any, processor: CacheProcessorConfig) -> None:
+    checks.check_fit(SimpleNamespace(model="M", hf_config=model, hf_text_config=model), processor, check_weights=False)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        LLAMA3 | {"rope_theta": 500000.0},
+        LLAMA3 | {"factor": 4.0},
+        {"rope_type": "default", "rope_theta": 10000.0},
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256},
+        LLAMA3 | {"mrope_section": [4, 6, 6]},
+        LLAMA3 | {"xdrope_section": [4, 6, 6]},
+    ],
+)
+def test_other_angles(rope: dict[str, Any]) -> None:
+    """What an unrotated Processor turns back must have been turned by its angles."""
+    check_fit(llama(LLAMA3), unrotated())
+    sentence = "but those of M are {'.*: use the Processor of this model, or one with key_space 'rotated'$"
+    with pytest.raises(InvalidArgumentError, match=sentence):
+        check_fit(llama(rope), unrotated())
+    check_fit(llama(rope), dataclasses.replace(unrotated(), key_space="rotated"))
+
+
+def test_angles_of_a_model_that_has_none() -> None:
+    model = llama(LLAMA3)
+    model.rope_parameters = None
+    with pytest.raises(InvalidArgumentError, match="but those of M are None: use"):
+        check_fit(model, unrotated())
+
+
+def test_angles_that_the_server_overrides(tmp_path: Path, backbone: Path, configure: Configure) -> None:
+    """--hf-overrides is a part of what is served."""
+    processor = {"processor": str(save_processor(tmp_path, backbone, key_space="unrotated"))}
+    connect(configure(processor))
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    made = configure(processor, hf_overrides={"rope_parameters": rope})
+    assert "'rope_theta': 500000.0" in refused(made)
+
+
+def test_pairs_of_neighbours() -> None:
+    """As Cohere's: not halves of a head."""
+    model = CohereConfig(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=4)
+    described = describe(model.to_dict())
+    settings = {"processor_dim": 32, "processor_heads": 4, "processor_mlp_dim": 48}
+    check_fit(model, CacheProcessorConfig(**described, **settings))
+    with pytest.raises(UnsupportedError, match="M is not known to rotate halves of a head as Llama does: use"):
+        check_fit(model, CacheProcessorConfig(**described, **settings, key_space="unrotated"))
 
 
 @pytest.mark.parametrize("name", ["kv_connector", "kv_offloading_size", "MultiConnector"])

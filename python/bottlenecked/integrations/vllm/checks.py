@@ -7,6 +7,8 @@ fit.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -193,6 +195,8 @@ def check_fit(model_config: Any, processor: CacheProcessorConfig, *, check_weigh
             f"{model_config.model} has layers without RoPE (no_rope_layers {layers}), whose keys cannot be turned "
             "back: use a Processor with key_space 'rotated'"
         )
+    if processor.key_space == "unrotated":
+        _check_rope(model_config, processor, actual["rope_parameters"])
     backbone = actual["backbone"]
     if (
         check_weights
@@ -207,6 +211,30 @@ def check_fit(model_config: Any, processor: CacheProcessorConfig, *, check_weigh
             raise InvalidArgumentError(
                 f"the Processor's backbone has {key} {wanted}, but {model_config.model} has {found}: {remedy}{hint}"
             )
+
+
+def _check_rope(model_config: Any, processor: CacheProcessorConfig, actual: dict[str, Any] | None) -> None:
+    """Undoing a rotation needs the very angles and pairing that the model uses. actual: its rope_parameters."""
+    try:
+        angles = dataclasses.replace(processor, rope_parameters=actual).inv_freq()
+    except ValueError:
+        angles = []
+    # Sections of a head are turned by positions in time, height and width.
+    sections = {"mrope_section", "xdrope_section"} & set(actual or {})
+    if angles != processor.inv_freq() or sections:
+        raise InvalidArgumentError(
+            f"rope_parameters of the Processor are {processor.rope_parameters}, but those of {model_config.model} are "
+            f"{actual}: use the Processor of this model, or one with key_space 'rotated'"
+        )
+    # vLLM's layers do not lead to their rotation; transformers' model of the same weights has the same pairs.
+    module = type(model_config.hf_text_config).__module__.replace(".configuration_", ".modeling_")
+    known = vars(importlib.import_module(module)) if module.startswith("transformers.models.") else {}
+    rotate_half = known.get("rotate_half")
+    if rotate_half is None or rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+        raise UnsupportedError(
+            f"{model_config.model} is not known to rotate halves of a head as Llama does: use a Processor with "
+            "key_space 'rotated'"
+        )
 
 
 def check_layers(layers: Mapping[str, Any], cache_dtypes: Mapping[str, Any]) -> None:
