@@ -95,7 +95,7 @@ def describe(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     config = read_object(file)
     described = _describe_config(config, name=file.parent.resolve().name, origin=str(file), weights_hash=None)
-    digest = _hash_rows(_safetensors_row(file.parent), described["num_layers"])
+    digest = files_weights_hash(file.parent, described["num_layers"])
     if digest is not None:
         described["backbone"]["weights_hash"] = digest
     return described
@@ -224,6 +224,11 @@ def tokenizer_newline_ids(name_or_path: str | Path) -> tuple[int, ...] | None:
             return str(fast.decode(ids, skip_special_tokens=False))
 
     return newline_token_ids(Decoder())
+
+
+def files_weights_hash(directory: str | Path, num_layers: int) -> str | None:
+    """`weights_hash` of the safetensors files in a directory; None where they have none of the hashed tensors."""
+    return _hash_rows(_safetensors_row(Path(directory)), num_layers)
 
 
 def model_weights_hash(model: PreTrainedModel) -> str | None:
@@ -554,6 +559,7 @@ def _import(module: str, package: str) -> Any:
 
 __all__ = [
     "describe",
+    "files_weights_hash",
     "kv_cache",
     "load",
     "load_tokenizer",

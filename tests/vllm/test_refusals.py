@@ -248,6 +248,47 @@ def test_another_model(tmp_path: Path, backbone: Path, configure: Configure) -> 
     assert "the Processor's backbone has architecture OtherForCausalLM, but" in refused(configure(wrong))
 
 
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize("revision", [None, REVISION])
+@pytest.mark.parametrize("download_dir", [True, False])
+def test_weights_of_a_model_by_name(
+    revision: str | None,
+    download_dir: bool,
+    tmp_path: Path,
+    backbone: Path,
+    processor: Path,
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """vLLM has put them into a cache of the hub's: configuration and weights apart, where --download-dir says so."""
+    caches = [tmp_path / "hub", tmp_path / "downloads" if download_dir else tmp_path / "hub"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(caches[0]))
+    for cache, name in zip(caches, ("config.json", "model.safetensors"), strict=True):
+        repository = cache / "models--owner--name"
+        snapshot = repository / "snapshots" / REVISION
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(backbone / name)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(REVISION)
+
+    def named(directory: Path) -> Any:
+        made = changed(configure({"processor": str(directory)}), "model_config.model", "owner/name")
+        made = changed(made, "model_config.revision", revision)
+        return changed(made, "load_config.download_dir", str(caches[1]) if download_dir else None)
+
+    other = save_backbone(tmp_path / "other", seed=1)
+    wrong = save_processor(tmp_path / "processor", other)
+    assert "the Processor's backbone has weights_hash" in refused(named(wrong))
+    connect(named(processor))
+    assert "not compared" not in caplog.text
+    (snapshot / "model.safetensors").unlink()
+    connect(named(wrong))
+    assert "no safetensors files of owner/name are at hand: its weights are not compared with" in caplog.text
+
+
 def test_layers_without_rope() -> None:
     model = SmolLM3Config(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
     served = SimpleNamespace(model="SmolLM3", hf_config=model, hf_text_config=model)

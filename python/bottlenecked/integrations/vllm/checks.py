@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import torch
 
 from bottleneck_ext import InvalidArgumentError, UnsupportedError
 
-from ...backbones import describe
+from ...backbones import describe, files_weights_hash
 from ...config import CacheProcessorConfig
 from .capture import check_forward
+
+logger = logging.getLogger(__name__)
 
 # Versions whose interfaces the tests have seen; docs/vllm.md has the table.
 OLDEST, NEWEST = (0, 31), (0, 32)
@@ -174,8 +177,10 @@ def check_server(vllm_config: Any, kv_cache_config: Any, processor: CacheProcess
             )
 
 
-def check_fit(model_config: Any, processor: CacheProcessorConfig, *, check_weights: bool) -> None:
-    """InvalidArgumentError, naming what differs, unless the Processor was made for this model."""
+def check_fit(
+    model_config: Any, processor: CacheProcessorConfig, *, check_weights: bool, download_dir: str | None = None
+) -> None:
+    """InvalidArgumentError, naming what differs, unless the Processor was made for this model. download_dir: vLLM's."""
     text = model_config.hf_text_config
     architectures = getattr(model_config.hf_config, "architectures", None) or getattr(text, "architectures", None)
     try:
@@ -198,12 +203,14 @@ def check_fit(model_config: Any, processor: CacheProcessorConfig, *, check_weigh
     if processor.key_space == "unrotated":
         _check_rope(model_config, processor, actual["rope_parameters"])
     backbone = actual["backbone"]
-    if (
-        check_weights
-        and processor.backbone.get("weights_hash")
-        and (Path(model_config.model) / "config.json").is_file()
-    ):
-        backbone["weights_hash"] = describe(model_config.model)["backbone"].get("weights_hash")
+    if check_weights and processor.backbone.get("weights_hash"):
+        backbone["weights_hash"] = _weights_hash(model_config, actual["num_layers"], download_dir)
+        if backbone["weights_hash"] is None:
+            logger.warning(
+                "no safetensors files of %s are at hand: its weights are not compared with those the Processor "
+                "was made for",
+                model_config.model,
+            )
     for key in ("architecture", "config_hash", "weights_hash"):
         wanted, found = processor.backbone.get(key), backbone.get(key)
         if wanted is not None and found is not None and wanted != found:
@@ -211,6 +218,25 @@ def check_fit(model_config: Any, processor: CacheProcessorConfig, *, check_weigh
             raise InvalidArgumentError(
                 f"the Processor's backbone has {key} {wanted}, but {model_config.model} has {found}: {remedy}{hint}"
             )
+
+
+def _weights_hash(model_config: Any, num_layers: int, download_dir: str | None) -> str | None:
+    """Of the files in the model's directory, or of those that vLLM has downloaded by now; None where there are none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    model = model_config.model
+    if Path(model).is_dir():
+        return files_weights_hash(model, num_layers)
+    # Any file leads to its snapshot; nothing is asked of the hub. Only weights go to --download-dir.
+    for cache in dict.fromkeys((download_dir, None)):
+        for name in ("model.safetensors", "model.safetensors.index.json", "config.json"):
+            try:
+                file = try_to_load_from_cache(model, name, cache_dir=cache, revision=model_config.revision)
+            except ValueError:
+                return None  # a file, or an address of another store
+            if isinstance(file, str) and (found := files_weights_hash(Path(file).parent, num_layers)) is not None:
+                return found
+    return None
 
 
 def _check_rope(model_config: Any, processor: CacheProcessorConfig, actual: dict[str, Any] | None) -> None:

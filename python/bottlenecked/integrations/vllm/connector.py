@@ -50,7 +50,10 @@ class BottleneckedConnector(KVConnectorBase_V1, SupportsHMA):
         options = ServerOptions.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
         config = CacheProcessorConfig.load(options.processor)
         check_server(vllm_config, kv_cache_config, config, options.processor)
-        check_fit(vllm_config.model_config, config, check_weights=options.check_weights)
+        check_fit(
+            vllm_config.model_config, config,
+            check_weights=options.check_weights, download_dir=vllm_config.load_config.download_dir,
+        )  # fmt: skip
         if options.top_k is not None and options.top_k > config.top_k:
             raise InvalidArgumentError(
                 f"kv_connector_extra_config: top_k is {options.top_k}, but the Processor recalls at most {config.top_k}"
