@@ -663,6 +663,29 @@ def test_a_prompt_that_is_pushed_out_and_comes_back_in_one_step() -> None:
     assert len(plan.forget) == 2
 
 
+def test_a_prompt_that_a_worker_lost() -> None:
+    """It is known no longer, other workers forget it, and it may come back, also in the step that tells them."""
+    target = half(options=ServerOptions(processor="somewhere", prompt_cache_tokens=16))
+    first, second, third = (Request(name, [1] * 12 + [i] * 4) for i, name in enumerate("abc"))
+    target.add(first)
+    run(target, first, 16)
+    kept = [key for key, _ in run(target, first, 1).keep]
+    target.add(second)
+    assert target.restorable(second) == 8
+    target.forget_prompts({kept[1], b"of another time"})
+    assert target.restorable(second) == 4
+    second.num_computed_tokens = 4
+    plan = run(target, second, 12)
+    assert plan.forget == [kept[1]]
+    assert [key for key, _ in plan.fill] == kept[:1]
+    target.forget_prompts({kept[0]})
+    plan = run(target, second, 1)
+    assert [key for key, _ in plan.keep] == kept
+    assert plan.forget == []
+    target.add(third)
+    assert target.restorable(third) == 8
+
+
 def test_rows_that_run_out_do_not_raise(caplog: pytest.LogCaptureFixture) -> None:
     target, requests = half(num_rows=1), [Request("a", [1] * 5), Request("b", [1] * 5)]
     for i, request in enumerate(requests):

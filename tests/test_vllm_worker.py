@@ -367,3 +367,95 @@ def test_a_block_that_is_not_full_is_saved_and_restored() -> None:
         assert torch.equal(view[6], then[2])
         assert torch.equal(view[1, 0], then[7, 0])
         assert view[[0, 2, 3, 4, 5, 7, 8, 9]].isnan().all()
+
+
+def test_a_prompt_is_kept_and_copied_a_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on the device for a moment is nobody's budget: no more than one layer's keys or values of the prompt."""
+    real, moved = half(), []
+    before = [view.clone() for view in (*real.keys, *real.values)]
+    for name in ("cpu", "to"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *to, of=method: moved.append(self.numel()) or of(self, *to)
+        )
+    real.run(Plan(keep=[(b"a", 3), (b"b", 5)]))
+    kept = moved.copy()
+    real.run(Plan(fill=[(b"b", 7), (b"a", 2)]))
+    layer = before[0][:2].numel()
+    assert kept == moved[len(kept) :] == [layer] * 2 * LAYERS
+    assert {rows.untyped_storage().nbytes() for rows in real.prompts.values()} == {LAYERS * layer * 4}
+    for view, then in zip((*real.keys, *real.values), before, strict=True):
+        assert torch.equal(view[[7, 2]], then[[5, 3]])
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+]
+
+
+def failing_at(call: int, error: Exception, function: Any) -> Any:
+    """`function`, whose calls fail from that one on."""
+    calls = iter(range(1, 1000))
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if next(calls) >= call:
+            raise error
+        return function(*arguments, **options)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_without_memory_a_prompt_is_not_kept(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = half()
+    real.run(Plan(keep=[(b"a", 3)]))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", failing_at(3, error, torch.Tensor.cpu))
+        real.run(Plan(keep=[(b"b", 4), (b"c", 5)], forget=[b"a"]))
+    assert set(real.prompts) == set()
+    assert real.take_lost_prompts() == {b"b", b"c"}
+    assert real.take_lost_prompts() == set()
+    assert "2 blocks of prompts are not kept" in caplog.text
+    real.run(Plan(keep=[(b"b", 4)]))
+    assert set(real.prompts) == {b"b"}
+    assert real.take_failed_blocks() == set()
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_without_memory_blocks_are_not_filled(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their positions were promised: vLLM is told which are not there."""
+    real = half()
+    real.run(Plan(keep=[(b"a", 3), (b"b", 5)]))
+    copied = real.stats.data["prompt_tokens"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "stack", failing_at(3, error, torch.stack))
+        real.run(Plan(fill=[(b"a", 7), (b"b", 2)]))
+    assert real.take_failed_blocks() == {7, 2}
+    assert real.stats.data["prompt_tokens"] == copied
+    assert set(real.prompts) == {b"a", b"b"}
+
+
+def test_a_prompt_that_was_lost_is_not_filled() -> None:
+    """Scheduled before the scheduler heard of it, with asynchronous scheduling."""
+    real = half()
+    then = real.keys[0][3].clone()
+    real.run(Plan(keep=[(b"a", 3)]))
+    real.run(Plan(fill=[(b"a", 7), (b"b", 2)]))
+    assert real.take_failed_blocks() == {2}
+    assert torch.equal(real.keys[0][7], then)
+    assert real.stats.data["prompt_tokens"] == 4
+
+
+@pytest.mark.parametrize("plan", [Plan(keep=[(b"b", 4)]), Plan(fill=[(b"a", 4)])])
+def test_other_errors_are_not_passed_over(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = half()
+    real.run(Plan(keep=[(b"a", 3)]))
+    error = RuntimeError("CUDA error: device-side assert triggered")
+    for owner, name in ((torch.Tensor, "cpu"), (torch, "stack")):
+        monkeypatch.setattr(owner, name, failing_at(1, error, getattr(owner, name)))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        real.run(plan)

@@ -256,6 +256,29 @@ def test_a_late_rewrite_is_an_error(
             generate(llm, prompts, 20)
 
 
+def test_prompts_without_memory(backbone: Path, processor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that cannot be kept is computed again; one that cannot be copied ends its request, not the engine."""
+    prompts = make_prompts(1, seed=13, shortest=100, longest=120)
+    expected = reference(backbone, processor, prompts, 20)
+
+    with engine(backbone, processor, {"prompt_cache_tokens": 640}) as llm:
+        scheduler, worker = connector_halves(llm)
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "_keep", lambda keys, blocks: worker.lost_prompts.update(keys))
+            assert generate(llm, prompts, 20) == expected.tokens
+        assert (len(scheduler.prompts), metric(llm, "prompt_tokens_copied")) == (0, 0)
+        assert generate(llm, prompts, 20) == expected.tokens
+        assert len(scheduler.prompts) == len(worker.prompts) > 0
+
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "_fill", lambda keys, blocks: worker.failed_blocks.update(blocks))
+            (output,) = llm.generate([{"prompt_token_ids": prompts[0]}], sampling(20), use_tqdm=False)
+        assert output.outputs[0].finish_reason == "error"
+        assert generate(llm, prompts, 20) == expected.tokens
+        assert metric(llm, "prompt_tokens_copied") > 0
+        assert_nothing_is_held(llm)
+
+
 @pytest.mark.parametrize("name", ["chunks of 64", "chunks of 16, three at once", "asynchronous"])
 def test_prompts_that_begin_alike(name: str, backbone: Path, processor: Path) -> None:
     """Blocks of known beginnings are copied, not computed, and no token changes; other beginnings are not mixed up."""

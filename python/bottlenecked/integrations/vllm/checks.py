@@ -56,6 +56,7 @@ def check_version() -> None:
     hooks = {
         "build_connector_meta": 2, "get_num_new_matched_tokens": 3, "on_new_request": 2, "handle_preemptions": 2,
         "start_load_kv": 3, "register_kv_caches": 2, "get_block_ids_with_load_errors": 1, "get_kv_connector_stats": 1,
+        "build_connector_worker_meta": 1, "update_connector_output": 2,
     }  # fmt: skip
     missing = sorted(needed - set(fields))
     for hook, count in hooks.items():

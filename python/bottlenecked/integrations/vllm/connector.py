@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 
@@ -39,6 +40,17 @@ class RewriteMetadata(KVConnectorMetadata):
     """Scheduler to workers, each step."""
 
     plan: Plan
+
+
+@dataclass
+class LostPrompts(KVConnectorWorkerMetadata):
+    """Workers to scheduler, where there is something to tell: keys of prompts that some worker could not keep."""
+
+    keys: set[bytes]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> LostPrompts:
+        assert isinstance(other, LostPrompts)
+        return LostPrompts(self.keys | other.keys)
 
 
 class BottleneckedConnector(KVConnectorBase_V1, SupportsHMA):
@@ -100,6 +112,10 @@ class BottleneckedConnector(KVConnectorBase_V1, SupportsHMA):
             scheduler_output.has_sync_kv_loads = True
         return RewriteMetadata(plan)
 
+    def update_connector_output(self, connector_output: Any) -> None:
+        if connector_output.kv_connector_worker_meta is not None:
+            self.scheduler.forget_prompts(connector_output.kv_connector_worker_meta.keys)
+
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self.scheduler.finish(request.request_id)
         return False, None
@@ -150,6 +166,10 @@ class BottleneckedConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.worker.take_failed_blocks()
+
+    def build_connector_worker_meta(self) -> LostPrompts | None:
+        lost = self.worker.take_lost_prompts()
+        return LostPrompts(lost) if lost else None
 
     # ---- both
 

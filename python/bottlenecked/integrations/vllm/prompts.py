@@ -60,6 +60,13 @@ class PromptIndex:
         gone = [self._kept.popitem(last=False)[0] for _ in range(len(self._kept) - self.max_blocks)]
         return new, gone
 
+    def discard(self, keys: Iterable[bytes]) -> list[bytes]:
+        """These are kept no longer; returns those that were."""
+        gone = [key for key in keys if key in self._kept]
+        for key in gone:
+            del self._kept[key]
+        return gone
+
     def clear(self) -> list[bytes]:
         """Forgets all; returns what it was."""
         gone = list(self._kept)

@@ -178,6 +178,10 @@ class SchedulerHalf:
         """A request has ended, however: nothing is kept of it here, and after the next step nothing in workers."""
         self._remove(request_id, self._next_plan)
 
+    def forget_prompts(self, keys: Iterable[bytes]) -> None:
+        """A worker could not keep these blocks; others did. What is scheduled already is told by the worker."""
+        self._next_plan.forget += self.prompts.discard(keys)
+
     def reset(self) -> None:
         """Weights may have changed: what is saved of preempted requests and kept of prompts is forgotten."""
         for tracked in self._tracked.values():

@@ -50,6 +50,7 @@ class WorkerHalf:
         self.reports = reports
         self.stats = RewriteStats()
         self.failed_blocks: set[int] = set()
+        self.lost_prompts: set[bytes] = set()
         self.saved: dict[str, tuple[list[Tensor], list[Tensor], Tensor]] = {}
         self.prompts: dict[bytes, Tensor] = {}  # [2 * num_layers, block_size, num_kv_heads, head_dim], of the host
 
@@ -142,8 +143,14 @@ class WorkerHalf:
         return taken
 
     def take_failed_blocks(self) -> set[int]:
-        """Blocks whose rewrite began and failed: vLLM ends their requests with an error, or computes them again."""
+        """Blocks whose rewrite began and failed, or that were promised and are not there: vLLM ends their requests with
+        an error, or computes them again."""
         taken, self.failed_blocks = self.failed_blocks, set()
+        return taken
+
+    def take_lost_prompts(self) -> set[bytes]:
+        """Keys that a plan's `keep` named and this worker could not keep: the scheduler must not count on them."""
+        taken, self.lost_prompts = self.lost_prompts, set()
         return taken
 
     def _rewrite(self, rewrites: Sequence[Rewrite], *, again: bool = False) -> None:
@@ -222,18 +229,35 @@ class WorkerHalf:
         self.stats.data["restored_tokens"] += transfer.length
 
     def _keep(self, keys: Sequence[bytes], blocks: Sequence[int]) -> None:
-        """Blocks of a prompt as it was computed."""
-        chosen = torch.tensor(blocks, device=self.queries.device)
-        rows = torch.stack([view[chosen] for view in (*self.keys, *self.values)]).cpu()
-        for i, key in enumerate(keys):
-            self.prompts[key] = rows[:, i].clone()
+        """Blocks of prompts as they were computed. Layer by layer: nobody has set memory of the device aside for it."""
+        views = (*self.keys, *self.values)
+        try:
+            chosen = torch.tensor(blocks, device=self.queries.device)
+            rows = torch.empty((len(keys), len(views), *views[0].shape[1:]), dtype=views[0].dtype)
+            for i, view in enumerate(views):
+                rows[:, i] = view[chosen].cpu()
+            self.prompts |= {key: rows[i].clone() for i, key in enumerate(keys)}
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            logger.warning("%d blocks of prompts are not kept: %s", len(keys), error)
+            self.lost_prompts.update(keys)
 
     def _fill(self, keys: Sequence[bytes], blocks: Sequence[int]) -> None:
-        chosen, device = torch.tensor(blocks, device=self.queries.device), self.queries.device
-        rows = torch.stack([self.prompts[key] for key in keys], dim=1).to(device)
-        for view, of_layer in zip((*self.keys, *self.values), rows, strict=True):
-            view[chosen] = of_layer
-        self.stats.data["prompt_tokens"] += len(keys) * self.keys[0].shape[1]
+        """Copies of what was kept, layer by layer. vLLM counts on these blocks: it is told of those that fail."""
+        there = [(key, block) for key, block in zip(keys, blocks, strict=True) if key in self.prompts]
+        filled = [block for _, block in there]
+        try:
+            chosen, device = torch.tensor(filled, device=self.queries.device), self.queries.device
+            for i, view in enumerate((*self.keys, *self.values) if there else ()):
+                view[chosen] = torch.stack([self.prompts[key][i] for key, _ in there]).to(device)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            logger.error("blocks of known prompts cannot be filled: %s", error)
+            filled = []
+        self.failed_blocks.update(set(blocks) - set(filled))
+        self.stats.data["prompt_tokens"] += len(filled) * self.keys[0].shape[1]
 
     def _blocks(self, transfer: Transfer) -> Tensor:
         used = -(-transfer.length // self.keys[0].shape[1])
@@ -409,6 +433,11 @@ class ShardedRewriter:
                 at = (blocks[layer], offsets[layer])
                 self.keys[layer][at] = mine[layer, 0, i, : blocks.shape[1]]
                 self.values[layer][at] = mine[layer, 1, i, : blocks.shape[1]]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a device or the host, for which PyTorch has no class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def processor_of_layers(
