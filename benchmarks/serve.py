@@ -35,7 +35,7 @@ from bottlenecked import backbones
 from bottlenecked.backbones import describe, tokenizer_newline_ids
 from bottlenecked.checkpoint import initial_weights, save_checkpoint
 from bottlenecked.config import BoundaryConfig, CacheProcessorConfig
-from bottlenecked.integrations.vllm.serve import smollm2_directory
+from bottlenecked.integrations.vllm.serve import smollm2_directory, vllm_command
 from tests.vllm.server import metrics, running, serve_command
 
 CLIENT = """
@@ -154,7 +154,7 @@ def servers(
         *("--dtype", options.dtype, "--max-model-len", "1024", "--max-num-seqs", "32", "--enforce-eager"),
         *("--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(2 << 30)),
     ]
-    stock = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags]
+    stock = [*vllm_command(str(model)), *flags]
     commands = {"stock": stock, "ours": stock if options.control else serve_command(model, processor, *flags)}
     with contextlib.ExitStack() as stack:
         yield {name: stack.enter_context(running(commands[name], folder / f"{name}.log")) for name in order}

