@@ -195,6 +195,13 @@ def test_caches(served: Any) -> None:
     assert "sliding-window or chunked attention" in refused(served, cache_config(spec(sliding_window=64)))
     assert "sliding-window or chunked attention" in refused(served, cache_config(spec(attention_chunk_size=64)))
     assert "32 elements per head and its values 16" in refused(served, cache_config(spec(head_size_v=16)))
+    assert "not causal: only causal models" in refused(served, cache_config(spec(non_causal=True)))
+    # Planes of keys and of values, whose tensors have the shape of two heads.
+    planes = spec(num_head_slots=2, state_content_bytes=256)
+    assert "packs its blocks in a form of its own (num_head_slots 2, state_content_bytes 256)" in refused(
+        served, cache_config(planes)
+    )
+    assert "choose another --attention-backend" in refused(served, cache_config(spec(state_content_bytes=256)))
 
 
 @pytest.mark.parametrize(

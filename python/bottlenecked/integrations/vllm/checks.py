@@ -176,6 +176,16 @@ def check_server(vllm_config: Any, kv_cache_config: Any, processor: CacheProcess
                 f"the model's keys have {spec.head_size} elements per head and its values {spec.head_size_v}: only "
                 "models in which they are alike are supported"
             )
+        # What not all releases have. Such a tensor may have the very shape that layout.py knows.
+        packing = {name: getattr(spec, name, None) for name in ("num_head_slots", "state_content_bytes")}
+        if any(value is not None for value in packing.values()):
+            words = ", ".join(f"{name} {value}" for name, value in packing.items())
+            raise UnsupportedError(
+                f"the attention backend packs its blocks in a form of its own ({words}): choose another "
+                "--attention-backend"
+            )
+        if getattr(spec, "non_causal", False):
+            raise UnsupportedError("the model's attention is not causal: only causal models are supported")
 
 
 def check_fit(
