@@ -686,6 +686,31 @@ def test_a_prompt_that_a_worker_lost() -> None:
     assert target.restorable(third) == 8
 
 
+def test_a_reset_that_raises() -> None:
+    """vLLM has preempted all by then, and has not reached us: nothing is saved, kept prompts go on, and so may we."""
+    target = half(options=ServerOptions(processor="somewhere", prompt_cache_tokens=8))
+    request = Request("r", [1] * 16)
+    target.add(request)
+    run(target, request, 16)
+    kept = [key for key, _ in run(target, request, 1).keep]  # its token is still in flight
+    request.drop_stale_output, request.num_computed_tokens, request.blocks = True, 0, []
+    plan = target.build(scheduled({}, preempted=(request,)))
+    assert (plan.save, plan.drop, plan.forget, plan.rewrite) == ([], [], [], [])
+    assert sorted(target._free_rows) == list(range(4))
+    assert len(target.prompts) == len(kept) == 2
+    assert not target._saved_tokens
+    # It is computed again, all of it; then the reset is called again, when nothing runs.
+    assert target.restorable(request) == 0
+    assert run(target, request, 16).fill == []
+    run(target, request, 1)
+    target.finish("r")
+    target.reset()
+    plan = target.build(scheduled({}))
+    assert sorted(plan.forget) == sorted(kept)
+    assert target.is_idle
+    assert len(target.prompts) == 0
+
+
 def test_rows_that_run_out_do_not_raise(caplog: pytest.LogCaptureFixture) -> None:
     target, requests = half(num_rows=1), [Request("a", [1] * 5), Request("b", [1] * 5)]
     for i, request in enumerate(requests):
