@@ -211,7 +211,8 @@ class RealWorker(Worker):
         pages = [self.real.block_to_page.tolist()]
         self.real.prepare(plan)
         pages.append(self.real.block_to_page.tolist())
-        self.poison(requests, pages)
+        # `prepare` has saved the queries of these rows, `super().apply` is yet to.
+        self.poison(requests, pages, {transfer.row for transfer in plan.save})
         self.real.run(plan)
         done = super().apply(plan, requests)
         for request, rewrite in done:
@@ -227,10 +228,11 @@ class RealWorker(Worker):
         assert mapped == self.block_to_page
         return done
 
-    def poison(self, requests: dict[str, Request], mapped: list[list[int]]) -> None:
+    def poison(self, requests: dict[str, Request], mapped: list[list[int]], saved: set[int]) -> None:
         """NaN in all that no running request has computed, and in the queries that no window can need.
 
-        mapped: pages of blocks before this step and in it: what is rewritten now was captured under the former.
+        mapped: pages of blocks before this step and in it: what is rewritten now was captured under the former. saved:
+        rows that this step saves.
         """
         cells = torch.ones(self.real.keys[0].shape[:2], dtype=torch.bool)
         rows = torch.ones(self.real.queries.shape[1:3], dtype=torch.bool)
@@ -246,7 +248,7 @@ class RealWorker(Worker):
         for view in (*self.real.keys, *self.real.values):
             view[cells] = torch.nan
         self.real.queries[:, rows] = torch.nan
-        for cell in [cell for cell in self.pages if rows[cell]]:
+        for cell in [cell for cell in self.pages if rows[cell] and cell[0] // self.pages_per_row not in saved]:
             del self.pages[cell]  # a request that loses blocks has a window further back: of other queries than these
 
     def check(self, requests: dict[str, Request]) -> None:
