@@ -445,6 +445,7 @@ class Histories(RuleBasedStateMachine):
         request = self.engine.running[which % len(self.engine.running)]
         length = blocks * self.engine.block_size
         if length < request.num_computed_tokens:
+            self.half.lose(request.blocks[blocks : blocks + 1])
             request.num_computed_tokens = length
             self.engine.started.append(request)
 
@@ -512,6 +513,32 @@ def test_one_request() -> None:
     assert target.is_idle
     assert target.build(scheduled({})) == Plan(unmap=[1, 2])
     assert target.build(scheduled({})) == Plan()
+
+
+@pytest.mark.parametrize("first", ["lost", "preempted"])
+def test_what_was_lost_is_not_saved(first: str) -> None:
+    """A rewrite failed while it wrote, or a load; vLLM sets the request back, and preempts it before that is done."""
+    target, request = half(), Request("r", [1] * 9)
+    target.add(request)
+    run(target, request, 9)
+    preempted = scheduled({}, preempted=(request,))
+    if first == "lost":
+        target.lose([2])
+    request.num_computed_tokens, blocks, request.blocks = 0, request.blocks, []
+    plan = target.build(preempted)
+    if first == "preempted":
+        assert [save.request_id for save in plan.save] == ["r"]
+        target.lose([2])
+        plan = target.build(scheduled({}))
+        assert plan.drop == ["r"]
+    assert plan.save == []
+    assert target.restorable(request) == 0
+    request.blocks = blocks
+    assert run(target, request, 9).restore == []
+    assert target.skipped["computed again"] == 1
+    target.lose([7])  # nobody's
+    request.num_computed_tokens = 0
+    assert [save.length for save in target.build(preempted).save] == [9]
 
 
 def test_preemption_saves_and_restores() -> None:

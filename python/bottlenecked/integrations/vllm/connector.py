@@ -113,6 +113,8 @@ class BottleneckedConnector(KVConnectorBase_V1, SupportsHMA):
         return RewriteMetadata(plan)
 
     def update_connector_output(self, connector_output: Any) -> None:
+        if connector_output.invalid_block_ids:
+            self.scheduler.lose(connector_output.invalid_block_ids)
         if connector_output.kv_connector_worker_meta is not None:
             self.scheduler.forget_prompts(connector_output.kv_connector_worker_meta.keys)
 

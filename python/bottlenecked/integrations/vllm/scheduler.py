@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,7 @@ class Plan:
 @dataclass
 class _Tracked:
     """A request that is rewritten. prompt_length: of step 0. announced: positions the detector knows of. keys: of the
-    prompt's blocks that may be known."""
+    prompt's blocks that may be known. lost: not all that is written can be used, and vLLM will compute it again."""
 
     request: Any
     sequence: int
@@ -90,6 +90,7 @@ class _Tracked:
     blocks: tuple[int, ...] = ()
     pages: dict[int, int] = field(default_factory=dict)  # of mapped blocks
     saved: bool = False
+    lost: bool = False
 
 
 class SchedulerHalf:
@@ -182,6 +183,14 @@ class SchedulerHalf:
         """A worker could not keep these blocks; others did. What is scheduled already is told by the worker."""
         self._next_plan.forget += self.prompts.discard(keys)
 
+    def lose(self, blocks: Collection[int]) -> None:
+        """What these blocks hold cannot be used: a rewrite or a load failed. vLLM sets their requests back, and may
+        preempt them before they are computed again; and one that it has preempted meanwhile was saved with them."""
+        for tracked in self._tracked.values():
+            if not set(blocks).isdisjoint(tracked.blocks):
+                tracked.lost = tracked.row >= 0
+                self._forget_saved(tracked, self._next_plan)
+
     def reset(self) -> None:
         """Weights may have changed: what is saved of preempted requests and kept of prompts is forgotten."""
         for tracked in self._tracked.values():
@@ -208,7 +217,7 @@ class SchedulerHalf:
             self._forget_saved(tracked, plan)
             if tracked.announced:
                 self._detector.drop(tracked.sequence)
-            tracked.announced, tracked.prompt_length = 0, tracked.request.num_tokens
+            tracked.announced, tracked.prompt_length, tracked.lost = 0, tracked.request.num_tokens, False
             self.skipped["computed again"] += 1
         starts = tracked.row < 0
         if starts:
@@ -283,7 +292,7 @@ class SchedulerHalf:
             return
         # Where vLLM wants the cache forgotten (reset_prefix_cache) it drops what was sampled meanwhile: a save would
         # hold a position whose token never comes.
-        forgotten = getattr(tracked.request, "drop_stale_output", False)
+        forgotten = tracked.lost or getattr(tracked.request, "drop_stale_output", False)
         if not forgotten and self._saved_tokens + tracked.written <= self.max_saved_tokens:
             plan.save.append(Transfer(tracked.request.request_id, tracked.row, tracked.written, tracked.blocks))
             self._saved_tokens += tracked.written
