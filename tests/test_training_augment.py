@@ -130,6 +130,41 @@ def test_forms_are_kept() -> None:
     assert {numbers(q)[1] for q, _ in pairs} == {2, 3}
 
 
+SLOWER = "Al climbs 20 stairs in 15 minutes each. Bo climbs 9 hills in 40 minutes each. How long is the {}?"
+TIMES = "Al: <<20*15=300>>300\nBo: <<9*40=360>>360\n"
+
+
+def test_what_an_answer_chooses_stays_its_choice() -> None:
+    """The question's numbers may keep their order while the results that are compared do not."""
+
+    def orders(question: str, answer: str) -> set[int]:
+        found = (numbers(q) for q, _ in draws(question, answer))
+        return {(c * d > a * b) - (c * d < a * b) for a, b, c, d in found}
+
+    answer = TIMES + "It is <<360+20=380>>380 with a rest.\n#### 380"
+    for choice in ("trip of the slower one", "trip of the winner", "longest trip", "most expensive trip", "better way"):
+        assert orders(SLOWER.format(choice), answer) == {1}, choice
+    # A result that is picked, and one that is compared; `at least` chooses nothing.
+    for other in ("trip of both", "trip, at least"):
+        assert orders(SLOWER.format(other), answer) >= {-1, 1}
+        assert orders(SLOWER.format(other), TIMES + "It is <<360=360>>360.\n#### 360") == {1}
+        assert orders(SLOWER.format(other), answer.replace("It is", "As 360 > 300, it is")) == {1}
+    # A number of the question may be what is compared.
+    question = "May has 30 eggs, June 47 and July 4 boxes of 12. How many are {}?"
+    answer = "July has <<4*12=48>>48, <<48+30=78>>78 with May and <<78+47=125>>125 with June.\n#### 125"
+    for what, both in (("in July and the largest of the others", False), ("there", True)):
+        orders_of_july = {c * d > b for _, b, c, d in (numbers(q) for q, _ in draws(question.format(what), answer))}
+        assert orders_of_july == ({True, False} if both else {True})
+    # A draw that is thrown away for it says so.
+    reasons = set()
+    for seed in range(40):
+        try:
+            list(redraw(SLOWER.format("longest trip"), TIMES + "#### 360", seed=seed, tries=1))
+        except Rejected as reason:
+            reasons.add(str(reason))
+    assert augment.COMPARED in reasons
+
+
 def test_numbers_stay_natural() -> None:
     """Positive stays positive, whole stays whole, also on the way; a day has 24 hours."""
     question, answer = "Tom has 6 boxes of 9 eggs and eats 52 eggs.", "6*9-52 = <<6*9-52=2>>2 are left.\n#### 2"
@@ -168,6 +203,11 @@ def test_verify() -> None:
         ("<<10/3=3.33>>3.33\n#### 3.33", augment.WRONG),
         ("<<5*2=10>>10. The tip is 11*.2=$2.5.\n#### 10", augment.WRONG),
         ("<<5/0=0>>0\n#### 0", augment.WRONG),
+        *(
+            (GOOD_ANSWER.replace("eggs.", f"eggs, {false}."), augment.WRONG)
+            for false in ("480 < 40", "480>$1,000", "480 > 480", "479>=480", "12 \u2265 480", "40*12 = 480 <= 12*39")
+        ),
+        (GOOD_ANSWER.replace("eggs.", "eggs (.5 < 12 < 3)."), augment.WRONG),
         (GOOD_ANSWER.replace("#### 480", "#### 481"), augment.NOT_COMPUTED),
         (GOOD_ANSWER.replace("#### 480", "480"), augment.NOT_COMPUTED),
         (GOOD_ANSWER + " eggs", augment.NOT_COMPUTED),
@@ -175,6 +215,11 @@ def test_verify() -> None:
         with pytest.raises(Rejected) as error:
             verify(answer)
         assert str(error.value) == reason, answer
+    for true in ("480 > 40", "12 < $1,000", "480>=480", "12 \u2264 480", "12*39 < 480", "0.5 < 12 < 13", "50% < 1"):
+        verify(GOOD_ANSWER.replace("eggs.", f"eggs ({true})."))
+    # Nothing that is read as numbers alone.
+    for other in ("2x > 480", "480 < 2x", "x > 480", "480 -> 40", "480 => 1000", "2*(3+4) < 5"):
+        verify(GOOD_ANSWER.replace("eggs.", f"eggs: {other}."))
 
 
 @pytest.mark.parametrize(

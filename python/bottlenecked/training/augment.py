@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import ast
 import itertools
+import operator
 import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,10 @@ _OPERATOR = re.compile(r"\s*[-+*/x×÷%]")
 _BEHIND = re.compile(r"\s*\$?\s*([\d,]*\.?\d+)")
 # A calculation and its result in plain text, where the marks have been taken out.
 _EQUATION = re.compile(r"(?<![\w.,])([\d.$(][\d.,$()+\-*/x×÷% ]*)(?==\s*\$?\s*((?:[\d,]*\.)?\d[\d,]*))")
+# Both sides of a comparison in plain text, of numbers alone; with a letter behind it (2x) it is something else.
+_SIDE = r"[\d.$][\d.,$+\-*/x×÷% ]*"
+_COMPARISON = re.compile(rf"(?<![\w.,])({_SIDE})(?=(<=|>=|≤|≥|<|>)\s*({_SIDE})(?!\w))")
+_HOLDS = {"<": operator.lt, ">": operator.gt, "<=": operator.le, "≤": operator.le, ">=": operator.ge, "≥": operator.ge}
 # Digits that letters or points join to something else ("x2", "v1.2.3") are no number.
 _NUMBER = re.compile(r"(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\w.,]*\d)")
 _MARK_CHARACTERS = re.compile(r"[-+*/().\d ]+")
@@ -104,6 +109,14 @@ _NO_AMOUNT_BEHIND = re.compile(
     r"[ -](?:hundred|thousand|million|billion|dozen|to \d|degree)",
     re.I,
 )
+# Where a question has such a word, its answer may compare numbers and go on with one of them.
+_GRADE = "bigg|busi|cheap|earli|fast|great|heavi|high|larg|light|long|low|old|short|slow|small|tall|young"
+_CHOICE = re.compile(
+    rf"\b(?:(?:{_GRADE})est|(?:the|is|are)\s(?:{_GRADE})er(?!\sthan)|more\sexpensive(?!\sthan)|which\b[^.?!]*\?|"
+    r"whichever|whoever|winners?|wins|better|best(?!\sfriend)|worse|worst|(?<!at\s)(?:most|least)|fewest|maximum|"
+    r"minimum|choos(?:es?|ing)|choices?|options?)(?!\w)",
+    re.I,
+)
 
 MALFORMED = "a calculator mark is malformed"
 WRONG = "a calculator mark or the final answer is wrong or rounded"
@@ -115,6 +128,7 @@ CONDITION = "a condition of the question may no longer hold"
 UNUSED = "a number of the question enters no calculation, and may bound the others"
 AMBIGUOUS = "a number has two meanings"
 UNNATURAL = "no draw keeps all numbers natural"
+COMPARED = "no draw keeps the order of numbers that may be compared"
 
 
 class Rejected(ValueError):
@@ -168,6 +182,7 @@ class _Problem:
     fixed: values that have a meaning which no draw changes.
     variables: value -> (step, multiples of it that may be drawn in its place, the value itself among them).
     commas: whether its large numbers are written 1,000.
+    compares: whether the answer may choose one of its numbers, for being more or less than another.
     """
 
     question: str
@@ -178,6 +193,7 @@ class _Problem:
     fixed: frozenset[Fraction]
     variables: dict[Fraction, tuple[Fraction, range]]
     commas: bool
+    compares: bool
 
 
 def augment_file(file: str | os.PathLike[str], *, copies: int = 1, seed: int = 0) -> Augmented:
@@ -246,8 +262,8 @@ def verify(answer: str) -> None:
     """Evaluate every calculator mark of an answer exactly, and compare its final `#### n`.
 
     Raises Rejected, with the reason, where there is no mark, where one is malformed, where a result, in a mark,
-    behind it or in an equation of the text, is not what the calculation gives, or where the final answer is no
-    mark's result.
+    behind it or in an equation of the text, is not what the calculation gives, where a comparison in the text, such
+    as `3*4 < 15`, is false, or where the final answer is no mark's result.
     """
     numbers = _numbers(answer)
     marks = _marks(answer, numbers)
@@ -263,6 +279,11 @@ def verify(answer: str) -> None:
     for match in _EQUATION.finditer(text):
         whole = not re.search(r"[-+*/×÷(%]\s*$|\bx\s*$", text[: match.start()])
         if whole and _plainly(match[1]) not in (None, _value(match[2])):
+            raise Rejected(WRONG)
+    for match in _COMPARISON.finditer(text):
+        left, right = _plainly(match[1], least=1), _plainly(match[3].rstrip(" .,"), least=1)
+        part = re.search(r"[-+*/×÷)]\s*$|\bx\s*$", text[: match.start()])
+        if not part and left is not None and right is not None and not _HOLDS[match[2]](left, right):
             raise Rejected(WRONG)
     final = _FINAL.search(answer)
     if final is None or final[2] not in {n.text for n in numbers} or _value(final[2]) not in {m.result for m in marks}:
@@ -327,14 +348,14 @@ def _expression(source: str) -> ast.expr:
     return tree
 
 
-def _plainly(text: str) -> Fraction | None:
-    """The value of a calculation in plain text, such as "$3 x 20%"; None where it is something else."""
+def _plainly(text: str, *, least: int = 2) -> Fraction | None:
+    """The value of a calculation in plain text, such as "$3 x 20%", of `least` numbers; None: it is something else."""
     text = re.sub(r"([\d.]+)%", r"(\1/100)", text.replace("$", "").replace("×", "*").replace("÷", "/"))
     text = re.sub(r"(?<=[\d.) ])x(?=[\d.( ])", "*", text)
     try:
         tree = _expression(text)
         leaves = [number.value for number in _numbers(text)]
-        return _evaluate(tree, leaves, leaves)[0] if len(leaves) == _count(tree) > 1 else None
+        return _evaluate(tree, leaves, leaves)[0] if len(leaves) == _count(tree) >= least else None
     except Rejected:
         return None
 
@@ -407,6 +428,8 @@ def _parse(question: str, answer: str) -> _Problem:
         frozenset(fixed),
         variables,
         "," in "".join(n.text for n in (*asked, *told)),
+        # A mark of one number repeats the result that is chosen.
+        _CHOICE.search(question) is not None or any(isinstance(mark.tree, ast.Constant) for mark in marks),
     )
     if not variables:
         raise Rejected(NOTHING)
@@ -516,14 +539,22 @@ def _rewrite(problem: _Problem, drawn: Mapping[Fraction, Fraction]) -> tuple[str
             raise Rejected(AMBIGUOUS)
     asked = {i: drawn.get(n.value, n.value) for i, n in enumerate(problem.asked)}
     # What was more, such as what a tank can hold, stays more.
-    order = sorted({(n.value, asked[i]) for i, n in enumerate(problem.asked)})
-    if any(b[1] <= a[1] for a, b in itertools.pairwise(order)):
+    if not _in_order((n.value, asked[i]) for i, n in enumerate(problem.asked)):
         raise Rejected(UNNATURAL)
+    # What was chosen, being the most or the least, stays that.
+    compared = [i for mark in problem.marks for i in (*mark.leaves, mark.results[0])] if problem.compares else []
+    if not _in_order((problem.told[i].value, new[i]) for i in compared):
+        raise Rejected(COMPARED)
     question = _replace(problem.question, problem.asked, asked, problem.commas)
     answer = _replace(problem.answer, problem.told, new, problem.commas)
     if drawn:
         verify(answer)
     return question, answer
+
+
+def _in_order(values: Iterable[tuple[Fraction, Fraction]]) -> bool:
+    """Whether of any two old values that differ the new ones differ in the same direction. values: (old, new)."""
+    return all(a[1] < b[1] for a, b in itertools.pairwise(sorted(set(values))))
 
 
 def _evaluate(tree: ast.expr, old: Sequence[Fraction], new: Sequence[Fraction]) -> tuple[Fraction, Fraction]:
