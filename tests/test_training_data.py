@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -344,10 +346,87 @@ def test_split_keeps_copies_together(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"held_back is {count}"):
             dataset.split(count)
     # As loaded: a copy names the line it was made from.
-    copy = GOOD | {"source": "data.jsonl:1"}
-    loaded = load(write(tmp_path / "data.jsonl", GOOD, copy, GOOD, copy))
+    copies = [qa(words(i), words(4, NL), source="data.jsonl:1") for i in (8, 9)]
+    loaded = load(write(tmp_path / "data.jsonl", GOOD, copies[0], qa(words(5), words(4, NL)), copies[1]))
     for seed in range(8):
         assert sorted(map(len, (p.examples for p in loaded.split(1, seed=seed)))) == [1, 3]
+
+
+def prompts(dataset: Dataset) -> set[tuple[int, ...]]:
+    return {e.tokens[: e.segments[0][1]] for e in dataset.examples}
+
+
+def test_split_keeps_solutions_of_one_question_together(tmp_path: Path) -> None:
+    solutions = [qa(words(8 + i % 10), words(4, NL, 5 + i // 10)) for i in range(40)]
+    solutions[0]["source"] = solutions[11]["source"] = "one problem, asked in two ways"
+    loaded = load(write(tmp_path / "data.jsonl", *solutions))
+    for dataset in (loaded, Dataset(list(loaded.examples), sources=loaded.sources)):
+        alike = [dataset.split(7, seed=seed) for seed in range(8)]
+        for train, held in alike:
+            assert len(held.examples) in (8, 12)
+            assert not prompts(train) & prompts(held)
+            assert len(prompts(held) & {(8,), (9,)}) != 1
+        assert {len(held.examples) for _, held in alike} == {8, 12}
+    # Without sources too; and where no prompt stands twice, the split is what sources alone make it.
+    assert [len(part.examples) for part in Dataset(list(loaded.examples)).split(7)[::-1]] == [8, 32]
+    sources = tuple(str(i % 10) for i in range(40))
+    _, held = made_of(*[(9, 2)] * 40, sources=sources).split(7, seed=3)
+    order = np.random.default_rng([3, 0]).permutation(10)[:2].tolist()
+    assert [e.tokens[0] for e in held.examples] == [i for i in range(40) if i % 10 in order]
+    # One that does changes nothing else.
+    once = made_of(*[(9, 2)] * 40)
+    held = {int(e.name) for e in once.split(7)[1].examples}
+    other = min(set(range(40)) - held)
+    examples = list(once.examples)
+    examples[other] = replace(examples[other], tokens=examples[min(held)].tokens)
+    found = {int(e.name) for e in Dataset(examples).split(7)[1].examples}
+    assert other in found
+    assert len(found) == 7
+    assert len(found - held) == 1
+
+
+@settings(deadline=None, print_blob=True)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=2, max_size=40), st.integers(0, 9))
+def test_a_split_shares_neither_source_nor_prompt(pairs: list[tuple[int, int]], seed: int) -> None:
+    """However many steps of one source or one prompt it takes from one example to another."""
+    examples = [Example((prompt, 0), ((0, 1), (1, 2)), (False, True), str(i)) for i, (prompt, _) in enumerate(pairs)]
+    try:
+        train, held = Dataset(examples, sources=tuple(str(source) for _, source in pairs)).split(1, seed=seed)
+    except ValueError:  # all of them are one problem
+        held = Dataset(examples)
+    else:
+        assert not prompts(train) & prompts(held)
+        assert not set(train.sources) & set(held.sources)
+    # No more than is needed: what is held back hangs together.
+    rows = [pairs[int(e.name)] for e in held.examples]
+    reached = rows[:1]
+    while found := [a for a in rows if a not in reached and any(a[0] == b[0] or a[1] == b[1] for b in reached)]:
+        reached += found
+    assert set(reached) == set(rows)
+
+
+def test_what_is_held_back_is_taken_out(tmp_path: Path) -> None:
+    held = load(write(tmp_path / "data.jsonl", qa(words(8), words(4, NL)), qa(words(9), words(4, NL))))
+    early = load(
+        write(
+            tmp_path / "early.jsonl",
+            qa(words(1), words(4, NL, *[5] * 70)),
+            qa(words(8), words(6, NL)),
+            qa(words(8, 8), words(6, NL)),
+            qa(words(1), words(6, NL), source="data.jsonl:2"),
+            qa(words(2), words(6, NL), source="data.jsonl:3"),
+        )
+    )
+    for dataset in (early, Dataset(list(early.examples), early.dropped, early.digest, early.sources)):
+        left = dataset.without(held)
+        assert [e.name for e in left.examples] == [f"{tmp_path / 'early.jsonl'}:{i}" for i in (3, 5)]
+        assert left.dropped == {"longer than 64 tokens": 1, "of a problem that is held back": 2}
+        assert left.sources == ("early.jsonl:3", "data.jsonl:3")
+    # Nothing to take out; of examples without sources the prompt alone tells.
+    assert left.without(held) is left
+    assert len(Dataset(list(early.examples)).without(held).examples) == 3
+    with pytest.raises(ValueError, match="all 2 examples are of problems that are held back"):
+        held.without(held)
 
 
 # --- prepare ----------------------------------------------------------------------------------------------------

@@ -120,6 +120,32 @@ def test_no_first_stage(files: dict[str, Path], tmp_path: Path) -> None:
     assert config["backbone"]["name"] == "base"
 
 
+@pytest.mark.parametrize("stage", ["sft", "processor"])
+def test_a_curriculum_holds_no_problem_that_is_held_back(
+    files: dict[str, Path], stage: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind: Any = {"sft": trainers.BackboneTrainer, "processor": trainers.ProcessorTrainer}[stage]
+    losses, seen, held = kind.losses, set(), set()
+
+    def watching(self: Any, batch: Any, denominator: float | None = None) -> Any:
+        if denominator is not None:  # training
+            seen.update(e.tokens for e in batch)
+            held.update(e.tokens for e in self.held_back.examples)
+        return losses(self, batch, denominator)
+
+    # The curriculum is the data itself, in another order, without its sources.
+    early = files["run"].with_name("early.jsonl")
+    early.write_text("".join(reversed(files["train.jsonl"].read_text().splitlines(keepends=True))))
+    config = {**CONFIG, "seed": 1}
+    config[stage] = CONFIG[stage] | {"curriculum": {"files": [str(early)], "iterations": 2}, "batch_size": 16}
+    files["train.yaml"].write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(kind, "losses", watching)
+    assert cli.main(command(files)) == 0
+    assert (len(seen), len(held)) == (16, 4)
+    assert not seen & held
+    assert f"{early}: 4 examples dropped, of a problem that is held back\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

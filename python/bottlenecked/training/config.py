@@ -37,7 +37,7 @@ class DataConfig:
     max_length: tokens of prompt and answer together; longer examples are dropped and counted.
     keep_marks: keep calculator marks such as <<48/2=24>>.
     cache: directory where tokens are kept, as by `bottlenecked prepare --output`; null: nowhere.
-    held_back: examples that are not trained on, to evaluate with; examples derived from one problem stay together.
+    held_back: examples that are not trained on, to evaluate with; examples of one source or one prompt stay together.
     bucket: batches drawn from one band of lengths; see `data.batches`.
     """
 
@@ -59,7 +59,8 @@ class CurriculumConfig:
     In stage 2 those in which the first call has work to do: with gradients cut at every step, call n learns from step
     n + 1 alone, and where that step is trivial it learns nothing.
 
-    files: JSONL as for training. iterations: how many, at the start, see these examples instead of the others.
+    files: JSONL as for training; what is of a problem that is held back is dropped and counted. iterations: how many,
+        at the start, see these examples instead of the others.
     """
 
     files: tuple[str, ...] = ()

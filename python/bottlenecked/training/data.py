@@ -22,7 +22,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, overload
 
@@ -35,6 +35,8 @@ from ..boundary import BoundaryDetector, newline_token_ids
 from ..config import BoundaryConfig
 
 PLAIN_TEMPLATE = "{question}\n"
+# Why `Dataset.without` drops examples.
+HELD_BACK = "of a problem that is held back"
 
 # Part of every digest: counts up whenever the same file would give other tokens, or the cache another layout.
 _FORMAT = 1
@@ -94,27 +96,67 @@ class Dataset:
             return self.examples.num_steps()
         return np.array([e.num_steps for e in self.examples], np.int64)
 
+    def prompts(self) -> list[bytes]:
+        """The tokens of each example's prompt, as the bytes of int32."""
+        if isinstance(self.examples, _Packed):
+            return self.examples.prompts()
+        return [np.array(e.tokens[: e.segments[0][1]], np.int32).tobytes() for e in self.examples]
+
     def split(self, held_back: int, *, seed: int = 0) -> tuple[Dataset, Dataset]:
         """Two parts: for training, and at least `held_back` random examples to judge it by.
 
-        Examples derived from one problem stay together: a copy with other numbers would give its answer away.
-        Raises ValueError unless both parts have an example.
+        What has one source or one prompt stays together: a copy with other numbers, or another solution of the same
+        question, would give the answer away. Raises ValueError unless both parts have an example.
         """
         count = len(self.examples)
-        names = self.sources or tuple(str(i) for i in range(count))
-        groups: dict[str, list[int]] = {}
-        for i, name in enumerate(names):
-            groups.setdefault(name, []).append(i)
-        held: list[int] = []
-        order = list(groups)
-        for i in np.random.default_rng([seed, 0]).permutation(len(order)):
+        first: dict[object, int] = {}
+        for i, name in enumerate(self.sources or range(count)):
+            first.setdefault(name, i)
+        problems, rows = self._problems(), list(first.values())
+        held: set[int] = set()
+        # Sources are drawn, each with its whole problem: two of one prompt do not change what else is drawn.
+        for i in np.random.default_rng([seed, 0]).permutation(len(rows)):
             if len(held) >= held_back:
                 break
-            held += groups[order[i]]
+            held.update(problems[rows[i]])
         if not 0 < len(held) < count:
             raise ValueError(f"held_back is {held_back}, but it must leave some of the {count} examples on either side")
-        chosen = set(held)
-        return self._part([i for i in range(count) if i not in chosen]), self._part(sorted(held))
+        return self._part([i for i in range(count) if i not in held]), self._part(sorted(held))
+
+    def without(self, held_back: Dataset) -> Dataset:
+        """The examples that have neither source nor prompt in `held_back`; the others are dropped and counted.
+
+        Raises ValueError where none is left.
+        """
+        sources, prompts = set(held_back.sources), set(held_back.prompts())
+        names = self.sources or ("",) * len(self.examples)
+        pairs = enumerate(zip(names, self.prompts(), strict=True))
+        rows = [i for i, (name, prompt) in pairs if prompt not in prompts and not (self.sources and name in sources)]
+        dropped = len(self.examples) - len(rows)
+        if not dropped:
+            return self
+        if not rows:
+            raise ValueError(f"all {dropped} examples are of problems that are held back: use others")
+        return replace(self._part(rows), dropped={**self.dropped, HELD_BACK: dropped})
+
+    def _problems(self) -> list[list[int]]:
+        """Per example, the rows of its problem: all that one source or one prompt leads to, and theirs in turn."""
+        first: dict[object, int] = {}
+        earlier = list(range(len(self.examples)))
+
+        def root(i: int) -> int:
+            while earlier[i] != i:
+                earlier[i] = earlier[earlier[i]]
+                i = earlier[i]
+            return i
+
+        for i, key in [*enumerate(self.sources), *enumerate(self.prompts())]:
+            a, b = root(first.setdefault(key, i)), root(i)
+            earlier[max(a, b)] = min(a, b)
+        rows: list[list[int]] = [[] for _ in earlier]
+        for i in range(len(earlier)):
+            rows[root(i)].append(i)
+        return [rows[root(i)] for i in range(len(earlier))]
 
     def _part(self, rows: list[int]) -> Dataset:
         examples = self.examples
@@ -513,6 +555,12 @@ class _Packed(Sequence[Example]):
         lengths: Ints = np.diff(self.arrays["token_begin"])[self.rows]
         return lengths
 
+    def prompts(self) -> list[bytes]:
+        a = self.arrays
+        begins = a["token_begin"][self.rows]
+        ends = begins + a["ends"][a["segment_begin"][self.rows]]
+        return [a["tokens"][begin:end].tobytes() for begin, end in zip(begins, ends, strict=True)]
+
     def num_steps(self) -> Ints:
         steps: Ints = np.diff(self.arrays["segment_begin"])[self.rows] - 1
         return steps
@@ -635,6 +683,7 @@ def _refuse(name: str, message: str) -> NoReturn:
 
 
 __all__ = [
+    "HELD_BACK",
     "PLAIN_TEMPLATE",
     "Conversation",
     "Dataset",

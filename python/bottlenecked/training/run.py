@@ -16,7 +16,7 @@ from pathlib import Path
 from .. import backbones
 from ..boundary import newline_token_ids
 from .config import TrainingConfig, differences
-from .data import Dataset, load_examples
+from .data import HELD_BACK, Dataset, load_examples
 from .evaluate import Evaluation
 from .trainer import (
     BackboneTrainer,
@@ -74,8 +74,16 @@ def train(
             boundary=boundary,
         )
 
+    def load_curriculum(paths: Sequence[str]) -> Dataset:
+        kept = load(paths).without(held_back)
+        if dropped := kept.dropped.get(HELD_BACK):
+            accelerator.print(f"{', '.join(paths)}: {dropped:,} examples dropped, {HELD_BACK}")
+        return kept
+
     data, held_back = load(files).split(config.data.held_back, seed=config.seed)
-    curricula = [load(c.files) if c.files else None for c in (config.sft.curriculum, config.processor.curriculum)]
+    curricula = [
+        load_curriculum(c.files) if c.files else None for c in (config.sft.curriculum, config.processor.curriculum)
+    ]
     name, names = Path(backbone).name, [Path(file).name for file in files]
     if config.sft.method != "none":
         planned_iterations(config.sft, data, curricula[0], accelerator.num_processes)

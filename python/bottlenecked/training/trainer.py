@@ -75,7 +75,8 @@ class Record:
 class Trainer(abc.ABC):
     """What the stages share.
 
-    data, held_back: of `load_examples`, split. curriculum: replaces `data` in the first iterations.
+    data, held_back: of `load_examples`, split. curriculum: replaces `data` in the first iterations; take out of it what
+        is held back (`Dataset.without`).
     config: of the run. settings: of this stage.
     output: where checkpoints and logs go, made if need be; None: nowhere, and `save` fails.
     accelerator: accelerate's; default: a new one.
