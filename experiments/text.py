@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from benchmarks import machine
 from bottlenecked import backbones
 from bottlenecked.boundary import newline_token_ids
-from bottlenecked.training.augment import augment_file
+from bottlenecked.training import augment
 from bottlenecked.training.config import TrainingConfig
 from bottlenecked.training.data import Dataset, Example, load_examples, read_lines, write_lines
 from bottlenecked.training.packed import PackedBackbone
@@ -63,12 +65,19 @@ class TextLab(lab.Lab):
         source = self.plan.data / self.text.train
         files = [source]
         if self.text.copies:
-            files.append(self.plan.build / "data" / f"{source.stem}.{self.text.copies}-copies.jsonl")
-            if not files[1].exists():
-                files[1].parent.mkdir(parents=True, exist_ok=True)
-                write_lines(augment_file(source, copies=self.text.copies, seed=0).lines, files[1])
+            files.append(self._copies(source))
         whole = self._examples(files, self.text.max_length)
         return whole.split(self.plan.examples.held_back, seed=0)
+
+    def _copies(self, source: Path) -> Path:
+        """Of problems with other numbers; made anew where the source, or the program that draws them, is another."""
+        path = self.plan.build / "data" / f"{source.stem}.{self.text.copies}-copies.jsonl"
+        note = path.with_suffix(".json")
+        made_of = [hashlib.sha256(of.read_bytes()).hexdigest() for of in (source, Path(augment.__file__))]
+        if not (path.exists() and note.exists() and json.loads(note.read_text()) == made_of):
+            write_lines(augment.augment_file(source, copies=self.text.copies, seed=0).lines, path)
+            note.write_text(json.dumps(made_of))
+        return path
 
     def _examples(self, files: list[Path], max_length: int) -> Dataset:
         cache = self.plan.build / "data"

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -834,3 +835,20 @@ def test_an_experiment_on_a_text(
     exported = CacheProcessor.from_pretrained(tmp_path / "build/small/export/processor")
     assert exported.config.top_k == 4
     assert TextLab(made).pause_token == task_tokenizer().convert_tokens_to_ids("z")
+
+
+def test_copies_that_another_version_made_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "train.jsonl"
+    problem = {"question": "Tom has 4 boxes of 6 eggs. How many?", "answer": "4*6=<<4*6=24>>24 eggs\n#### 24"}
+    source.write_text(json.dumps(problem) + "\n")
+    made = SimpleNamespace(plan=SimpleNamespace(build=tmp_path / "build"), text=SimpleNamespace(copies=2))
+    path = TextLab._copies(made, source)
+    right, note = path.read_bytes(), path.with_suffix(".json")
+    assert len(right.splitlines()) == 2
+    path.write_bytes(b"old\n")
+    assert TextLab._copies(made, source).read_bytes() == b"old\n"  # its note says that it is right
+    note.write_text(json.dumps(["another source", json.loads(note.read_text())[1]]))
+    assert TextLab._copies(made, source).read_bytes() == right
+    path.write_bytes(b"old\n")
+    note.unlink()
+    assert TextLab._copies(made, source).read_bytes() == right
