@@ -220,8 +220,8 @@ def _measure(lab: Lab, names: Sequence[str]) -> dict[str, dict[str, float]]:
 def _count(lab: Lab, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Operations of products and attention, forwards and backwards, of one iteration.
 
-    Its examples are those in the middle, by length: those of an iteration are of like lengths, too, and with others a
-    Processor would count padding. In float32, which changes none of them, and is quicker on many CPUs.
+    Counted for short, usual and long examples by themselves: those of an iteration are of like lengths, too, and with
+    others a Processor would count padding. In float32, which changes none of them, and is quicker on many CPUs.
     """
     found: dict[str, dict[str, float]] = {name: {} for name in names}
     for phase, data in (("curriculum", lab.curriculum), ("after", lab.train)):
@@ -235,12 +235,14 @@ def _count(lab: Lab, names: Sequence[str]) -> dict[str, dict[str, float]]:
             assert trainer is not None
             examples = trainer.settings.batch_size * trainer.settings.accumulation
             by_length = sorted(data.examples, key=lambda example: len(example.tokens))
-            begin = max(0, (len(by_length) - examples) // 2)
-            some = variant.reads(Dataset(by_length[begin : begin + examples], digest=data.digest)).examples
-            # The plain form of attention: others are not counted on every device.
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                trainer.losses(list(some), 1.0)
-            found[name][phase] = counter.get_total_flops() / len(some) * examples
+            count = -(-examples // 3)
+            for sixth in (1, 3, 5):
+                begin = max(0, len(by_length) * sixth // 6 - count // 2)
+                some = variant.reads(Dataset(by_length[begin : begin + count], digest=data.digest)).examples
+                # The plain form of attention: others are not counted on every device.
+                with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                    trainer.losses(list(some), 1.0)
+                found[name][phase] += counter.get_total_flops() / len(some) * examples / 3
     return found
 
 
