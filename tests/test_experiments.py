@@ -291,16 +291,21 @@ def test_operations_are_counted_alike_on_every_device(tmp_path: Path) -> None:
     made = plan(tmp_path, budget={"unit": "operations", "iterations": 8, "curriculum_iterations": 0}, pairs=[])
     lab = TaskLab(dataclasses.replace(made, variants={n: made.variants[n] for n in ("processor", "sft2", "lora")}))
     found = labs.costs(lab)
-    examples = lab.train.examples[:4]
+    by_length = sorted(lab.train.examples, key=lambda e: len(e.tokens))
     model = tiny_backbone()
     head = model.get_output_embeddings().weight.numel()
     layers = sum(p.numel() for n, p in model.named_parameters() if "layers" in n and p.ndim == 2)
-    tokens = sum(len(e.tokens) - 1 for e in examples)
-    written = sum(sum(e.loss_mask[1:]) for e in examples)
-    padded = -(-tokens // 16) * 16
-    longest = -(-max(len(e.tokens) - 1 for e in examples) // 8) * 8
-    attention = 2 * 2 * 4 * 32 * len(examples) * longest**2 * 2  # heads, size, layers
-    expected = 3 * (2 * (layers * padded + head * written) + attention) * 8 / len(examples)
+    expected = 0.0
+    for sixth in (1, 3, 5):
+        middle = len(by_length) * sixth // 6
+        examples = by_length[middle - 1 : middle + 2]
+        tokens = sum(len(e.tokens) - 1 for e in examples)
+        written = sum(sum(e.loss_mask[1:]) for e in examples)
+        padded = -(-tokens // 16) * 16
+        longest = -(-max(len(e.tokens) - 1 for e in examples) // 8) * 8
+        attention = 2 * 2 * 4 * 32 * len(examples) * longest**2 * 2  # heads, size, layers
+        expected += 3 * (2 * (layers * padded + head * written) + attention) / len(examples) * 8 / 3
+    assert len(by_length[0].tokens) < len(by_length[-1].tokens)
 
     assert found["sft2"].after == pytest.approx(expected, rel=0.1)  # padding varies
     assert found["lora"].after < found["sft2"].after
