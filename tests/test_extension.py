@@ -27,6 +27,7 @@ from bottleneck_ext import (
     UnsupportedError,
 )
 from bottlenecked import BoundaryEvent, CacheProcessor
+from bottlenecked.processor import BoundCache
 
 from .cases import LAYOUTS, Case, Shape, make_case
 
@@ -404,29 +405,30 @@ def test_shared_blocks_may_be_read(case: Case) -> None:
     assert (out > 0).all()
 
 
-def test_empty_outputs_are_checked(case: Case) -> None:
+def bound_to(case: Case) -> BoundCache:
     processor = case.processor()
-    bound = processor.bind(
+    return processor.bind(
         case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
     )
+
+
+def native_rewrite(bound: BoundCache, case: Case, **options: object) -> None:
+    """One step, without what Python puts around it."""
+    bound.processor.native.rewrite(
+        bound.kv_cache, bound.query_cache, [(0, 0, 21, 30)], case.block_table, workspace=bound.workspace, **options
+    )
+
+
+def test_empty_outputs_are_checked(case: Case) -> None:
+    bound = bound_to(case)
     for name, match in (("delta_norm", "delta_norm has 1 dimensions"), ("recalled", "recalled is float32")):
         with pytest.raises(InvalidArgumentError, match=match):
-            processor.native.rewrite(
-                bound.kv_cache,
-                bound.query_cache,
-                [(0, 0, 21, 30)],
-                case.block_table,
-                workspace=bound.workspace,
-                **{name: torch.empty(0)},
-            )
+            native_rewrite(bound, case, **{name: torch.empty(0)})
 
 
 @pytest.mark.parametrize("name", ["recalled", "delta_norm", "row_norm", "skipped"])
 def test_outputs_without_data_are_refused(case: Case, name: str) -> None:
-    processor = case.processor()
-    bound = processor.bind(
-        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
-    )
+    bound = bound_to(case)
     before = case.snapshot()
     out = {
         "recalled": torch.zeros(case.config.num_layers, 1, case.config.top_k, dtype=torch.int64),
@@ -434,14 +436,7 @@ def test_outputs_without_data_are_refused(case: Case, name: str) -> None:
     }.get(name, torch.zeros(case.config.num_layers, 1))
     out.untyped_storage().resize_(0)
     with pytest.raises(InvalidArgumentError, match=f"{name} has no data"):
-        processor.native.rewrite(
-            bound.kv_cache,
-            bound.query_cache,
-            [(0, 0, 21, 30)],
-            case.block_table,
-            workspace=bound.workspace,
-            **{name: out},
-        )
+        native_rewrite(bound, case, **{name: out})
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case.pools, before, strict=True))
 
 
@@ -449,18 +444,12 @@ def test_outputs_without_data_are_refused(case: Case, name: str) -> None:
 def test_out_of_memory_is_never_reported_as_nothing_written(case: Case, what: str) -> None:
     """Every Python allocation of a call fails once: MemoryError means that the caches are as they were."""
     testcapi = pytest.importorskip("_testcapi")
-    processor = case.processor()
-    bound = processor.bind(
-        case.keys, case.values, case.queries, workspace=processor.workspace(), query_table=case.query_table
-    )
-    steps = [(0, 0, 21, 30)]
+    bound = bound_to(case)
     events = [BoundaryEvent(0, 21, 30)]
 
     def rewrite() -> None:
         if what == "native":
-            processor.native.rewrite(
-                bound.kv_cache, bound.query_cache, steps, case.block_table, workspace=bound.workspace
-            )
+            native_rewrite(bound, case)
         else:
             bound.rewrite(events, case.block_table)
 

@@ -267,6 +267,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     return found
 
 
+def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """ValueError, listing what differs, unless `path`, which says `before`, is of the run that is to go on."""
+    if changed := differences(before, now):
+        raise ValueError(f"{path} is of another run: {'; '.join(changed)}; use the same, or another output directory")
+
+
 def _dump(config: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for f in dataclasses.fields(config):
@@ -345,5 +351,6 @@ __all__ = [
     "ProcessorConfig",
     "SFTConfig",
     "TrainingConfig",
+    "check_same_run",
     "differences",
 ]

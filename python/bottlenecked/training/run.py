@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import backbones
 from ..boundary import newline_token_ids
-from .config import TrainingConfig, differences
+from .config import TrainingConfig, check_same_run
 from .data import HELD_BACK, Dataset, load_examples
 from .evaluate import Evaluation
 from .trainer import (
@@ -54,12 +54,8 @@ def train(
     if resume and not (directory / "train.yaml").exists():
         raise ValueError(f"{directory} holds no run to resume: leave out --resume")
     if resume and not any(directory.glob("*.checkpoint")):  # each of them knows its configuration
-        changed = differences(TrainingConfig.load(directory / "train.yaml").to_dict(), config.to_dict())
-        if changed:
-            raise ValueError(
-                f"{directory / 'train.yaml'} is of another run: {'; '.join(changed)}; use the same, or another output "
-                "directory"
-            )
+        path = directory / "train.yaml"
+        check_same_run(path, TrainingConfig.load(path).to_dict(), config.to_dict())
     tokenizer = backbones.load_tokenizer(backbone)
     boundary = config.processor.boundary()
 

@@ -38,7 +38,7 @@ from ..backbones import model_weights_hash, taking_place_of
 from ..boundary import newline_token_ids
 from ..config import CacheProcessorConfig
 from ..module import CacheProcessorModule
-from .config import ProcessorConfig, SFTConfig, TrainingConfig, differences
+from .config import ProcessorConfig, SFTConfig, TrainingConfig, check_same_run, differences
 from .data import Dataset, Example, batches, num_batches
 from .evaluate import Evaluation, compare
 from .packed import PackedBackbone
@@ -342,11 +342,7 @@ class Trainer(abc.ABC):
             raise ValueError(f"{path} is no checkpoint of this version: start again without --resume")
         # Checkpoints of before do not say on how many devices.
         before = {"num_devices": self.accelerator.num_processes, **state["fingerprint"]}
-        changed = differences(before, json.loads(json.dumps(self.fingerprint())))
-        if changed:
-            raise ValueError(
-                f"{path} is of another run: {'; '.join(changed)}; use the same, or another output directory"
-            )
+        check_same_run(path, before, json.loads(json.dumps(self.fingerprint())))
         for name, parameter in self.parameters.items():
             if (stored := tensors.get(f"parameters.{name}")) is None or stored.shape != parameter.shape:
                 raise ValueError(f"{path} lacks the parameter {name} of this shape: start again without --resume")

@@ -186,8 +186,9 @@ class SchedulerHalf:
     def lose(self, blocks: Collection[int]) -> None:
         """What these blocks hold cannot be used: a rewrite or a load failed. vLLM sets their requests back, and may
         preempt them before they are computed again; and one that it has preempted meanwhile was saved with them."""
+        failed = set(blocks)
         for tracked in self._tracked.values():
-            if not set(blocks).isdisjoint(tracked.blocks):
+            if not failed.isdisjoint(tracked.blocks):
                 tracked.lost = tracked.row >= 0
                 self._forget_saved(tracked, self._next_plan)
 
