@@ -501,6 +501,19 @@ def test_kept_cache_with_the_same_contents(kind: str, what: str) -> None:
         assert recorders[0].steps(row) == recorders[1].steps(row)
 
 
+def test_kept_cache_that_holds_no_numbers() -> None:
+    """It was not moved; what it holds is for the next rewrite to refuse."""
+    model = tiny.model()
+    tokens, _ = tiny.prompts((20,))
+    cache = DynamicCache(config=model.config)
+    with attach(model, tiny.processor(boundary={"min_step_length": 1000})):
+        for length in (22, 24, 26):
+            tokens = generate(model, tokens, **{tiny.CACHE: cache}, max_new_tokens=2).sequences
+            assert tokens.shape[1] == length
+            cache.layers[0].values[:, :, 0] = torch.nan
+    assert cache.layers[-1].keys[:, :, -1].isnan().all()
+
+
 def test_kept_cache_with_another_turn() -> None:
     """The new tokens and those since the last boundary are one step, rewritten when the answer begins."""
     model = tiny.model()
