@@ -4,7 +4,6 @@ happens when one of the two fails: the other one must neither wait for ever nor 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,11 +31,8 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(processor: Path, output: Path, world_size: int) -> list[Found]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     root = Path(__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "tests.vllm_ranks", str(processor), str(output)]
     ranks = [
         subprocess.Popen(

@@ -1,6 +1,6 @@
 """One rank of tests/test_vllm_ranks.py's two: the worker's half of the vLLM integration under tensor parallelism.
 
-RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python -m tests.vllm_ranks PROCESSOR OUTPUT
+RANK=0 WORLD_SIZE=2 python -m tests.vllm_ranks PROCESSOR OUTPUT
 
 Goes through CASES; in each, something fails on rank 1 while both rewrite two steps of two requests. Writes the caches
 and the counts after each case to OUTPUT.RANK.pt. World size 1: the same caches with all heads, nothing fails.
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -129,7 +130,8 @@ def main(processor: str, output: str) -> None:
     torch.set_num_threads(1)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world_size > 1:
-        torch.distributed.init_process_group("gloo")
+        meeting = Path(f"{output}.meeting").absolute().as_uri()  # no port, which another process may take meanwhile
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     found = {}
     for name, (where, error, count) in CASES.items():
         if world_size == 1 and where:
