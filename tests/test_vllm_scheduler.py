@@ -345,6 +345,8 @@ class Histories(RuleBasedStateMachine):
         self.random = random.Random(seed)
         self.texts = [[self.random.choice([NEWLINE, 1, 2]) for _ in range(40)] for _ in range(2)]
         self.known: dict[str, Request] = {}
+        self.lost: set[str] = set()  # set back, and not computed again yet
+        self.number = 0  # of the latest plan
 
     def sample(self) -> int:
         return self.random.choices([NEWLINE, 1, 0], [40, 58, 2])[0]  # 0 ends a request
@@ -410,10 +412,13 @@ class Histories(RuleBasedStateMachine):
         assert plan.precedes_forward == bool(found or plan.restore or plan.fill or plan.keep)
         assert sum(len(cells) for cells, _ in self.worker.saved.values()) <= self.max_saved_tokens
         assert len(self.worker.prompts) <= self.half.prompts.max_blocks
+        self.number = plan.number
         if self.max_saved_tokens > 1000:
             # With room for all, every preemption is saved but where vLLM wants the cache forgotten.
+            # And where what it holds was lost.
             wanted = {r.request_id for r in preempted if r.is_rewritten and not r.drop_stale_output}
-            assert saves == wanted
+            assert saves == wanted - self.lost
+        self.lost -= {request.request_id for request in counts}
         for request, count in counts.items():
             self.worker.forward(request, lengths[request], count)
             request.rewritten[lengths[request] :] = [()] * count
@@ -445,7 +450,10 @@ class Histories(RuleBasedStateMachine):
         request = self.engine.running[which % len(self.engine.running)]
         length = blocks * self.engine.block_size
         if length < request.num_computed_tokens:
-            self.half.lose(request.blocks[blocks : blocks + 1])
+            saved = {waiting.request_id: self.half.restorable(waiting) for waiting in self.engine.waiting}
+            self.half.lose(request.blocks[blocks : blocks + 1], self.number)
+            assert {waiting.request_id: self.half.restorable(waiting) for waiting in self.engine.waiting} == saved
+            self.lost.add(request.request_id)
             request.num_computed_tokens = length
             self.engine.started.append(request)
 
@@ -500,19 +508,19 @@ def test_one_request() -> None:
     """Block 4, window 6: three pages in a row."""
     target, request = half(), Request("r", [1] * 9)
     target.add(request)
-    assert run(target, request, 5) == Plan(map=[(0, 0), (1, 1)])
-    assert run(target, request, 4) == Plan(map=[(2, 2)])
+    assert run(target, request, 5) == Plan(1, map=[(0, 0), (1, 1)])
+    assert run(target, request, 4) == Plan(2, map=[(2, 2)])
     request.all_token_ids += [1, NEWLINE]
-    assert run(target, request, 1) == Plan(unmap=[0], rewrite=[Rewrite(0, 0, 9, None, (0, 1, 2))])
-    assert run(target, request, 1) == Plan()
+    assert run(target, request, 1) == Plan(3, unmap=[0], rewrite=[Rewrite(0, 0, 9, None, (0, 1, 2))])
+    assert run(target, request, 1) == Plan(4)
     request.all_token_ids += [1]
     plan = run(target, request, 1)
-    assert plan == Plan(rewrite=[Rewrite(0, 9, 11, None, (0, 1, 2))])
+    assert plan == Plan(5, rewrite=[Rewrite(0, 9, 11, None, (0, 1, 2))])
     assert plan.precedes_forward
     target.finish("r")
     assert target.is_idle
-    assert target.build(scheduled({})) == Plan(unmap=[1, 2])
-    assert target.build(scheduled({})) == Plan()
+    assert target.build(scheduled({})) == Plan(6, unmap=[1, 2])
+    assert target.build(scheduled({})) == Plan(7)
 
 
 @pytest.mark.parametrize("first", ["lost", "preempted"])
@@ -520,25 +528,78 @@ def test_what_was_lost_is_not_saved(first: str) -> None:
     """A rewrite failed while it wrote, or a load; vLLM sets the request back, and preempts it before that is done."""
     target, request = half(), Request("r", [1] * 9)
     target.add(request)
-    run(target, request, 9)
+    number = run(target, request, 9).number
     preempted = scheduled({}, preempted=(request,))
     if first == "lost":
-        target.lose([2])
+        target.lose([2], number)
     request.num_computed_tokens, blocks, request.blocks = 0, request.blocks, []
     plan = target.build(preempted)
     if first == "preempted":
         assert [save.request_id for save in plan.save] == ["r"]
-        target.lose([2])
+        target.lose([2], number)
         plan = target.build(scheduled({}))
         assert plan.drop == ["r"]
     assert plan.save == []
     assert target.restorable(request) == 0
     request.blocks = blocks
-    assert run(target, request, 9).restore == []
+    plan = run(target, request, 9)
+    assert plan.restore == []
     assert target.skipped["computed again"] == 1
-    target.lose([7])  # nobody's
+    target.lose([7], plan.number)  # nobody's
+    target.lose([2], number)  # another's at that time
     request.num_computed_tokens = 0
     assert [save.length for save in target.build(preempted).save] == [9]
+
+
+def test_what_another_loses_later_stays_saved() -> None:
+    """Blocks change hands: a save holds what was in them before."""
+    target, first, second = half(), Request("a", [1] * 5), Request("b", [1] * 5)
+    target.add(first)
+    run(target, first, 5)
+    first.num_computed_tokens, blocks, first.blocks = 0, first.blocks, []
+    assert [save.request_id for save in target.build(scheduled({}, preempted=(first,))).save] == ["a"]
+    first.all_token_ids.append(1)
+    target.add(second)
+    second.blocks = blocks
+    target.lose(blocks, run(target, second, 5).number)
+    assert target.build(scheduled({})).drop == []
+    assert target.restorable(first) == 5
+
+
+@pytest.mark.parametrize("how", ["fails", "is ended", "is answered"])
+def test_a_prompt_that_was_filled_in_is_known_when_that_has_succeeded(how: str) -> None:
+    """With a step in flight its further blocks are kept before anybody knows of the load they were computed from."""
+    target = half(options=ServerOptions(processor="somewhere", prompt_cache_tokens=16))
+    first, second, third = Request("a", [1] * 15), Request("b", [1] * 20), Request("c", [1] * 20)
+    target.add(first)
+    run(target, first, 15)
+    first.all_token_ids.append(1)
+    assert len(run(target, first, 1).keep) == 2
+    target.add(second)
+    assert target.restorable(second) == 8
+    second.num_computed_tokens, second.blocks = 8, [10, 11, 12, 13, 14, 15]
+    filled = run(target, second, 12)
+    assert len(filled.fill) == 2
+    keep = run(target, second, 1).keep  # its first token is in flight
+    assert [block for _, block in keep] == [12]
+    target.add(third)
+    assert target.restorable(third) == 8
+    if how == "fails":
+        target.lose([11], filled.number)
+        second.num_computed_tokens = 4
+    if how == "is ended":
+        target.finish("b")
+    if how == "is answered":
+        second.all_token_ids.append(1)
+        plan = run(target, second, 1)
+        assert plan.forget == []
+        target.finish("b")
+        assert target.restorable(third) == 12
+    else:
+        plan = target.build(scheduled({}))
+        assert plan.forget == [keep[0][0]]
+        assert target.restorable(third) == 8
+        assert len(target.prompts) == 2
 
 
 def test_preemption_saves_and_restores() -> None:
@@ -548,7 +609,7 @@ def test_preemption_saves_and_restores() -> None:
     assert target.restorable(request) == 0
     request.num_computed_tokens = 0
     plan = target.build(scheduled({}, (request,)))
-    assert plan == Plan(save=[Transfer("r", 0, 5, (0, 1))], unmap=[0, 1])
+    assert plan == Plan(2, save=[Transfer("r", 0, 5, (0, 1))], unmap=[0, 1])
     assert not plan.precedes_forward
     assert target.restorable(request) is None  # the token of the last position is on its way
     request.all_token_ids.append(NEWLINE)
@@ -568,8 +629,8 @@ def test_what_ends_while_saved_is_dropped_once() -> None:
     target.finish("r")
     target.finish("r")
     assert target.is_idle
-    assert target.build(scheduled({})) == Plan(drop=["r"])
-    assert target.build(scheduled({})) == Plan()
+    assert target.build(scheduled({})) == Plan(3, drop=["r"])
+    assert target.build(scheduled({})) == Plan(4)
 
 
 def test_the_limit_of_saves() -> None:
@@ -597,7 +658,7 @@ def test_a_forgotten_cache_is_not_restored() -> None:
     target.add(request)
     run(target, request, 5)
     request.drop_stale_output = True
-    assert target.build(scheduled({}, (request,))) == Plan(unmap=[0, 1])
+    assert target.build(scheduled({}, (request,))) == Plan(2, unmap=[0, 1])
     assert target.restorable(request) == 0
 
 
@@ -706,6 +767,7 @@ def test_a_prompt_that_a_worker_lost() -> None:
     assert plan.forget == [kept[1]]
     assert [key for key, _ in plan.fill] == kept[:1]
     target.forget_prompts({kept[0]})
+    second.all_token_ids.append(1)
     plan = run(target, second, 1)
     assert [key for key, _ in plan.keep] == kept
     assert plan.forget == []
@@ -743,7 +805,7 @@ def test_rows_that_run_out_do_not_raise(caplog: pytest.LogCaptureFixture) -> Non
     for i, request in enumerate(requests):
         target.add(request)
         request.blocks = [2 * i, 2 * i + 1]
-    assert target.build(scheduled(dict.fromkeys(requests, 5))) == Plan(map=[(0, 0), (1, 1)])
+    assert target.build(scheduled(dict.fromkeys(requests, 5))) == Plan(1, map=[(0, 0), (1, 1)])
     assert target.skipped == {"no query row": 1}
     assert "no query row is free for request b" in caplog.text
     for request in requests:
@@ -769,7 +831,7 @@ def test_what_is_not_rewritten_is_counted(request_: Request, reason: str) -> Non
     target.add(request_)
     assert target.skipped == {reason: 1}
     assert target.restorable(request_) == 0
-    assert run(target, request_, 1) == Plan()
+    assert run(target, request_, 1) == Plan(1)
     assert target.is_idle
 
 

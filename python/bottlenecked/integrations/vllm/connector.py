@@ -43,14 +43,16 @@ class RewriteMetadata(KVConnectorMetadata):
 
 
 @dataclass
-class LostPrompts(KVConnectorWorkerMetadata):
-    """Workers to scheduler, where there is something to tell: keys of prompts that some worker could not keep."""
+class WorkerReport(KVConnectorWorkerMetadata):
+    """Workers to scheduler, each step. number: of the latest plan. lost_prompts: keys of prompts that some worker could
+    not keep."""
 
-    keys: set[bytes]
+    number: int
+    lost_prompts: set[bytes]
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> LostPrompts:
-        assert isinstance(other, LostPrompts)
-        return LostPrompts(self.keys | other.keys)
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
+        assert isinstance(other, WorkerReport)
+        return WorkerReport(self.number, self.lost_prompts | other.lost_prompts)
 
 
 class BottleneckedConnector(KVConnectorBase_V1, SupportsHMA):
@@ -113,10 +115,12 @@ class BottleneckedConnector(KVConnectorBase_V1, SupportsHMA):
         return RewriteMetadata(plan)
 
     def update_connector_output(self, connector_output: Any) -> None:
+        report = connector_output.kv_connector_worker_meta
+        if report is None:
+            return
         if connector_output.invalid_block_ids:
-            self.scheduler.lose(connector_output.invalid_block_ids)
-        if connector_output.kv_connector_worker_meta is not None:
-            self.scheduler.forget_prompts(connector_output.kv_connector_worker_meta.keys)
+            self.scheduler.lose(connector_output.invalid_block_ids, report.number)
+        self.scheduler.forget_prompts(report.lost_prompts)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self.scheduler.finish(request.request_id)
@@ -169,9 +173,8 @@ class BottleneckedConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.worker.take_failed_blocks()
 
-    def build_connector_worker_meta(self) -> LostPrompts | None:
-        lost = self.worker.take_lost_prompts()
-        return LostPrompts(lost) if lost else None
+    def build_connector_worker_meta(self) -> WorkerReport:
+        return WorkerReport(self.worker.number, self.worker.take_lost_prompts())
 
     # ---- both
 

@@ -26,11 +26,14 @@ def block_keys(tokens: Sequence[int], block_size: int, salt: str) -> list[bytes]
 
 
 class PromptIndex:
-    """The blocks that are kept, least recently used first; at most `max_blocks`."""
+    """The blocks that are kept, least recently used first; at most `max_blocks`.
+
+    A block may be kept on trial: until it is known that what it was computed from was right it matches nothing.
+    """
 
     def __init__(self, max_blocks: int) -> None:
         self.max_blocks = max_blocks
-        self._kept: OrderedDict[bytes, None] = OrderedDict()
+        self._kept: OrderedDict[bytes, int | None] = OrderedDict()  # whose trial
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -39,9 +42,9 @@ class PromptIndex:
         return key in self._kept
 
     def match(self, keys: Sequence[bytes]) -> int:
-        """How many of a prompt's first blocks are kept."""
+        """How many of a prompt's first blocks are kept, and not on trial."""
         for count, key in enumerate(keys):
-            if key not in self._kept:
+            if self._kept.get(key, -1) is not None:
                 return count
         return len(keys)
 
@@ -51,14 +54,26 @@ class PromptIndex:
             if key in self._kept:
                 self._kept.move_to_end(key)
 
-    def keep(self, keys: Sequence[bytes]) -> tuple[list[int], list[bytes]]:
-        """Takes in a computed prompt; returns the indices of its blocks that are new, and what has to go for them."""
+    def keep(self, keys: Sequence[bytes], trial: int | None = None) -> tuple[list[int], list[bytes]]:
+        """Takes in a computed prompt; returns the indices of its blocks that are new, and what has to go for them.
+
+        trial: a number of 0 or more, of one's own: the new ones are on trial until `settle` is called with it.
+        """
         wanted = keys[: self.max_blocks]
         new = [i for i, key in enumerate(wanted) if key not in self._kept]
-        self._kept.update((wanted[i], None) for i in new)
+        self._kept.update((wanted[i], trial) for i in new)
         self.use(wanted)
         gone = [self._kept.popitem(last=False)[0] for _ in range(len(self._kept) - self.max_blocks)]
         return new, gone
+
+    def settle(self, keys: Iterable[bytes], trial: int, *, right: bool) -> list[bytes]:
+        """What of these is on this trial is kept for good, or no longer; returns what has to go."""
+        on_trial = [key for key in keys if self._kept.get(key) == trial]
+        if not right:
+            return self.discard(on_trial)
+        for key in on_trial:
+            self._kept[key] = None
+        return []
 
     def discard(self, keys: Iterable[bytes]) -> list[bytes]:
         """These are kept no longer; returns those that were."""

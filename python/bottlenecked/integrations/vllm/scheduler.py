@@ -53,11 +53,13 @@ class Transfer:
 class Plan:
     """What workers do before one forward, in this order.
 
-    drop: saved requests to forget. save: before their blocks are written by others. unmap: blocks that have no query
-    page any more; map: (block, page). restore: into the new blocks. fill: blocks of known prompts, and keep: blocks of
-    new ones, as (key, block), see prompts.py; forget: keys. rewrite: at most one step a request.
+    number: plans are counted, so that workers can say which one failed. drop: saved requests to forget. save: before
+    their blocks are written by others. unmap: blocks that have no query page any more; map: (block, page). restore:
+    into the new blocks. fill: blocks of known prompts, and keep: blocks of new ones, as (key, block), see prompts.py;
+    forget: keys. rewrite: at most one step a request.
     """
 
+    number: int = 0
     drop: list[str] = field(default_factory=list)
     save: list[Transfer] = field(default_factory=list)
     unmap: list[int] = field(default_factory=list)
@@ -77,7 +79,8 @@ class Plan:
 @dataclass
 class _Tracked:
     """A request that is rewritten. prompt_length: of step 0. announced: positions the detector knows of. keys: of the
-    prompt's blocks that may be known. lost: not all that is written can be used, and vLLM will compute it again."""
+    prompt's blocks that may be known. filled: its first blocks came from workers. on_trial: keys that were kept before
+    it was known whether workers had them. lost: not all that is written can be used, and vLLM will compute it again."""
 
     request: Any
     sequence: int
@@ -88,8 +91,12 @@ class _Tracked:
     row: int = -1  # none: not running
     written: int = 0  # positions whose KV is written once the scheduled forwards are done
     blocks: tuple[int, ...] = ()
+    since: list[int] = field(default_factory=list)  # by block, the number of the first plan in which it was this one's
     pages: dict[int, int] = field(default_factory=dict)  # of mapped blocks
     saved: bool = False
+    saved_by: int = 0  # the number of the plan
+    filled: bool = False
+    on_trial: list[bytes] = field(default_factory=list)
     lost: bool = False
 
 
@@ -124,7 +131,7 @@ class SchedulerHalf:
         self._free_rows = list(range(num_rows))[::-1]
         self._saved_tokens = 0
         self._next_sequence = 0
-        self._next_plan = Plan()
+        self._next_plan = Plan(number=1)
 
     @property
     def is_idle(self) -> bool:
@@ -183,13 +190,20 @@ class SchedulerHalf:
         """A worker could not keep these blocks; others did. What is scheduled already is told by the worker."""
         self._next_plan.forget += self.prompts.discard(keys)
 
-    def lose(self, blocks: Collection[int]) -> None:
-        """What these blocks hold cannot be used: a rewrite or a load failed. vLLM sets their requests back, and may
-        preempt them before they are computed again; and one that it has preempted meanwhile was saved with them."""
+    def lose(self, blocks: Collection[int], number: int) -> None:
+        """What these blocks hold cannot be used: a rewrite or a load of the plan of this number failed.
+
+        vLLM ends their requests, or sets them back, and may preempt them before they are computed again. One that it
+        has preempted meanwhile was saved with them, and what was kept of a prompt meanwhile was computed from them.
+        """
         failed = set(blocks)
         for tracked in self._tracked.values():
-            if not failed.isdisjoint(tracked.blocks):
-                tracked.lost = tracked.row >= 0
+            pairs = zip(tracked.blocks, tracked.since, strict=False)
+            if all(block not in failed or since > number for block, since in pairs):
+                continue
+            tracked.lost = tracked.row >= 0
+            self._settle(tracked, self._next_plan, right=False)
+            if tracked.saved_by > number:
                 self._forget_saved(tracked, self._next_plan)
 
     def reset(self) -> None:
@@ -200,7 +214,8 @@ class SchedulerHalf:
 
     def build(self, scheduled: Any) -> Plan:
         """What has to precede the forward of vLLM's SchedulerOutput. Blocks are those the forward will use."""
-        plan, self._next_plan = self._next_plan, Plan()
+        plan = self._next_plan
+        self._next_plan = Plan(number=plan.number + 1)
         for request_id in scheduled.preempted_req_ids or ():
             if (tracked := self._tracked.get(request_id)) is not None:
                 self._preempt(tracked, plan)
@@ -228,6 +243,7 @@ class SchedulerHalf:
                 self.skipped["no query row"] += 1
                 return
             tracked.row = self._free_rows.pop()
+            tracked.since = []
         if tracked.saved:
             plan.restore.append(Transfer(request_id, tracked.row, tracked.written, blocks))
             self._saved_tokens -= tracked.written
@@ -236,18 +252,26 @@ class SchedulerHalf:
             known = tracked.keys[: length // self.block_size]
             plan.fill += zip(known, blocks, strict=False)
             self.prompts.use(known)
+            tracked.filled = bool(known)
         event = self._announce(tracked, length)
         if event is not None:
             used = blocks[: -(-length // self.block_size)]
             plan.rewrite.append(Rewrite(tracked.row, event.step_begin, event.step_end, tracked.top_k, used))
+        # Where the token after the prompt is here, so is what became of the loads before it.
+        answered = tracked.request.num_tokens > tracked.prompt_length
+        if answered:
+            self._settle(tracked, plan, right=True)
         if tracked.keys and length >= tracked.prompt_length:
-            new, gone = self.prompts.keep(tracked.keys)
+            trial = tracked.sequence if tracked.filled and not answered else None
+            new, gone = self.prompts.keep(tracked.keys, trial)
             plan.keep += [(tracked.keys[i], blocks[i]) for i in new]
             # Workers keep before they forget: what another request of this step pushed out may be back.
             plan.forget = [key for key in plan.forget if key not in self.prompts] + gone
+            tracked.on_trial = [tracked.keys[i] for i in new] if trial is not None else []
             tracked.keys = []
         tracked.written = length + count
         tracked.blocks = blocks
+        tracked.since += [plan.number] * (len(blocks) - len(tracked.since))
         self._map(tracked, plan)
 
     def _announce(self, tracked: _Tracked, length: int) -> Any:
@@ -278,11 +302,17 @@ class SchedulerHalf:
         plan.map += [(block, page) for block, page in wanted.items() if tracked.pages.get(block) != page]
         tracked.pages = wanted
 
+    def _settle(self, tracked: _Tracked, plan: Plan, *, right: bool) -> None:
+        """Whether what was kept of this prompt on trial was computed from what it should be."""
+        plan.forget += self.prompts.settle(tracked.on_trial, tracked.sequence, right=right)
+        tracked.on_trial = []
+
     def _remove(self, request_id: str, plan: Plan) -> None:
-        """Nothing of this request is kept."""
+        """Nothing of this request is kept but its prompt, and that not where nobody knows yet whether it is right."""
         tracked = self._tracked.pop(request_id, None)
         if tracked is None:
             return
+        self._settle(tracked, plan, right=False)
         self._leave(tracked, plan)
         self._forget_saved(tracked, plan)
         if tracked.announced:
@@ -297,7 +327,7 @@ class SchedulerHalf:
         if not forgotten and self._saved_tokens + tracked.written <= self.max_saved_tokens:
             plan.save.append(Transfer(tracked.request.request_id, tracked.row, tracked.written, tracked.blocks))
             self._saved_tokens += tracked.written
-            tracked.saved = True
+            tracked.saved, tracked.saved_by = True, plan.number
         elif not forgotten:
             logger.warning(
                 "request %s is preempted and not saved: %d tokens are saved, and max_saved_tokens is %d",

@@ -49,6 +49,7 @@ class WorkerHalf:
         self.group = group
         self.reports = reports
         self.stats = RewriteStats()
+        self.number = 0  # of the latest plan
         self.failed_blocks: set[int] = set()
         self.lost_prompts: set[bytes] = set()
         self.saved: dict[str, tuple[list[Tensor], list[Tensor], Tensor]] = {}
@@ -120,6 +121,7 @@ class WorkerHalf:
 
     def run(self, plan: Plan) -> None:
         """Before the forward: `start_load_kv`."""
+        self.number = plan.number
         for transfer in plan.restore:
             self._restore(transfer)
         if plan.fill:
