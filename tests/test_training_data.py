@@ -429,6 +429,26 @@ def test_what_is_held_back_is_taken_out(tmp_path: Path) -> None:
         held.without(held)
 
 
+def test_what_leads_to_a_problem_that_is_held_back_is_taken_out_too(tmp_path: Path) -> None:
+    """A copy names the line of the curriculum it was made from, and that line's prompt stands in the training data."""
+    held = load(write(tmp_path / "train.jsonl", qa(words(8), words(4, NL))))
+    early = write(tmp_path / "early.jsonl", *(qa(words(i), words(4, NL)) for i in (1, 8, 2)))
+    copies = write(
+        tmp_path / "early.copies.jsonl",
+        *(qa(words(i), words(4, NL), source=f"early.jsonl:{line}") for i, line in ((5, 1), (6, 2), (9, 2), (1, 3))),
+    )
+    loaded = load_examples([early, copies], tokenizer(), template="{question}", max_length=64)
+    for dataset in (loaded, Dataset(list(loaded.examples), sources=loaded.sources)):
+        left = dataset.without(held)
+        assert [Path(e.name).name for e in left.examples] == [
+            "early.jsonl:1",
+            "early.jsonl:3",
+            "early.copies.jsonl:1",
+            "early.copies.jsonl:4",
+        ]
+        assert left.dropped == {"of a problem that is held back": 3}
+
+
 # --- prepare ----------------------------------------------------------------------------------------------------
 
 

@@ -124,14 +124,18 @@ class Dataset:
         return self._part([i for i in range(count) if i not in held]), self._part(sorted(held))
 
     def without(self, held_back: Dataset) -> Dataset:
-        """The examples that have neither source nor prompt in `held_back`; the others are dropped and counted.
+        """The examples of problems that have neither source nor prompt in `held_back`; others are dropped and counted.
 
+        A problem is whatever sources and prompts lead to, as in `split`: where one example of it is dropped all are.
         Raises ValueError where none is left.
         """
         sources, prompts = set(held_back.sources), set(held_back.prompts())
-        names = self.sources or ("",) * len(self.examples)
-        pairs = enumerate(zip(names, self.prompts(), strict=True))
-        rows = [i for i, (name, prompt) in pairs if prompt not in prompts and not (self.sources and name in sources)]
+        names = self.sources or (None,) * len(self.examples)
+        gone: set[int] = set()
+        for i, (problem, name, prompt) in enumerate(zip(self._problems(), names, self.prompts(), strict=True)):
+            if i not in gone and (prompt in prompts or name in sources):
+                gone.update(problem)
+        rows = [i for i in range(len(self.examples)) if i not in gone]
         dropped = len(self.examples) - len(rows)
         if not dropped:
             return self
