@@ -449,6 +449,36 @@ def test_what_leads_to_a_problem_that_is_held_back_is_taken_out_too(tmp_path: Pa
         assert left.dropped == {"of a problem that is held back": 3}
 
 
+def test_lines_of_files_of_one_name_are_not_one_problem(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "early").mkdir()
+    full, early = (
+        write(tmp_path / name / "train.jsonl", *(qa(words(i), words(4, NL)) for i in prompts))
+        for name, prompts in (("full", (8, 9, 10)), ("early", (1, 2, 10)))
+    )
+    copy = qa(words(5), words(4, NL), source="train.jsonl:2")
+    copies = write(tmp_path / "copies.jsonl", copy, copy | {"question": words(6), "source": "train.jsonl:7"})
+
+    def names(dataset: Dataset) -> list[str]:
+        return [str(Path(e.name).relative_to(tmp_path)) for e in dataset.examples]
+
+    def of(*files: Path) -> list[Dataset]:
+        packed = load_examples(files, tokenizer(), template="{question}", max_length=64)
+        return [packed, Dataset(list(packed.examples), sources=packed.sources)]
+
+    for held in of(full):
+        for curriculum in of(early):  # the third has the prompt, too
+            assert names(curriculum.without(held)) == ["early/train.jsonl:1", "early/train.jsonl:2"]
+        for curriculum in of(copies):  # whose source is said to be a line of that name
+            assert names(curriculum.without(held)) == ["copies.jsonl:2"]
+    for held in of(copies):
+        for curriculum in of(early):
+            assert names(curriculum.without(held)) == ["early/train.jsonl:1", "early/train.jsonl:3"]
+    for both in of(full, early):
+        assert {len(both.split(1, seed=seed)[1].examples) for seed in range(20)} == {1, 2}
+        assert {name for seed in range(20) for name in names(both.split(1, seed=seed)[1])} == set(names(both))
+
+
 # --- prepare ----------------------------------------------------------------------------------------------------
 
 

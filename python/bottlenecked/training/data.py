@@ -76,7 +76,8 @@ class Dataset:
     examples: in the order of the files.
     dropped: reason -> number of lines.
     digest: SHA-256, in hexadecimal, of everything the tokens depend on: files, template, tokenizer, options.
-    sources: per example, the problem it was derived from; empty means: each from its own.
+    sources: per example, the problem it was derived from, or its own line, as "file:line" without the file's folder;
+        empty means: each from its own.
     """
 
     examples: Sequence[Example]
@@ -110,8 +111,9 @@ class Dataset:
         """
         count = len(self.examples)
         first: dict[object, int] = {}
+        stated = self._stated()
         for i, name in enumerate(self.sources or range(count)):
-            first.setdefault(name, i)
+            first.setdefault(name if name in stated else i, i)
         problems, rows = self._problems(), list(first.values())
         held: set[int] = set()
         # Sources are drawn, each with its whole problem: two of one prompt do not change what else is drawn.
@@ -129,8 +131,8 @@ class Dataset:
         A problem is whatever sources and prompts lead to, as in `split`: where one example of it is dropped all are.
         Raises ValueError where none is left.
         """
-        sources, prompts = set(held_back.sources), set(held_back.prompts())
-        names = self.sources or (None,) * len(self.examples)
+        sources = set(held_back.sources) & (self._stated() | held_back._stated())
+        names, prompts = self.sources or (None,) * len(self.examples), set(held_back.prompts())
         gone: set[int] = set()
         for i, (problem, name, prompt) in enumerate(zip(self._problems(), names, self.prompts(), strict=True)):
             if i not in gone and (prompt in prompts or name in sources):
@@ -143,6 +145,13 @@ class Dataset:
             raise ValueError(f"all {dropped} examples are of problems that are held back: use others")
         return replace(self._part(rows), dropped={**self.dropped, HELD_BACK: dropped})
 
+    def _stated(self) -> set[str]:
+        """The sources that tie examples: a line states them, and they are not just its own, for two files may have one
+        name."""
+        examples = self.examples
+        names = examples.names() if isinstance(examples, _Packed) else [example.name for example in examples]
+        return {s for s, name in zip(self.sources, names, strict=False) if s != Path(name).name}
+
     def _problems(self) -> list[list[int]]:
         """Per example, the rows of its problem: all that one source or one prompt leads to, and theirs in turn."""
         first: dict[object, int] = {}
@@ -154,7 +163,9 @@ class Dataset:
                 i = earlier[i]
             return i
 
-        for i, key in [*enumerate(self.sources), *enumerate(self.prompts())]:
+        stated = self._stated()
+        sources = [(i, source) for i, source in enumerate(self.sources) if source in stated]
+        for i, key in [*sources, *enumerate(self.prompts())]:
             a, b = root(first.setdefault(key, i)), root(i)
             earlier[max(a, b)] = min(a, b)
         rows: list[list[int]] = [[] for _ in earlier]
@@ -587,8 +598,14 @@ class _Packed(Sequence[Example]):
             tuple(a["tokens"][tokens].tolist()),
             tuple(zip([0, *ends[:-1]], ends, strict=True)),
             tuple(a["mask"][tokens].tolist()),
-            f"{self.paths[a['file'][row]]}:{a['line'][row]}",
+            self._name(row),
         )
+
+    def names(self) -> list[str]:
+        return [self._name(row) for row in self.rows]
+
+    def _name(self, row: int) -> str:
+        return f"{self.paths[self.arrays['file'][row]]}:{self.arrays['line'][row]}"
 
 
 class _Packer:
