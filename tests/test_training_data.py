@@ -334,6 +334,20 @@ def test_wrong_batches() -> None:
             next(batches(dataset, **{"batch_size": 2, "seed": 0, "epoch": 0} | options))
 
 
+def test_a_part_is_told_by_its_examples(tmp_path: Path) -> None:
+    lines = [qa(words(i), words(4, NL)) for i in (5, 6, 8)]
+    for name in ("data", "moved"):
+        (tmp_path / name).mkdir()
+    packed = load(write(tmp_path / "data" / "data.jsonl", *lines))
+    whole = Dataset(list(packed.examples))
+    count, number = whole.part.split(", ")
+    assert (count, len(number)) == ("3", 16)
+    assert packed.part == load(write(tmp_path / "moved" / "data.jsonl", *lines)).part == whole.part
+    parts = [Dataset(packed.examples[a:b]).part for a, b in ((0, 1), (1, 2), (0, 2), (1, 3))]
+    assert parts == [Dataset(whole.examples[a:b]).part for a, b in ((0, 1), (1, 2), (0, 2), (1, 3))]
+    assert len({whole.part, Dataset(whole.examples[::-1]).part, *parts}) == 6
+
+
 def test_split_keeps_copies_together(tmp_path: Path) -> None:
     dataset = made_of(*[(9, 2)] * 40, sources=tuple(str(i % 10) for i in range(40)))
     train, held = dataset.split(7, seed=3)

@@ -16,6 +16,7 @@ section 3) are those that `BoundaryDetector` finds at inference.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -102,6 +103,18 @@ class Dataset:
         if isinstance(self.examples, _Packed):
             return self.examples.prompts()
         return [np.array(e.tokens[: e.segments[0][1]], np.int32).tobytes() for e in self.examples]
+
+    @functools.cached_property
+    def part(self) -> str:
+        """Which examples these are, of all that `digest` is of: how many, and a hash of their tokens in their order."""
+        digest, examples = hashlib.sha256(self.lengths().tobytes()), self.examples
+        if isinstance(examples, _Packed):
+            tokens = examples.tokens()
+        else:
+            tokens = (np.array(e.tokens, np.int32) for e in examples)
+        for of_one in tokens:
+            digest.update(of_one.tobytes())
+        return f"{len(self.examples)}, {digest.hexdigest()[:16]}"
 
     def split(self, held_back: int, *, seed: int = 0) -> tuple[Dataset, Dataset]:
         """Two parts: for training, and at least `held_back` random examples to judge it by.
@@ -575,6 +588,10 @@ class _Packed(Sequence[Example]):
         begins = a["token_begin"][self.rows]
         ends = begins + a["ends"][a["segment_begin"][self.rows]]
         return [a["tokens"][begin:end].tobytes() for begin, end in zip(begins, ends, strict=True)]
+
+    def tokens(self) -> Iterator[npt.NDArray[np.int32]]:
+        a = self.arrays
+        return (a["tokens"][a["token_begin"][row] : a["token_begin"][row + 1]] for row in self.rows)
 
     def num_steps(self) -> Ints:
         steps: Ints = np.diff(self.arrays["segment_begin"])[self.rows] - 1
