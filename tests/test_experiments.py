@@ -857,3 +857,33 @@ def test_copies_that_another_version_made_are_made_anew(tmp_path: Path, monkeypa
     path.write_bytes(b"old\n")
     note.unlink()
     assert TextLab._copies(made, source).read_bytes() == right
+
+
+def test_copies_may_be_made_by_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "train.jsonl"
+    source.write_text("a problem")
+    made = SimpleNamespace(plan=SimpleNamespace(build=tmp_path / "build"), text=SimpleNamespace(copies=2))
+    begun, others = [], []
+
+    def lines(first: bool) -> Iterator[dict[str, str]]:
+        yield {"question": "1"}
+        if first:
+            others.append(TextLab._copies(made, source))
+        yield {"question": "2"}
+
+    def augment_file(*arguments: Any, **options: Any) -> Any:
+        begun.append(source)
+        return SimpleNamespace(lines=lines(first=len(begun) == 1))
+
+    def write_text(self: Path, *arguments: Any, **options: Any) -> int:
+        assert self.parent != tmp_path / "build/data", "read while it is written"
+        return original(self, *arguments, **options)
+
+    original = Path.write_text
+    monkeypatch.setattr(text_experiments.augment, "augment_file", augment_file)
+    monkeypatch.setattr(Path, "write_text", write_text)
+    path = TextLab._copies(made, source)
+    assert others == [path]
+    assert path.read_text() == '{"question": "1"}\n{"question": "2"}\n'
+    assert sorted(p.name for p in path.parent.iterdir()) == ["train.2-copies.json", "train.2-copies.jsonl"]
+    assert len(json.loads(path.with_suffix(".json").read_text())) == 2
