@@ -172,7 +172,9 @@ class Cost:
 def costs(lab: Lab) -> dict[str, Cost]:
     """Of every variant that trains; those that `costs.json` lacks are measured, in turn with the reference."""
     path = lab.plan.results / "costs.json"
-    known = read(path) if path.exists() else {"machine": machine.describe(), "variants": {}}
+    known: dict[str, Any] = {"machine": machine.describe(), "data": lab.train.digest, "variants": {}}
+    if path.exists():
+        known = read(path)
     kept, reference = known["variants"], lab.plan.budget.variant
     missing = [name for name, entry in lab.plan.variants.items() if entry.learning_rate and name not in kept]
     if missing:
@@ -287,6 +289,21 @@ def outcome(lab: Lab, seed: int, name: str) -> Path:
     return path
 
 
+def check_data(lab: Lab) -> None:
+    """ValueError where outcomes of a text, or its costs, are of other data than a training would be.
+
+    Some do not say of which. A task's files hold more than is trained on, and may change without it.
+    """
+    if lab.plan.text is None:
+        return
+    for path in [lab.plan.results / "costs.json", *sorted(lab.plan.results.glob("*-*.json"))]:
+        if path.exists() and read(path).get("data", lab.train.digest) != lab.train.digest:
+            raise ValueError(
+                f"{path} is of other data than there is now: what is trained on these cannot be compared with it; use "
+                "the data it was made with, or remove it"
+            )
+
+
 def rates_file(plan: Plan, name: str) -> Path:
     """What each candidate of a variant gave on held-back problems, by its own writing."""
     return plan.results / f"rates-{name}.json"
@@ -316,6 +333,7 @@ def trained(lab: Lab, seed: int, name: str, rate: float) -> tuple[Any, Trainer, 
     Points of its curve are compute, `Lab.watch`, and the wall clock of the iterations.
     """
     of, plan = costs(lab), lab.plan
+    check_data(lab)
     output = plan.build / "runs" / f"{seed}-{name}-{rate:g}"
     planned, variant = schedule(plan, name, of, rate), variants.make(lab, name)
     model = _beginning(lab, seed, name)

@@ -40,8 +40,10 @@ def write(plan: Plan) -> list[Path]:
 
 
 def read(plan: Plan) -> Outcomes:
-    """All outcomes. ValueError where two of one seed are of different backbones: they cannot be paired."""
+    """All outcomes. ValueError where two cannot be paired: of one seed and different backbones, or, of a text, of
+    different data."""
     found: Outcomes = {}
+    of_data: tuple[Path, str] | None = None  # that were trained on some
     for name in plan.variants:
         for seed in plan.seeds:
             path = plan.results / f"{seed}-{name}.json"
@@ -53,6 +55,10 @@ def read(plan: Plan) -> Outcomes:
             for others in found.values():
                 if seed in others and others[seed]["backbone"] != one["backbone"]:
                     raise ValueError(f"{path} is of another backbone than the other outcomes of seed {seed}: remove it")
+            if plan.text is not None and "data" in one:
+                of_data = of_data or (path, one["data"])
+                if one["data"] != of_data[1]:
+                    raise ValueError(f"{path} is of other data than {of_data[0]}: remove one, and all others like it")
             found.setdefault(name, {})[seed] = one
     return found
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,8 +77,14 @@ class TextLab(lab.Lab):
         note = path.with_suffix(".json")
         made_of = [hashlib.sha256(of.read_bytes()).hexdigest() for of in (source, Path(augment.__file__))]
         if not (path.exists() and note.exists() and json.loads(note.read_text()) == made_of):
-            write_lines(augment.augment_file(source, copies=self.text.copies, seed=0).lines, path)
-            note.write_text(json.dumps(made_of))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Another process may do the same.
+            with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
+                whole, of_whole = Path(unfinished, path.name), Path(unfinished, note.name)
+                write_lines(augment.augment_file(source, copies=self.text.copies, seed=0).lines, whole)
+                of_whole.write_text(json.dumps(made_of))
+                os.replace(whole, path)
+                os.replace(of_whole, note)
         return path
 
     def _examples(self, files: list[Path], max_length: int) -> Dataset:

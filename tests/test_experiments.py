@@ -646,6 +646,56 @@ def test_variants_are_compared_on_the_backbones_that_both_have(uneven: plans.Pla
     assert [row[2:4] for row in rows if row[1] == "processor over random"] == [["2", "+30.0"]]
 
 
+A_TEXT = plans.Text(model="none", adapter="none", train="none", test="none")
+
+
+def test_outcomes_of_other_data_are_not_compared(uneven: plans.Plan) -> None:
+    of_text = dataclasses.replace(uneven, text=A_TEXT)
+    paths = [uneven.results / f"{seed}-{name}.json" for name, shares in SHARES.items() for seed in shares]
+    for path in paths:
+        if not path.name.endswith("-sft.json"):  # nothing was trained
+            labs.write(path, labs.read(path) | {"data": "one digest"})
+    assert set(report.read(of_text)) == set(SHARES)
+    other = uneven.results / "3-processor.json"
+    labs.write(other, labs.read(other) | {"data": "another digest"})
+    with pytest.raises(ValueError, match=r"3-processor\.json is of other data than .*0-sft2\.json: remove one"):
+        report.read(of_text)
+    assert set(report.read(uneven)) == set(SHARES)  # a task's files change without what is trained on
+
+
+def test_nothing_is_trained_on_other_data_than_the_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = TaskLab(plan(tmp_path))
+    lab.plan = dataclasses.replace(lab.plan, text=A_TEXT)
+    monkeypatch.setattr(labs, "_ROUNDS", 4)
+    monkeypatch.setattr(TaskLab, "backbone", lambda *arguments: pytest.fail("a training began"))
+    assert labs.costs(lab)
+    kept = labs.read(lab.plan.results / "costs.json")
+    assert kept["data"] == lab.train.digest
+    for name, outcome in (
+        ("0-sft2", {"variant": "sft2", "data": "another digest"}),
+        ("costs", kept | {"data": "another digest"}),
+    ):
+        path = lab.plan.results / f"{name}.json"
+        labs.write(path, outcome)
+        for train in (
+            lambda: labs.outcome(lab, 0, "processor"),
+            lambda: labs.rate_score(lab, 1, "sft2", 1e-3),
+        ):
+            with pytest.raises(ValueError, match=rf"{name}\.json is of other data than there is now"):
+                train()
+        path.unlink()
+    # What does not say of which data it is stops nobody, nor does a task's.
+    labs.write(lab.plan.results / "costs.json", {key: kept[key] for key in ("machine", "variants")})
+    labs.write(lab.plan.results / "0-sft.json", {"variant": "sft"})
+    labs.write(lab.plan.results / "0-sft2.json", {"variant": "sft2", "data": lab.train.digest})
+    with pytest.raises(pytest.fail.Exception, match="a training began"):
+        labs.outcome(lab, 0, "processor")
+    labs.write(lab.plan.results / "0-sft2.json", {"variant": "sft2", "data": "another digest"})
+    lab.plan = dataclasses.replace(lab.plan, text=None)
+    with pytest.raises(pytest.fail.Exception, match="a training began"):
+        labs.outcome(lab, 0, "processor")
+
+
 def test_an_outcome_that_is_missing_makes_a_report_partial(uneven: plans.Plan) -> None:
     def complete() -> bool:
         return report.complete(uneven, report.read(uneven))
@@ -857,3 +907,33 @@ def test_copies_that_another_version_made_are_made_anew(tmp_path: Path, monkeypa
     path.write_bytes(b"old\n")
     note.unlink()
     assert TextLab._copies(made, source).read_bytes() == right
+
+
+def test_copies_may_be_made_by_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "train.jsonl"
+    source.write_text("a problem")
+    made = SimpleNamespace(plan=SimpleNamespace(build=tmp_path / "build"), text=SimpleNamespace(copies=2))
+    begun, others = [], []
+
+    def lines(first: bool) -> Iterator[dict[str, str]]:
+        yield {"question": "1"}
+        if first:
+            others.append(TextLab._copies(made, source))
+        yield {"question": "2"}
+
+    def augment_file(*arguments: Any, **options: Any) -> Any:
+        begun.append(source)
+        return SimpleNamespace(lines=lines(first=len(begun) == 1))
+
+    def write_text(self: Path, *arguments: Any, **options: Any) -> int:
+        assert self.parent != tmp_path / "build/data", "read while it is written"
+        return original(self, *arguments, **options)
+
+    original = Path.write_text
+    monkeypatch.setattr(text_experiments.augment, "augment_file", augment_file)
+    monkeypatch.setattr(Path, "write_text", write_text)
+    path = TextLab._copies(made, source)
+    assert others == [path]
+    assert path.read_text() == '{"question": "1"}\n{"question": "2"}\n'
+    assert sorted(p.name for p in path.parent.iterdir()) == ["train.2-copies.json", "train.2-copies.jsonl"]
+    assert len(json.loads(path.with_suffix(".json").read_text())) == 2

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -325,6 +326,43 @@ def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="data was 'made:12:0' and is 'made:13:0'"):
         other.resume()
+
+
+def test_another_split_of_the_same_data_is_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is held back now would have been trained on."""
+    examples = list(dataset(17).examples)
+
+    def make(held_back: list[int], curriculum: range = range(8, 16)) -> ProcessorTrainer:
+        def part(rows: Iterable[int]) -> Dataset:
+            return Dataset([examples[i] for i in rows], digest="of all")
+
+        config = configuration(curriculum=CurriculumConfig(files=("x",), iterations=1))
+        arguments = (tiny.tokenizer(), part(i for i in range(17) if i not in held_back), part(held_back), config)
+        return ProcessorTrainer(tiny.model(), *arguments, output=tmp_path, curriculum=part(curriculum))
+
+    trainer = make([0, 1, 2, 3])
+    trainer.step()
+    trainer.save()
+    for other, message in (
+        (make([0, 1, 2, 4]), r"run: examples\.data was '13, \w{16}' and is '13, \w{16}'; examples\.held_back was '4, "),
+        (make([0, 1, 2]), r"; examples\.held_back was '4, \w{16}' and is '3, \w{16}'; use the same"),
+        (make([0, 1, 2, 3], range(8, 15)), r"run: examples\.curriculum was '8, \w{16}' and is '7, \w{16}'; use"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.resume()
+        assert other.iteration == 0
+    again = make([0, 1, 2, 3])
+    again.resume()
+    assert again.iteration == 1
+    assert capsys.readouterr().out == ""
+    # A checkpoint of before does not say which they were.
+    with safe_open(trainer.checkpoint, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = json.loads(file.metadata()["state"])
+    del state["fingerprint"]["examples"]
+    save_file(tensors, trainer.checkpoint, {"state": json.dumps(state)})
+    make([0, 1, 2, 4]).resume()
+    assert "processor.checkpoint does not say which examples were held back" in capsys.readouterr().out
 
 
 def test_another_number_of_devices_is_not_resumed(tmp_path: Path) -> None:

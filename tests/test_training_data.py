@@ -334,6 +334,20 @@ def test_wrong_batches() -> None:
             next(batches(dataset, **{"batch_size": 2, "seed": 0, "epoch": 0} | options))
 
 
+def test_a_part_is_told_by_its_examples(tmp_path: Path) -> None:
+    lines = [qa(words(i), words(4, NL)) for i in (5, 6, 8)]
+    for name in ("data", "moved"):
+        (tmp_path / name).mkdir()
+    packed = load(write(tmp_path / "data" / "data.jsonl", *lines))
+    whole = Dataset(list(packed.examples))
+    count, number = whole.part.split(", ")
+    assert (count, len(number)) == ("3", 16)
+    assert packed.part == load(write(tmp_path / "moved" / "data.jsonl", *lines)).part == whole.part
+    parts = [Dataset(packed.examples[a:b]).part for a, b in ((0, 1), (1, 2), (0, 2), (1, 3))]
+    assert parts == [Dataset(whole.examples[a:b]).part for a, b in ((0, 1), (1, 2), (0, 2), (1, 3))]
+    assert len({whole.part, Dataset(whole.examples[::-1]).part, *parts}) == 6
+
+
 def test_split_keeps_copies_together(tmp_path: Path) -> None:
     dataset = made_of(*[(9, 2)] * 40, sources=tuple(str(i % 10) for i in range(40)))
     train, held = dataset.split(7, seed=3)
@@ -427,6 +441,56 @@ def test_what_is_held_back_is_taken_out(tmp_path: Path) -> None:
     assert len(Dataset(list(early.examples)).without(held).examples) == 3
     with pytest.raises(ValueError, match="all 2 examples are of problems that are held back"):
         held.without(held)
+
+
+def test_what_leads_to_a_problem_that_is_held_back_is_taken_out_too(tmp_path: Path) -> None:
+    """A copy names the line of the curriculum it was made from, and that line's prompt stands in the training data."""
+    held = load(write(tmp_path / "train.jsonl", qa(words(8), words(4, NL))))
+    early = write(tmp_path / "early.jsonl", *(qa(words(i), words(4, NL)) for i in (1, 8, 2)))
+    copies = write(
+        tmp_path / "early.copies.jsonl",
+        *(qa(words(i), words(4, NL), source=f"early.jsonl:{line}") for i, line in ((5, 1), (6, 2), (9, 2), (1, 3))),
+    )
+    loaded = load_examples([early, copies], tokenizer(), template="{question}", max_length=64)
+    for dataset in (loaded, Dataset(list(loaded.examples), sources=loaded.sources)):
+        left = dataset.without(held)
+        assert [Path(e.name).name for e in left.examples] == [
+            "early.jsonl:1",
+            "early.jsonl:3",
+            "early.copies.jsonl:1",
+            "early.copies.jsonl:4",
+        ]
+        assert left.dropped == {"of a problem that is held back": 3}
+
+
+def test_lines_of_files_of_one_name_are_not_one_problem(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "early").mkdir()
+    full, early = (
+        write(tmp_path / name / "train.jsonl", *(qa(words(i), words(4, NL)) for i in prompts))
+        for name, prompts in (("full", (8, 9, 10)), ("early", (1, 2, 10)))
+    )
+    copy = qa(words(5), words(4, NL), source="train.jsonl:2")
+    copies = write(tmp_path / "copies.jsonl", copy, copy | {"question": words(6), "source": "train.jsonl:7"})
+
+    def names(dataset: Dataset) -> list[str]:
+        return [str(Path(e.name).relative_to(tmp_path)) for e in dataset.examples]
+
+    def of(*files: Path) -> list[Dataset]:
+        packed = load_examples(files, tokenizer(), template="{question}", max_length=64)
+        return [packed, Dataset(list(packed.examples), sources=packed.sources)]
+
+    for held in of(full):
+        for curriculum in of(early):  # the third has the prompt, too
+            assert names(curriculum.without(held)) == ["early/train.jsonl:1", "early/train.jsonl:2"]
+        for curriculum in of(copies):  # whose source is said to be a line of that name
+            assert names(curriculum.without(held)) == ["copies.jsonl:2"]
+    for held in of(copies):
+        for curriculum in of(early):
+            assert names(curriculum.without(held)) == ["early/train.jsonl:1", "early/train.jsonl:3"]
+    for both in of(full, early):
+        assert {len(both.split(1, seed=seed)[1].examples) for seed in range(20)} == {1, 2}
+        assert {name for seed in range(20) for name in names(both.split(1, seed=seed)[1])} == set(names(both))
 
 
 # --- prepare ----------------------------------------------------------------------------------------------------

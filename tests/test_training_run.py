@@ -178,7 +178,41 @@ def test_another_run_or_none_is_not_resumed(files: dict[str, Path], capsys: pyte
     assert cli.main(command(files)) == 0
     files["train.yaml"].write_text(yaml.safe_dump({**CONFIG, "seed": 1}))
     assert cli.main(command(files, "--resume")) == 1
-    assert "config.seed was 0 and is 1" in capsys.readouterr().err
+    assert "train.yaml is of another run: seed was 0 and is 1; use the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("began", ["full", "none"])
+def test_a_run_of_other_stages_is_not_resumed(
+    files: dict[str, Path], began: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = {"full": "none", "none": "full"}[began]
+    configs = {method: {**CONFIG, "sft": {**CONFIG["sft"], "method": method}} for method in (began, now)}
+    kind: Any = {"full": trainers.BackboneTrainer, "none": trainers.ProcessorTrainer}[began]
+    losses = kind.losses
+
+    def interrupted(self: Any, batch: Any, denominator: float | None = None) -> Any:
+        self._signal = signal.SIGTERM
+        return losses(self, batch, denominator)
+
+    def begin(self: Any) -> Any:
+        raise AssertionError("a step of another run")
+
+    files["train.yaml"].write_text(yaml.safe_dump(configs[began]))
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "losses", interrupted)
+        with pytest.raises(SystemExit):
+            cli.main(command(files))
+    before = {path.name: path.read_bytes() for path in files["run"].iterdir() if path.is_file()}
+    assert [name for name in before if name.endswith(".checkpoint")] == [f"{kind.name}.checkpoint"]
+    files["train.yaml"].write_text(yaml.safe_dump(configs[now]))
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers.Trainer, "step", begin)
+        assert cli.main(command(files, "--resume")) == 1
+    assert f"sft.method was {began!r} and is {now!r}; use the same" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in files["run"].iterdir() if path.is_file()} == before
+    files["train.yaml"].write_text(yaml.safe_dump(configs[began]))
+    assert cli.main(command(files, "--resume")) == 0
 
 
 def test_a_backbone_that_cannot_be_trained_leaves_nothing(

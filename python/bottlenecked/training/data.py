@@ -16,6 +16,7 @@ section 3) are those that `BoundaryDetector` finds at inference.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -76,7 +77,8 @@ class Dataset:
     examples: in the order of the files.
     dropped: reason -> number of lines.
     digest: SHA-256, in hexadecimal, of everything the tokens depend on: files, template, tokenizer, options.
-    sources: per example, the problem it was derived from; empty means: each from its own.
+    sources: per example, the problem it was derived from, or its own line, as "file:line" without the file's folder;
+        empty means: each from its own.
     """
 
     examples: Sequence[Example]
@@ -102,6 +104,18 @@ class Dataset:
             return self.examples.prompts()
         return [np.array(e.tokens[: e.segments[0][1]], np.int32).tobytes() for e in self.examples]
 
+    @functools.cached_property
+    def part(self) -> str:
+        """Which examples these are, of all that `digest` is of: how many, and a hash of their tokens in their order."""
+        digest, examples = hashlib.sha256(self.lengths().tobytes()), self.examples
+        if isinstance(examples, _Packed):
+            tokens = examples.tokens()
+        else:
+            tokens = (np.array(e.tokens, np.int32) for e in examples)
+        for of_one in tokens:
+            digest.update(of_one.tobytes())
+        return f"{len(self.examples)}, {digest.hexdigest()[:16]}"
+
     def split(self, held_back: int, *, seed: int = 0) -> tuple[Dataset, Dataset]:
         """Two parts: for training, and at least `held_back` random examples to judge it by.
 
@@ -110,8 +124,9 @@ class Dataset:
         """
         count = len(self.examples)
         first: dict[object, int] = {}
+        stated = self._stated()
         for i, name in enumerate(self.sources or range(count)):
-            first.setdefault(name, i)
+            first.setdefault(name if name in stated else i, i)
         problems, rows = self._problems(), list(first.values())
         held: set[int] = set()
         # Sources are drawn, each with its whole problem: two of one prompt do not change what else is drawn.
@@ -124,20 +139,31 @@ class Dataset:
         return self._part([i for i in range(count) if i not in held]), self._part(sorted(held))
 
     def without(self, held_back: Dataset) -> Dataset:
-        """The examples that have neither source nor prompt in `held_back`; the others are dropped and counted.
+        """The examples of problems that have neither source nor prompt in `held_back`; others are dropped and counted.
 
+        A problem is whatever sources and prompts lead to, as in `split`: where one example of it is dropped all are.
         Raises ValueError where none is left.
         """
-        sources, prompts = set(held_back.sources), set(held_back.prompts())
-        names = self.sources or ("",) * len(self.examples)
-        pairs = enumerate(zip(names, self.prompts(), strict=True))
-        rows = [i for i, (name, prompt) in pairs if prompt not in prompts and not (self.sources and name in sources)]
+        sources = set(held_back.sources) & (self._stated() | held_back._stated())
+        names, prompts = self.sources or (None,) * len(self.examples), set(held_back.prompts())
+        gone: set[int] = set()
+        for i, (problem, name, prompt) in enumerate(zip(self._problems(), names, self.prompts(), strict=True)):
+            if i not in gone and (prompt in prompts or name in sources):
+                gone.update(problem)
+        rows = [i for i in range(len(self.examples)) if i not in gone]
         dropped = len(self.examples) - len(rows)
         if not dropped:
             return self
         if not rows:
             raise ValueError(f"all {dropped} examples are of problems that are held back: use others")
         return replace(self._part(rows), dropped={**self.dropped, HELD_BACK: dropped})
+
+    def _stated(self) -> set[str]:
+        """The sources that tie examples: a line states them, and they are not just its own, for two files may have one
+        name."""
+        examples = self.examples
+        names = examples.names() if isinstance(examples, _Packed) else [example.name for example in examples]
+        return {s for s, name in zip(self.sources, names, strict=False) if s != Path(name).name}
 
     def _problems(self) -> list[list[int]]:
         """Per example, the rows of its problem: all that one source or one prompt leads to, and theirs in turn."""
@@ -150,7 +176,9 @@ class Dataset:
                 i = earlier[i]
             return i
 
-        for i, key in [*enumerate(self.sources), *enumerate(self.prompts())]:
+        stated = self._stated()
+        sources = [(i, source) for i, source in enumerate(self.sources) if source in stated]
+        for i, key in [*sources, *enumerate(self.prompts())]:
             a, b = root(first.setdefault(key, i)), root(i)
             earlier[max(a, b)] = min(a, b)
         rows: list[list[int]] = [[] for _ in earlier]
@@ -561,6 +589,10 @@ class _Packed(Sequence[Example]):
         ends = begins + a["ends"][a["segment_begin"][self.rows]]
         return [a["tokens"][begin:end].tobytes() for begin, end in zip(begins, ends, strict=True)]
 
+    def tokens(self) -> Iterator[npt.NDArray[np.int32]]:
+        a = self.arrays
+        return (a["tokens"][a["token_begin"][row] : a["token_begin"][row + 1]] for row in self.rows)
+
     def num_steps(self) -> Ints:
         steps: Ints = np.diff(self.arrays["segment_begin"])[self.rows] - 1
         return steps
@@ -583,8 +615,14 @@ class _Packed(Sequence[Example]):
             tuple(a["tokens"][tokens].tolist()),
             tuple(zip([0, *ends[:-1]], ends, strict=True)),
             tuple(a["mask"][tokens].tolist()),
-            f"{self.paths[a['file'][row]]}:{a['line'][row]}",
+            self._name(row),
         )
+
+    def names(self) -> list[str]:
+        return [self._name(row) for row in self.rows]
+
+    def _name(self, row: int) -> str:
+        return f"{self.paths[self.arrays['file'][row]]}:{self.arrays['line'][row]}"
 
 
 class _Packer:

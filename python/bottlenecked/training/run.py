@@ -53,7 +53,7 @@ def train(
         raise FileExistsError(f"--output {directory} is not empty: give another directory, or --resume its run")
     if resume and not (directory / "train.yaml").exists():
         raise ValueError(f"{directory} holds no run to resume: leave out --resume")
-    if resume and not any(directory.glob("*.checkpoint")):  # each of them knows its configuration
+    if resume:  # not left to the checkpoints: other stages have none yet
         path = directory / "train.yaml"
         check_same_run(path, TrainingConfig.load(path).to_dict(), config.to_dict())
     tokenizer = backbones.load_tokenizer(backbone)

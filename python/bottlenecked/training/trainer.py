@@ -290,12 +290,17 @@ class Trainer(abc.ABC):
         return self.output / f"{self.name}.checkpoint"
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same when a run goes on: configuration, number of devices, data, backbone."""
+        """What must be the same when a run goes on: configuration, number of devices, data, its split, backbone."""
         return {
             "config": self.config.to_dict(),
             "num_devices": self.accelerator.num_processes,
             "data": self.data.digest,
             "curriculum": None if self.curriculum is None else self.curriculum.digest,
+            "examples": {
+                "data": self.data.part,
+                "held_back": self.held_back.part,
+                "curriculum": None if self.curriculum is None else self.curriculum.part,
+            },
             "backbone": self._backbone,
         }
 
@@ -327,7 +332,7 @@ class Trainer(abc.ABC):
         """Go on from the checkpoint: on one CPU, with the same bits as without the interruption.
 
         Raises ValueError where there is none, or where it is damaged or of another configuration, number of devices,
-        data or backbone, listing what differs.
+        data, split of it or backbone, listing what differs.
         """
         path = self.checkpoint
         if not path.exists():
@@ -340,9 +345,15 @@ class Trainer(abc.ABC):
             raise ValueError(f"{path} cannot be read ({error}): start again without --resume") from None
         if not isinstance(state, dict) or state.get("format") != _CHECKPOINT_FORMAT:
             raise ValueError(f"{path} is no checkpoint of this version: start again without --resume")
-        # Checkpoints of before do not say on how many devices.
-        before = {"num_devices": self.accelerator.num_processes, **state["fingerprint"]}
-        check_same_run(path, before, json.loads(json.dumps(self.fingerprint())))
+        now = json.loads(json.dumps(self.fingerprint()))
+        # What checkpoints of before do not say.
+        unsaid = {"num_devices": self.accelerator.num_processes, "examples": now["examples"]}
+        check_same_run(path, unsaid | state["fingerprint"], now)
+        if "examples" not in state["fingerprint"]:
+            self.accelerator.print(
+                f"{path} does not say which examples were held back: if the version that wrote it held back others, "
+                "evaluations are of some that it trained on"
+            )
         for name, parameter in self.parameters.items():
             if (stored := tensors.get(f"parameters.{name}")) is None or stored.shape != parameter.shape:
                 raise ValueError(f"{path} lacks the parameter {name} of this shape: start again without --resume")
