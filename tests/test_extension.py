@@ -1446,7 +1446,7 @@ def test_backends_and_build_info() -> None:
     assert (on_cpu[-1]["variant"], on_cpu[-1]["available"]) == ("scalar", True)
     assert {b["device"] for b in on_cpu} == {"cpu"}
     info = bottleneck_ext.build_info()
-    assert (info["version"], info["abi_version"]) == (bottleneck_ext.__version__, 6)
+    assert (info["version"], info["abi_version"]) == (bottleneck_ext.__version__, 7)
     cuda = info["cuda"]
     assert set(cuda) == {"compiled", "architectures", "available", "device", "driver", "cublaslt"}
     assert [b["name"] for b in found[len(on_cpu) :]] == ["cuda"] * cuda["compiled"]  # the last

@@ -592,23 +592,41 @@ static btx_status look_at_graphs(const cuda_executor *executor, cudaStream_t str
     return BTX_OK;
 }
 
+static btx_status refuse_to_wait(btx_error *error)
+{
+    return btx_fail(error, BTX_INVALID_ARGUMENT,
+                    "what a CUDA graph captures cannot be waited for: of these calls capture only a rewrite without a "
+                    "report");
+}
+
 static btx_status refuse_to_allocate(btx_error *error)
 {
     return btx_fail(error, BTX_INVALID_ARGUMENT,
                     "memory cannot be allocated while a CUDA graph is captured: make the same call once before");
 }
 
-btx_status cuda_check_growth(void *memory, void *stream, btx_error *error)
+/* refuse: what is said of a call on a stream that is being captured. */
+static btx_status check_stream(const cuda_executor *executor, cudaStream_t stream,
+                               btx_status (*refuse)(btx_error *error), btx_error *error)
 {
-    const cuda_executor *executor = (const cuda_executor *)memory;
     device_scope scope;
     int capturing = 0;
     btx_status status = cuda_enter_device(executor->device, &scope, error);
     if (status != BTX_OK)
         return status;
-    status = look_at_graphs(executor, (cudaStream_t)stream, &capturing, error);
+    status = look_at_graphs(executor, stream, &capturing, error);
     cuda_leave_device(executor->device, &scope);
-    return status == BTX_OK && capturing ? refuse_to_allocate(error) : status;
+    return status == BTX_OK && capturing ? refuse(error) : status;
+}
+
+btx_status cuda_check_wait(void *memory, void *stream, btx_error *error)
+{
+    return check_stream((const cuda_executor *)memory, (cudaStream_t)stream, refuse_to_wait, error);
+}
+
+btx_status cuda_check_growth(void *memory, void *stream, btx_error *error)
+{
+    return check_stream((const cuda_executor *)memory, (cudaStream_t)stream, refuse_to_allocate, error);
 }
 
 static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan, cudaStream_t stream, int timed,
@@ -663,7 +681,7 @@ static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan,
     executor->slot = slot;
     executor->stream = stream;
     executor->capturing = capturing;
-    executor->timed = timed && !capturing;
+    executor->timed = timed; /* where it is, check_wait has seen that nothing is captured */
     executor->num_marks = 0;
     BTX_CUDA_TRY(cudaMemcpyAsync(slot->device + layout.refused, slot->host + layout.refused,
                                  layout.bytes - layout.refused, cudaMemcpyHostToDevice, stream),

@@ -435,6 +435,43 @@ def test_a_capture_that_wants_memory_is_refused_and_stays_valid(warm: bool) -> N
     assert captured(lambda: of_longer.rewrite(longer.events, longer.block_table, report=False))
 
 
+@pytest.mark.parametrize("what", ["report", "mass"])
+@pytest.mark.parametrize("pending", [True, False])
+def test_what_is_waited_for_cannot_be_captured(what: str, pending: bool) -> None:
+    """Nor is an earlier call waited for, which would end the capture; the workspace stays everybody's."""
+    case, right = make_case(SMALL), make_case(SMALL)
+    bound, uncaptured = bind(case), bind(right)
+    mass = torch.empty(SMALL.num_layers, 2, 51)
+    steps = [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in case.events]
+
+    def call() -> object:
+        if what == "report":
+            return bound.rewrite(case.events, case.block_table)
+        return bottleneck_ext.attention_mass(
+            bound.kv_cache, bound.query_cache, steps, case.block_table, out=mass, workspace=bound.workspace,
+            recent_window=SMALL.recent_window,
+        )  # fmt: skip
+
+    def refused() -> None:
+        with pytest.raises(bottleneck_ext.InvalidArgumentError, match="waited for"):
+            call()
+
+    for _ in range(2):
+        bound.rewrite(case.events, case.block_table, report=False)
+        uncaptured.rewrite(right.events, right.block_table)
+    if not pending:
+        bound.workspace.synchronize()
+    assert captured(refused)
+    assert same(case.pools, right.pools)
+    call()  # nothing was captured
+    if what == "report":
+        uncaptured.rewrite(right.events, right.block_table)
+    assert captured(lambda: bound.rewrite(case.events, case.block_table, report=False))
+    EMULATION.btx_emulation_replay()
+    uncaptured.rewrite(right.events, right.block_table)
+    assert same(case.pools, right.pools)
+
+
 @pytest.mark.parametrize("function", ["cudaMemcpyAsync", "launch"])
 def test_a_capture_that_failed_does_not_keep_the_workspace(function: str) -> None:
     case = make_case(SMALL)
