@@ -87,8 +87,9 @@ def test_a_step_may_recall_fewer(lengths: tuple) -> None:
 
 
 def test_a_step_may_not_recall_more(case: Case) -> None:
-    refused(case, "step 1 is to recall 5 positions; its top_k must be 0 to 4",
-            events=[case.events[0], replace(case.events[1], top_k=5)])  # fmt: skip
+    for more in (5, 2**63 - 1):
+        refused(case, f"step 1 is to recall {more} positions; its top_k must be 0 to 4",
+                events=[case.events[0], replace(case.events[1], top_k=more)])  # fmt: skip
     for negative in (-1, -2, -(2**63)):
         refused(case, f"step 0 is to recall {negative} positions", events=[replace(case.events[0], top_k=negative)])
 
