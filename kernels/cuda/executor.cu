@@ -166,13 +166,13 @@ static btx_status grow_slot(plan_slot *slot, size_t bytes, int64_t num_steps, bt
         host_refusal(slot)->mass = host_refusal(slot)->edit = BTX_NOT_REFUSED;
         host_refusal(slot)->skipped = slot->skipped_told = 0;
     }
-    if (num_steps > slot->num_steps) {
+    if (num_steps > slot->max_steps) {
         int64_t *sequences = (int64_t *)realloc(slot->sequences, (size_t)num_steps * sizeof *sequences);
         if (sequences == NULL)
             return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for a plan of %lld steps", (long long)num_steps);
         slot->sequences = sequences;
+        slot->max_steps = num_steps;
     }
-    slot->num_steps = num_steps;
     return BTX_OK;
 }
 
@@ -640,7 +640,7 @@ static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan,
     if (status != BTX_OK)
         return status;
     plan_slot *slot = capturing ? &executor->capture_slot : &executor->slots[executor->next_slot];
-    if (capturing && (layout.bytes > slot->capacity || plan->num_steps > slot->num_steps))
+    if (capturing && (layout.bytes > slot->capacity || plan->num_steps > slot->max_steps))
         return refuse_to_allocate(error);
     if (!capturing) {
         if (slot->in_use) {

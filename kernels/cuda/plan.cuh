@@ -88,8 +88,8 @@ typedef struct plan_slot {
     cudaEvent_t copied; /* Owned. */
     cudaEvent_t done;   /* Owned: the call that used the slot */
     int in_use;         /* done was recorded */
-    int64_t *sequences; /* Owned, [num_steps]: for the sentence about a refusal */
-    int64_t num_steps;
+    int64_t *sequences; /* Owned, [max_steps]: for the sentence about a refusal */
+    int64_t max_steps, num_steps;
     unsigned skipped_told; /* of the steps skipped so far, those the executor knows of */
 } plan_slot;
 

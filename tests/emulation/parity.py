@@ -489,6 +489,14 @@ def test_a_capture_that_failed_does_not_keep_the_workspace(function: str) -> Non
     assert captured(lambda: bound.rewrite(case.events, case.block_table, report=False))
 
 
+def test_a_smaller_call_takes_no_room_from_a_capture() -> None:
+    case = make_case(SMALL)
+    bound = bind(case)
+    bound.rewrite(case.events, case.block_table)
+    bound.rewrite(case.events[:1], case.block_table)
+    assert captured(lambda: bound.rewrite(case.events, case.block_table, report=False))
+
+
 # --- a device that fails -----------------------------------------------------------------------------------------
 
 FUNCTIONS = (
