@@ -370,6 +370,8 @@ static btx_status mark_done(cuda_executor *executor, int failed, btx_error *erro
         return BTX_OK;
     BTX_CUDA_TRY(cudaEventRecord(executor->slot->done, executor->stream), "recording an event");
     executor->slot->in_use = 1;
+    executor->latest = executor->slot;
+    executor->latest_stream = executor->stream;
     return BTX_OK;
 }
 
@@ -661,8 +663,8 @@ static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan,
         if (status != BTX_OK)
             return status;
         /* The workspace's memory is the latest call's until that is done. */
-        if (executor->slot != NULL && executor->slot->in_use && executor->stream != stream)
-            BTX_CUDA_TRY(cudaStreamWaitEvent(stream, executor->slot->done, 0), "ordering two streams");
+        if (executor->latest != NULL && executor->latest->in_use && executor->latest_stream != stream)
+            BTX_CUDA_TRY(cudaStreamWaitEvent(stream, executor->latest->done, 0), "ordering two streams");
         executor->next_slot = (executor->next_slot + 1) % BTX_PLAN_SLOTS;
     }
     slot->num_steps = plan->num_steps;

@@ -110,7 +110,9 @@ typedef struct cuda_executor {
     plan_slot slots[BTX_PLAN_SLOTS];
     plan_slot capture_slot; /* its plan must live as long as the graph */
     plan_slot *slot;        /* of the call under way, or the latest; NULL before the first */
-    int64_t num_skipped;    /* steps, of calls that are known to be done */
+    plan_slot *latest;      /* of the latest call that was not captured, once it is recorded; NULL before the first */
+    cudaStream_t latest_stream;
+    int64_t num_skipped; /* steps, of calls that are known to be done */
     int next_slot;
     device_plan plan;
     /* Stage times. */

@@ -472,21 +472,57 @@ def test_what_is_waited_for_cannot_be_captured(what: str, pending: bool) -> None
     assert same(case.pools, right.pools)
 
 
+def fail_captured(bound: Any, case: Case, fault: str, stream: int | None = None) -> bool:
+    """A captured rewrite in which a call of the device fails; whether there is a graph all the same."""
+
+    def refused() -> None:
+        EMULATION.btx_emulation_fail(fault.encode())
+        with pytest.raises(bottleneck_ext.BottleneckError):
+            bound.rewrite(case.events, case.block_table, report=False, stream=stream)
+
+    is_valid = captured(refused)
+    EMULATION.btx_emulation_fail(b"")
+    return is_valid
+
+
+def calls_of_a_rewrite(bound: Any, case: Case, function: str) -> int:
+    return count_calls(lambda: bound.rewrite(case.events, case.block_table, report=False))[function]
+
+
 @pytest.mark.parametrize("function", ["cudaMemcpyAsync", "launch"])
 def test_a_capture_that_failed_does_not_keep_the_workspace(function: str) -> None:
     case = make_case(SMALL)
     bound = bind(case)
     bound.rewrite(case.events, case.block_table)
-    before = EMULATION.btx_emulation_calls(function.encode())
-    bound.rewrite(case.events, case.block_table, report=False)
-    for call in range(1, EMULATION.btx_emulation_calls(function.encode()) - before + 1):
-        EMULATION.btx_emulation_fail(f"{function}:{call}:1".encode())
-        EMULATION.btx_emulation_capture(1)
-        with pytest.raises(bottleneck_ext.BottleneckError):
-            bound.rewrite(case.events, case.block_table, report=False)
-        EMULATION.btx_emulation_reset()
+    for call in range(1, calls_of_a_rewrite(bound, case, function) + 1):
+        assert not fail_captured(bound, case, f"{function}:{call}:901")
         bound.rewrite(case.events, case.block_table)
     assert captured(lambda: bound.rewrite(case.events, case.block_table, report=False))
+
+
+def test_a_call_waits_for_the_latest_on_another_stream() -> None:
+    """Also where a capture failed, or a call that was not, since that."""
+    case = make_case(SMALL)
+    bound = bind(case)
+
+    def waits(stream: int) -> int:
+        rewrite = bound.rewrite
+        return count_calls(
+            lambda: rewrite(case.events, case.block_table, report=False, stream=stream) and None
+        )["cudaStreamWaitEvent"]  # fmt: skip
+
+    assert waits(16) == 0
+    assert [waits(32), waits(32), waits(16)] == [1, 0, 1]
+    for function in ("launch", "cudaMemcpyAsync"):
+        assert not fail_captured(bound, case, f"{function}:1:901", stream=48)
+        assert [waits(48), waits(16), waits(16)] == [1, 1, 0]
+        EMULATION.btx_emulation_fail(f"{function}:1:1".encode())
+        with pytest.raises(bottleneck_ext.BottleneckError):
+            bound.rewrite(case.events, case.block_table, report=False, stream=16)
+        EMULATION.btx_emulation_fail(b"")
+        assert [waits(48), waits(16)] == [1, 1]
+    bound.workspace.synchronize()
+    assert waits(32) == 0
 
 
 def test_a_smaller_call_takes_no_room_from_a_capture() -> None:
