@@ -360,12 +360,22 @@ btx_status cuda_executor_create(int32_t device, int32_t num_threads, void **out,
     return BTX_OK;
 }
 
+/* Whether what was captured on the executor's stream may still become a graph. */
+static int is_capture_active(const cuda_executor *executor)
+{
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusActive;
+    if (cudaStreamIsCapturing(executor->stream, &capture) == cudaSuccess)
+        return capture == cudaStreamCaptureStatusActive;
+    cudaGetLastError(); /* or the next launch would be taken to have failed */
+    return 1;
+}
+
 /* The latest call, as far as the next one on another stream must wait for it. What is captured is the graph's from the
- * first run on, unless one fails: then there is no graph that anybody could use. */
+ * first run on, unless one fails and ends the capture: then there is no graph that anybody could use. */
 static btx_status mark_done(cuda_executor *executor, int failed, btx_error *error)
 {
     if (executor->capturing)
-        executor->captured = !failed;
+        executor->captured = !failed || is_capture_active(executor);
     if (executor->slot == NULL || executor->capturing)
         return BTX_OK;
     BTX_CUDA_TRY(cudaEventRecord(executor->slot->done, executor->stream), "recording an event");

@@ -500,6 +500,21 @@ def test_a_capture_that_failed_does_not_keep_the_workspace(function: str) -> Non
     assert captured(lambda: bound.rewrite(case.events, case.block_table, report=False))
 
 
+def test_a_failure_that_leaves_a_graph_leaves_it_the_workspace() -> None:
+    """What was captured before it may be run; where nothing was, the workspace is everybody's."""
+    case = make_case(SMALL)
+    for function in ("cudaMemcpyAsync", "launch"):
+        bound = bind(case)
+        bound.rewrite(case.events, case.block_table)
+        for call in range(1, calls_of_a_rewrite(bound, case, function) + 1):
+            assert fail_captured(bound, case, f"{function}:{call}:1")
+            if function == "launch":
+                with pytest.raises(bottleneck_ext.InvalidArgumentError, match="belongs to a captured CUDA graph"):
+                    bound.rewrite(case.events, case.block_table)
+                bound = bind(case)
+            bound.rewrite(case.events, case.block_table)
+
+
 def test_a_call_waits_for_the_latest_on_another_stream() -> None:
     """Also where a capture failed, or a call that was not, since that."""
     case = make_case(SMALL)
