@@ -420,9 +420,9 @@ struct btx_backend {
     /* Whether a call on stream may be waited for: INVALID_ARGUMENT while a graph is captured there, and where one that
      * was uses the workspace. */
     btx_status (*check_wait)(void *executor, void *stream, btx_error *error);
-    /* Whether the workspace's memory may be allocated anew, for a call on stream: INVALID_ARGUMENT while a graph is
-     * captured there, and where one that was uses what there is. */
-    btx_status (*check_growth)(void *executor, void *stream, btx_error *error);
+    /* Whether the workspace's memory may be allocated anew, for a call on *stream, or with NULL for calls to come:
+     * INVALID_ARGUMENT while a graph is captured there, and where one that was uses what there is. */
+    btx_status (*check_growth)(void *executor, void *const *stream, btx_error *error);
     /* Brings the plan to the device. Tells of an earlier call's failure that nobody has been told of. timed:
      * synchronize will be asked for stage_seconds. */
     btx_status (*begin)(void *executor, const btx_plan *plan, void *stream, int timed, btx_error *error);

@@ -917,7 +917,7 @@ static btx_status begin_run(boundary_run *run, btx_workspace *workspace, void *s
     if (!lay_out(run, &size, plan->keys[0].dtype, &layout))
         return btx_fail(error, BTX_OUT_OF_MEMORY, "%" PRId64 " rows exceed the address space; split the call",
                         plan->total_rows);
-    btx_status status = btx_workspace_grow(workspace, layout.bytes, stream, error);
+    btx_status status = btx_workspace_grow(workspace, layout.bytes, &stream, error);
     if (status != BTX_OK)
         return status;
     char *memory = btx_workspace_memory(workspace);

@@ -110,7 +110,7 @@ btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, btx_err
     return btx_workspace_grow(workspace, bytes, NULL, error);
 }
 
-btx_status btx_workspace_grow(btx_workspace *workspace, size_t bytes, void *stream, btx_error *error)
+btx_status btx_workspace_grow(btx_workspace *workspace, size_t bytes, void *const *stream, btx_error *error)
 {
     const btx_backend *backend = workspace->backend;
     if (bytes <= workspace->bytes)

@@ -57,6 +57,7 @@ static struct {
     int32_t num_selected;                  /* layers of the latest boundary whose rows are */
     int norms_wanted;                      /* by the latest boundary */
     int timed;
+    int reserves; /* what grows is for no call */
     void *stream;
     btx_stage last_stage;
     const char *failing; /* the function that fails, or NULL */
@@ -187,10 +188,9 @@ static btx_status check_wait(void *executor, void *stream, btx_error *error)
     return fail_as_told("check_wait", error);
 }
 
-static btx_status check_growth(void *executor, void *stream, btx_error *error)
+static btx_status check_growth(void *executor, void *const *stream, btx_error *error)
 {
-    CHECK(executor == &device);
-    device.stream = stream;
+    CHECK(executor == &device && (stream == NULL ? device.reserves : *stream == &device));
     return fail_as_told("check_growth", error);
 }
 
@@ -592,7 +592,9 @@ static void check_refused_growth(const call *on_device)
     there.num_steps = NUM_SEQUENCES;
     start(&got);
     CHECK(run(&there, &got, NULL, &error) == BTX_DEVICE_ERROR && is_untouched(&got));
+    device.reserves = 1;
     CHECK(btx_workspace_reserve(there.workspace, 2 * bytes, &error) == BTX_DEVICE_ERROR);
+    device.reserves = 0;
     CHECK(btx_workspace_bytes(there.workspace) == bytes);
     device.failing = NULL;
     CHECK(run(&there, &got, NULL, &error) == BTX_OK);

@@ -228,7 +228,7 @@ static btx_status fake_check_wait(void *executor, void *stream, btx_error *error
     CALL(CHECK_WAIT, BTX_OK);
 }
 
-static btx_status fake_check_growth(void *executor, void *stream, btx_error *error)
+static btx_status fake_check_growth(void *executor, void *const *stream, btx_error *error)
 {
     (void)executor, (void)stream;
     CALL(CHECK_GROWTH, BTX_OK);

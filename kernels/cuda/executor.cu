@@ -592,16 +592,26 @@ static btx_status check_limits(const btx_plan *plan, const plan_layout *layout, 
     return BTX_OK;
 }
 
+static btx_status refuse_of_graph(btx_error *error)
+{
+    return btx_fail(error, BTX_INVALID_ARGUMENT,
+                    "this workspace belongs to a captured CUDA graph; use another one for other calls");
+}
+
 /* Refuses whatever is to come where a captured graph owns the executor, and says whether stream is being captured. */
 static btx_status look_at_graphs(const cuda_executor *executor, cudaStream_t stream, int *capturing, btx_error *error)
 {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    BTX_CUDA_TRY(cudaStreamIsCapturing(stream, &capture), "looking at the stream");
-    *capturing = capture != cudaStreamCaptureStatusNone;
-    if (executor->captured)
+    const cudaError_t failure = cudaStreamIsCapturing(stream, &capture);
+    if (failure == cudaErrorStreamCaptureImplicit) {
+        cudaGetLastError(); /* or the next launch would be taken to have failed */
         return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "this workspace belongs to a captured CUDA graph; use another one for other calls");
-    return BTX_OK;
+                        "a CUDA graph is captured on another stream, and the default stream cannot be used until that "
+                        "has ended; name a stream of your own");
+    }
+    BTX_CUDA_TRY(failure, "looking at the stream");
+    *capturing = capture != cudaStreamCaptureStatusNone;
+    return executor->captured ? refuse_of_graph(error) : BTX_OK;
 }
 
 static btx_status refuse_to_wait(btx_error *error)
@@ -636,9 +646,12 @@ btx_status cuda_check_wait(void *memory, void *stream, btx_error *error)
     return check_stream((const cuda_executor *)memory, (cudaStream_t)stream, refuse_to_wait, error);
 }
 
-btx_status cuda_check_growth(void *memory, void *stream, btx_error *error)
+btx_status cuda_check_growth(void *memory, void *const *stream, btx_error *error)
 {
-    return check_stream((const cuda_executor *)memory, (cudaStream_t)stream, refuse_to_allocate, error);
+    const cuda_executor *executor = (const cuda_executor *)memory;
+    if (stream == NULL)
+        return executor->captured ? refuse_of_graph(error) : BTX_OK;
+    return check_stream(executor, (cudaStream_t)*stream, refuse_to_allocate, error);
 }
 
 static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan, cudaStream_t stream, int timed,

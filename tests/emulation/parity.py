@@ -548,6 +548,27 @@ def test_a_smaller_call_takes_no_room_from_a_capture() -> None:
     assert captured(lambda: bound.rewrite(case.events, case.block_table, report=False))
 
 
+def test_calls_beside_a_capture_of_another_stream() -> None:
+    """There the runtime does not even say whether the default stream is captured."""
+    case, longer = make_case(SMALL), make_case(LONGER)
+    bound = bind(case)
+    bound.rewrite(case.events, case.block_table)
+    of_longer, before = bind(longer, bound.workspace), longer.snapshot()
+    for call in (
+        lambda: of_longer.rewrite(longer.events, longer.block_table, report=False),
+        lambda: of_longer.rewrite(longer.events, longer.block_table),
+        lambda: bound.rewrite(case.events, case.block_table, report=False),
+    ):
+        EMULATION.btx_emulation_fail(b"cudaStreamIsCapturing:1:906")
+        with pytest.raises(bottleneck_ext.InvalidArgumentError, match="until that has ended"):
+            call()
+        EMULATION.btx_emulation_fail(b"")
+    assert same(longer.pools, before)
+    of_longer.rewrite(longer.events, longer.block_table)
+    EMULATION.btx_emulation_fail(b"cudaStreamIsCapturing:1+:906")
+    assert bottleneck_ext.Workspace(1, BACKEND, reserve=4096).nbytes == 4096  # for no stream
+
+
 # --- a device that fails -----------------------------------------------------------------------------------------
 
 FUNCTIONS = (
