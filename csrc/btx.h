@@ -197,9 +197,9 @@ btx_status btx_workspace_create(const btx_backend *backend, int32_t device_index
                                 btx_workspace **workspace, btx_error *error);
 void btx_workspace_destroy(btx_workspace *workspace); /* NULL is fine; waits for what is running */
 /* Waits until everything that was called with this workspace is done. A boundary that its device refused, after the
- * call had returned, is told here, or by the next call with this workspace, which then does nothing else:
- * INVALID_ARGUMENT, nothing of the refused one was written. After DEVICE_ERROR discard the sequences of all that was
- * not waited for. */
+ * call had returned, is told here, or by a later call with this workspace, once it is done, which then does nothing
+ * else: INVALID_ARGUMENT, nothing of the refused one was written. One call tells of one. After DEVICE_ERROR discard the
+ * sequences of all that was not waited for. */
 btx_status btx_workspace_synchronize(btx_workspace *workspace, btx_error *error);
 int32_t btx_workspace_num_threads(const btx_workspace *workspace);
 size_t btx_workspace_bytes(const btx_workspace *workspace); /* reserved, or grown to the largest call so far */

@@ -432,13 +432,12 @@ static int workspace_enter(module_state *state, workspace_object *workspace)
     return 0;
 }
 
-PyDoc_STRVAR(
-    synchronize_doc,
-    "synchronize($self)\n--\n\n"
-    "Waits until everything called with this workspace is done. A boundary that its device refused after the\n"
-    "call had returned is told here, or by the next call, which then does nothing else:\n"
-    "InvalidArgumentError, nothing of the refused one was written. After DeviceError discard the sequences of\n"
-    "all that was not waited for.");
+PyDoc_STRVAR(synchronize_doc,
+             "synchronize($self)\n--\n\n"
+             "Waits until everything called with this workspace is done. A boundary that its device refused after the\n"
+             "call had returned is told here, or by a later call, once it is done, which then does nothing else:\n"
+             "InvalidArgumentError, nothing of the refused one was written. One call tells of one. After DeviceError\n"
+             "discard the sequences of all that was not waited for.");
 
 static PyObject *workspace_synchronize(PyObject *object, PyObject *unused)
 {
