@@ -199,13 +199,13 @@ static btx_status tell_refusal(plan_slot *slot, btx_error *error)
     if (slot->host == NULL || slot->num_steps == 0)
         return BTX_OK;
     volatile refusal *found = (volatile refusal *)host_refusal(slot);
-    const unsigned mass = found->mass, edit = found->edit;
-    if (mass == BTX_NOT_REFUSED && edit == BTX_NOT_REFUSED)
+    if (found->mass == BTX_NOT_REFUSED && found->edit == BTX_NOT_REFUSED)
         return BTX_OK;
     if (slot->in_use && cudaEventQuery(slot->done) == cudaErrorNotReady) {
         cudaGetLastError(); /* or the next launch would be taken to have failed */
         return BTX_OK;
     }
+    const unsigned mass = found->mass, edit = found->edit; /* the first place of all, now that they are final */
     found->mass = found->edit = BTX_NOT_REFUSED;
     const unsigned place = mass != BTX_NOT_REFUSED ? mass : edit;
     const long long layer = place / slot->num_steps, sequence = slot->sequences[place % slot->num_steps];
