@@ -29,7 +29,7 @@ extern "C" {
 #endif
 
 #define BTX_VERSION "0.1.0"
-#define BTX_ABI_VERSION 6u
+#define BTX_ABI_VERSION 7u
 #define BTX_MAX_DIMS 4
 #define BTX_MAX_RECENT_WINDOW 256
 #define BTX_MAX_TOP_K 65536
@@ -197,9 +197,9 @@ btx_status btx_workspace_create(const btx_backend *backend, int32_t device_index
                                 btx_workspace **workspace, btx_error *error);
 void btx_workspace_destroy(btx_workspace *workspace); /* NULL is fine; waits for what is running */
 /* Waits until everything that was called with this workspace is done. A boundary that its device refused, after the
- * call had returned, is told here, or by the next call with this workspace, which then does nothing else:
- * INVALID_ARGUMENT, nothing of the refused one was written. After DEVICE_ERROR discard the sequences of all that was
- * not waited for. */
+ * call had returned, is told here, or by a later call with this workspace, once it is done, which then does nothing
+ * else: INVALID_ARGUMENT, nothing of the refused one was written. One call tells of one. After DEVICE_ERROR discard the
+ * sequences of all that was not waited for. */
 btx_status btx_workspace_synchronize(btx_workspace *workspace, btx_error *error);
 int32_t btx_workspace_num_threads(const btx_workspace *workspace);
 size_t btx_workspace_bytes(const btx_workspace *workspace); /* reserved, or grown to the largest call so far */
@@ -269,13 +269,15 @@ typedef struct btx_report {
 
 /* Selects, processes and rewrites (arXiv 2505.16950, section 3.2). Everything is staged before the first byte
  * is written, so any status but OK and REBUILD_NEEDED leaves the cache untouched. report may be NULL: then a device
- * with streams is not waited for, see btx_workspace_synchronize. */
+ * with streams is not waited for, see btx_workspace_synchronize, and a CUDA graph may capture the call, if the same one
+ * was made before; with a report it is refused there. */
 btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace, const btx_boundary *boundary,
                        btx_report *report, btx_error *error);
 
 /* Selection alone: exact attention mass of every prior position, f32 out [num_layers, num_steps, max_prior],
  * zero behind each step's prior (section 3.2, equation for alpha). recent_window bounds the window as in a
- * rewrite. On a device that finds values which are not finite (INVALID_ARGUMENT) out may have been written. */
+ * rewrite. A device is waited for. Where it finds values which are not finite (INVALID_ARGUMENT) out may have been
+ * written. */
 btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspace, const btx_boundary *boundary,
                               int32_t recent_window, btx_tensor *out, btx_error *error);
 
@@ -406,6 +408,7 @@ struct btx_backend {
 
     /* Where the memory is not the host's; all NULL where it is. A boundary is
      *
+     *     where the call is waited for: check_wait, synchronize
      *     check_growth (where the workspace is too small)
      *     begin, executor_run (mass and top-k, each then mark), executor_run (each further stage's operations, then
      *     mark), executor_run (the write, then mark), and where there is a report: synchronize, download
@@ -414,9 +417,12 @@ struct btx_backend {
      * plan is the host's and goes when the call returns. */
     /* memory = from, of the host; blocks. */
     btx_status (*upload)(int32_t device_index, void *memory, const void *from, size_t bytes, btx_error *error);
-    /* Whether the workspace's memory may be allocated anew, for a call on stream: INVALID_ARGUMENT while a graph is
-     * captured there, and where one that was uses what there is. */
-    btx_status (*check_growth)(void *executor, void *stream, btx_error *error);
+    /* Whether a call on stream may be waited for: INVALID_ARGUMENT while a graph is captured there, and where one that
+     * was uses the workspace. */
+    btx_status (*check_wait)(void *executor, void *stream, btx_error *error);
+    /* Whether the workspace's memory may be allocated anew, for a call on *stream, or with NULL for calls to come:
+     * INVALID_ARGUMENT while a graph is captured there, and where one that was uses what there is. */
+    btx_status (*check_growth)(void *executor, void *const *stream, btx_error *error);
     /* Brings the plan to the device. Tells of an earlier call's failure that nobody has been told of. timed:
      * synchronize will be asked for stage_seconds. */
     btx_status (*begin)(void *executor, const btx_plan *plan, void *stream, int timed, btx_error *error);

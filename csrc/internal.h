@@ -35,8 +35,11 @@ btx_status btx_backend_check(const btx_backend *backend, btx_error *error);
 /* A region of the workspace being laid out: *total grows by count * size, aligned; 0 on overflow. */
 int btx_reserve(size_t *total, size_t *offset, int64_t count, size_t size);
 
-/* btx_workspace_reserve, for a call on stream. */
-btx_status btx_workspace_grow(btx_workspace *workspace, size_t bytes, void *stream, btx_error *error);
+/* For a call on stream that is waited for: refuses it where that cannot be, else waits for what was called before,
+ * whose refusal must not be taken for this one's. */
+btx_status btx_workspace_settle(btx_workspace *workspace, void *stream, btx_error *error);
+/* btx_workspace_reserve, for a call on *stream, or with NULL for calls to come. */
+btx_status btx_workspace_grow(btx_workspace *workspace, size_t bytes, void *const *stream, btx_error *error);
 /* What was reserved: stays where it is until the workspace is destroyed or grows. */
 char *btx_workspace_memory(const btx_workspace *workspace);
 btx_status btx_workspace_run(btx_workspace *workspace, int64_t num_units, btx_unit_function fn, void *context,

@@ -917,7 +917,7 @@ static btx_status begin_run(boundary_run *run, btx_workspace *workspace, void *s
     if (!lay_out(run, &size, plan->keys[0].dtype, &layout))
         return btx_fail(error, BTX_OUT_OF_MEMORY, "%" PRId64 " rows exceed the address space; split the call",
                         plan->total_rows);
-    btx_status status = btx_workspace_grow(workspace, layout.bytes, stream, error);
+    btx_status status = btx_workspace_grow(workspace, layout.bytes, &stream, error);
     if (status != BTX_OK)
         return status;
     char *memory = btx_workspace_memory(workspace);
@@ -1131,8 +1131,8 @@ btx_status btx_rewrite(const btx_processor *processor, btx_workspace *workspace,
     }
     if (status != BTX_OK || planned.plan.num_steps == 0)
         goto cleanup;
-    if (report != NULL) /* it is waited for anyway, and an earlier call's refusal must not be taken for this one's */
-        status = btx_workspace_synchronize(workspace, error);
+    if (report != NULL)
+        status = btx_workspace_settle(workspace, boundary->stream, error);
     if (status == BTX_OK)
         status = begin_run(&run, workspace, boundary->stream, report != NULL, error);
     if (status == BTX_OK && run.mass_is_apart)
@@ -1218,7 +1218,7 @@ btx_status btx_attention_mass(const btx_backend *backend, btx_workspace *workspa
     boundary_run run = {.backend = backend, .plan = &planned.plan, .mass_out = out};
     if (status != BTX_OK || planned.plan.num_steps == 0)
         goto cleanup;
-    status = btx_workspace_synchronize(workspace, error); /* as in btx_rewrite */
+    status = btx_workspace_settle(workspace, boundary->stream, error);
     if (status == BTX_OK)
         status = begin_run(&run, workspace, boundary->stream, 0, error);
     if (status == BTX_OK && run.mass_is_apart)

@@ -432,13 +432,12 @@ static int workspace_enter(module_state *state, workspace_object *workspace)
     return 0;
 }
 
-PyDoc_STRVAR(
-    synchronize_doc,
-    "synchronize($self)\n--\n\n"
-    "Waits until everything called with this workspace is done. A boundary that its device refused after the\n"
-    "call had returned is told here, or by the next call, which then does nothing else:\n"
-    "InvalidArgumentError, nothing of the refused one was written. After DeviceError discard the sequences of\n"
-    "all that was not waited for.");
+PyDoc_STRVAR(synchronize_doc,
+             "synchronize($self)\n--\n\n"
+             "Waits until everything called with this workspace is done. A boundary that its device refused after the\n"
+             "call had returned is told here, or by a later call, once it is done, which then does nothing else:\n"
+             "InvalidArgumentError, nothing of the refused one was written. One call tells of one. After DeviceError\n"
+             "discard the sequences of all that was not waited for.");
 
 static PyObject *workspace_synchronize(PyObject *object, PyObject *unused)
 {
@@ -574,10 +573,11 @@ static int parse_steps(module_state *state, PyObject *steps, boundary_arguments 
         return -1;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
-        long long sequence, sequence_begin, step_begin, step_end, top_k = LLONG_MAX; /* not given */
+        long long sequence, sequence_begin, step_begin, step_end, top_k = 0;
         PyObject *tuple = PySequence_Tuple(PyTuple_GetItem(fast, i));
         int parsed = tuple != NULL &&
                      PyArg_ParseTuple(tuple, "LLLL|L:step", &sequence, &sequence_begin, &step_begin, &step_end, &top_k);
+        const int is_given = parsed && PyTuple_Size(tuple) > 4;
         Py_XDECREF(tuple);
         if (!parsed) {
             Py_DECREF(fast);
@@ -590,10 +590,8 @@ static int parse_steps(module_state *state, PyObject *steps, boundary_arguments 
             Py_DECREF(fast);
             return -1;
         }
-        arguments->steps[i] = (btx_step){sequence, sequence_begin, step_begin, step_end,
-                                         top_k == LLONG_MAX ? 0
-                                         : top_k == 0       ? -1
-                                                            : top_k};
+        arguments->steps[i] =
+            (btx_step){sequence, sequence_begin, step_begin, step_end, is_given && top_k == 0 ? -1 : top_k};
     }
     Py_DECREF(fast);
     arguments->boundary.steps = arguments->steps;

@@ -54,6 +54,14 @@ btx_status btx_workspace_synchronize(btx_workspace *workspace, btx_error *error)
     return workspace->backend->synchronize(workspace->executor, NULL, error);
 }
 
+btx_status btx_workspace_settle(btx_workspace *workspace, void *stream, btx_error *error)
+{
+    btx_status status = BTX_OK;
+    if (workspace->backend->check_wait != NULL)
+        status = workspace->backend->check_wait(workspace->executor, stream, error);
+    return status == BTX_OK ? btx_workspace_synchronize(workspace, error) : status;
+}
+
 int32_t btx_workspace_num_threads(const btx_workspace *workspace)
 {
     return workspace->num_threads;
@@ -102,7 +110,7 @@ btx_status btx_workspace_reserve(btx_workspace *workspace, size_t bytes, btx_err
     return btx_workspace_grow(workspace, bytes, NULL, error);
 }
 
-btx_status btx_workspace_grow(btx_workspace *workspace, size_t bytes, void *stream, btx_error *error)
+btx_status btx_workspace_grow(btx_workspace *workspace, size_t bytes, void *const *stream, btx_error *error)
 {
     const btx_backend *backend = workspace->backend;
     if (bytes <= workspace->bytes)

@@ -57,6 +57,7 @@ static struct {
     int32_t num_selected;                  /* layers of the latest boundary whose rows are */
     int norms_wanted;                      /* by the latest boundary */
     int timed;
+    int reserves; /* what grows is for no call */
     void *stream;
     btx_stage last_stage;
     const char *failing; /* the function that fails, or NULL */
@@ -181,10 +182,15 @@ static btx_status tell_refusal(btx_error *error)
     return btx_fail(error, BTX_INVALID_ARGUMENT, "the device refused");
 }
 
-static btx_status check_growth(void *executor, void *stream, btx_error *error)
+static btx_status check_wait(void *executor, void *stream, btx_error *error)
 {
-    CHECK(executor == &device);
-    device.stream = stream;
+    CHECK(executor == &device && stream == &device);
+    return fail_as_told("check_wait", error);
+}
+
+static btx_status check_growth(void *executor, void *const *stream, btx_error *error)
+{
+    CHECK(executor == &device && (stream == NULL ? device.reserves : *stream == &device));
     return fail_as_told("check_growth", error);
 }
 
@@ -356,6 +362,7 @@ static btx_backend make_device(void)
     made.executor_destroy = executor_destroy;
     made.executor_run = executor_run;
     made.upload = upload;
+    made.check_wait = check_wait;
     made.check_growth = check_growth;
     made.begin = begin;
     made.mark = mark;
@@ -585,11 +592,31 @@ static void check_refused_growth(const call *on_device)
     there.num_steps = NUM_SEQUENCES;
     start(&got);
     CHECK(run(&there, &got, NULL, &error) == BTX_DEVICE_ERROR && is_untouched(&got));
+    device.reserves = 1;
     CHECK(btx_workspace_reserve(there.workspace, 2 * bytes, &error) == BTX_DEVICE_ERROR);
+    device.reserves = 0;
     CHECK(btx_workspace_bytes(there.workspace) == bytes);
     device.failing = NULL;
     CHECK(run(&there, &got, NULL, &error) == BTX_OK);
     btx_workspace_destroy(there.workspace);
+}
+
+/* Only what is waited for asks whether it may be, and before it waits for anything. */
+static void check_refused_wait(const call *on_device)
+{
+    static results got;
+    btx_error error = {{0}};
+    call there = *on_device;
+    const int num_waits = device.num_waits;
+    device.failing = "check_wait";
+    start(&got);
+    CHECK(run(&there, &got, NULL, &error) == BTX_DEVICE_ERROR);
+    there.processor = NULL;
+    CHECK(run(&there, &got, NULL, &error) == BTX_DEVICE_ERROR && is_untouched(&got));
+    there.processor = on_device->processor;
+    there.reports = 0;
+    CHECK(run(&there, &got, NULL, &error) == BTX_OK && device.num_waits == num_waits);
+    device.failing = NULL;
 }
 
 /* What fails before the write leaves the caches; what fails after it says that nobody knows. */
@@ -617,6 +644,7 @@ static void check_failures(const call *on_device)
     btx_processor *processor = NULL;
     CHECK(btx_processor_create(on_device->backend, 0, &config, weights, &processor, &error) == BTX_DEVICE_ERROR);
     CHECK(processor == NULL);
+    check_refused_wait(on_device);
     check_refused_growth(on_device);
     device.failing = NULL;
 }

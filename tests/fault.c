@@ -141,6 +141,7 @@ enum {
     EXECUTOR_CREATE,
     EXECUTOR_RUN,
     UPLOAD,
+    CHECK_WAIT,
     CHECK_GROWTH,
     BEGIN,
     DOWNLOAD,
@@ -161,9 +162,9 @@ enum {
 };
 
 static const char *const function_names[NUM_FUNCTIONS] = {
-    "allocate",    "executor_create", "executor_run", "upload",   "check_growth", "begin",           "download",
-    "synchronize", "attention_mass",  "store_mass",   "top_k",    "gather_kv",    "round",           "rms_norm",
-    "linear",      "linear_swiglu",   "attention",    "stage_kv", "write_kv",     "capture_queries",
+    "allocate", "executor_create", "executor_run",   "upload",     "check_wait", "check_growth", "begin",
+    "download", "synchronize",     "attention_mass", "store_mass", "top_k",      "gather_kv",    "round",
+    "rms_norm", "linear",          "linear_swiglu",  "attention",  "stage_kv",   "write_kv",     "capture_queries",
 };
 
 static struct {
@@ -221,7 +222,13 @@ static btx_status fake_upload(int32_t device_index, void *memory, const void *fr
     CALL(UPLOAD, copy(memory, from, bytes));
 }
 
-static btx_status fake_check_growth(void *executor, void *stream, btx_error *error)
+static btx_status fake_check_wait(void *executor, void *stream, btx_error *error)
+{
+    (void)executor, (void)stream;
+    CALL(CHECK_WAIT, BTX_OK);
+}
+
+static btx_status fake_check_growth(void *executor, void *const *stream, btx_error *error)
 {
     (void)executor, (void)stream;
     CALL(CHECK_GROWTH, BTX_OK);
@@ -380,6 +387,7 @@ static btx_backend make_fake(int is_device)
     made.mass_by_head = 1;
     made.attention_mass = fake_mass_by_head;
     made.upload = fake_upload;
+    made.check_wait = fake_check_wait;
     made.check_growth = fake_check_growth;
     made.begin = fake_begin;
     made.mark = fake_mark;
@@ -628,8 +636,8 @@ static void fail_backend(const setting *with)
     const long count = fake.num_calls;
     const int is_device = with->backend->begin != NULL;
     for (int function = 0; function < NUM_FUNCTIONS; function++) {
-        const int of_devices = function == UPLOAD || function == CHECK_GROWTH || function == BEGIN ||
-                               function == DOWNLOAD || function == SYNCHRONIZE;
+        const int of_devices = function == UPLOAD || function == CHECK_WAIT || function == CHECK_GROWTH ||
+                               function == BEGIN || function == DOWNLOAD || function == SYNCHRONIZE;
         CHECK(fake.calls_of[function] > 0 || (of_devices && !is_device), "%s is never called",
               function_names[function]);
     }

@@ -87,8 +87,9 @@ def test_a_step_may_recall_fewer(lengths: tuple) -> None:
 
 
 def test_a_step_may_not_recall_more(case: Case) -> None:
-    refused(case, "step 1 is to recall 5 positions; its top_k must be 0 to 4",
-            events=[case.events[0], replace(case.events[1], top_k=5)])  # fmt: skip
+    for more in (5, 2**63 - 1):
+        refused(case, f"step 1 is to recall {more} positions; its top_k must be 0 to 4",
+                events=[case.events[0], replace(case.events[1], top_k=more)])  # fmt: skip
     for negative in (-1, -2, -(2**63)):
         refused(case, f"step 0 is to recall {negative} positions", events=[replace(case.events[0], top_k=negative)])
 
@@ -1446,7 +1447,7 @@ def test_backends_and_build_info() -> None:
     assert (on_cpu[-1]["variant"], on_cpu[-1]["available"]) == ("scalar", True)
     assert {b["device"] for b in on_cpu} == {"cpu"}
     info = bottleneck_ext.build_info()
-    assert (info["version"], info["abi_version"]) == (bottleneck_ext.__version__, 6)
+    assert (info["version"], info["abi_version"]) == (bottleneck_ext.__version__, 7)
     cuda = info["cuda"]
     assert set(cuda) == {"compiled", "architectures", "available", "device", "driver", "cublaslt"}
     assert [b["name"] for b in found[len(on_cpu) :]] == ["cuda"] * cuda["compiled"]  # the last

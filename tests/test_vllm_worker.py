@@ -24,7 +24,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from bottleneck_ext import InvalidArgumentError
+from bottleneck_ext import DeviceError, InvalidArgumentError
 from bottlenecked import BoundaryEvent, CacheProcessor, CacheProcessorConfig
 from bottlenecked.checkpoint import initial_weights, save_checkpoint
 from bottlenecked.integrations.vllm.options import ServerOptions
@@ -461,3 +461,62 @@ def test_other_errors_are_not_passed_over(plan: Plan, monkeypatch: pytest.Monkey
         monkeypatch.setattr(owner, name, failing_at(1, error, getattr(owner, name)))
     with pytest.raises(RuntimeError, match="device-side assert"):
         real.run(plan)
+
+
+class SlowDevice:
+    """A rewriter, and its workspace, that tells late what it refused: by a later call, one at a time."""
+
+    skipped_steps = 0
+
+    def __init__(self, pending: list[str], failing: int = 0) -> None:
+        self.pending, self.failing = pending, failing
+        self.written: list[int] = []
+
+    def tell(self) -> None:
+        if self.pending:
+            raise InvalidArgumentError(self.pending.pop(0))
+
+    synchronize = tell
+
+    def rewrite(self, events: list[BoundaryEvent], block_table: Any, *, report: bool) -> None:
+        assert not report
+        self.tell()
+        if len(events) > 1 and self.failing:
+            self.failing -= 1
+            raise MemoryError
+        self.written += [event.sequence for event in events if event.step_end < 6]
+        self.pending += [f"sequence {event.sequence}" for event in events if event.step_end >= 6]
+
+
+def rewrite_late(device: SlowDevice, ends: list[int]) -> dict[str, int]:
+    real = half()
+    real.block_to_page = SimpleNamespace(device=torch.device("cuda"))
+    real.rewriter = real.workspace = device
+    real.run(Plan(rewrite=[Rewrite(row, 0, end, None, (2 * row, 2 * row + 1)) for row, end in enumerate(ends)]))
+    return real.stats.data["skipped"]
+
+
+@pytest.mark.parametrize("ends", [[5], [5, 4]])
+@pytest.mark.parametrize("earlier", [0, 1, 2, 4])
+def test_refusals_of_earlier_calls_are_not_this_ones(earlier: int, ends: list[int]) -> None:
+    """However many the device has not told of yet: all of them are counted, and the steps at hand are rewritten."""
+    device = SlowDevice([f"sequence {i}" for i in range(earlier)])
+    assert rewrite_late(device, ends) == ({"refused": earlier} if earlier else {})
+    assert device.written == list(range(len(ends)))
+
+
+def test_a_refusal_of_one_step_is_not_the_next_ones() -> None:
+    """Where memory is wanting for both at once, they are rewritten one after the other."""
+    device = SlowDevice([], failing=2)
+    rewrite_late(device, [6, 5])
+    assert device.written == [1]
+
+
+def test_a_lost_device_is_not_asked_for_ever() -> None:
+    device = SlowDevice([])
+
+    def lost(*_: Any, **__: Any) -> None:
+        raise DeviceError("lost")
+
+    device.synchronize = device.rewrite = lost  # type: ignore[method-assign]
+    assert "refused" in rewrite_late(device, [5])

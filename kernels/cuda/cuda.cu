@@ -34,6 +34,7 @@ extern "C" const btx_backend btx_cuda_backend = {
     cuda_executor_destroy,
     cuda_executor_run,
     cuda_upload,
+    cuda_check_wait,
     cuda_check_growth,
     cuda_begin,
     cuda_mark,

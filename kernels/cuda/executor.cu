@@ -166,13 +166,13 @@ static btx_status grow_slot(plan_slot *slot, size_t bytes, int64_t num_steps, bt
         host_refusal(slot)->mass = host_refusal(slot)->edit = BTX_NOT_REFUSED;
         host_refusal(slot)->skipped = slot->skipped_told = 0;
     }
-    if (num_steps > slot->num_steps) {
+    if (num_steps > slot->max_steps) {
         int64_t *sequences = (int64_t *)realloc(slot->sequences, (size_t)num_steps * sizeof *sequences);
         if (sequences == NULL)
             return btx_fail(error, BTX_OUT_OF_MEMORY, "out of memory for a plan of %lld steps", (long long)num_steps);
         slot->sequences = sequences;
+        slot->max_steps = num_steps;
     }
-    slot->num_steps = num_steps;
     return BTX_OK;
 }
 
@@ -199,13 +199,13 @@ static btx_status tell_refusal(plan_slot *slot, btx_error *error)
     if (slot->host == NULL || slot->num_steps == 0)
         return BTX_OK;
     volatile refusal *found = (volatile refusal *)host_refusal(slot);
-    const unsigned mass = found->mass, edit = found->edit;
-    if (mass == BTX_NOT_REFUSED && edit == BTX_NOT_REFUSED)
+    if (found->mass == BTX_NOT_REFUSED && found->edit == BTX_NOT_REFUSED)
         return BTX_OK;
     if (slot->in_use && cudaEventQuery(slot->done) == cudaErrorNotReady) {
         cudaGetLastError(); /* or the next launch would be taken to have failed */
         return BTX_OK;
     }
+    const unsigned mass = found->mass, edit = found->edit; /* the first place of all, now that they are final */
     found->mass = found->edit = BTX_NOT_REFUSED;
     const unsigned place = mass != BTX_NOT_REFUSED ? mass : edit;
     const long long layer = place / slot->num_steps, sequence = slot->sequences[place % slot->num_steps];
@@ -360,16 +360,28 @@ btx_status cuda_executor_create(int32_t device, int32_t num_threads, void **out,
     return BTX_OK;
 }
 
+/* Whether what was captured on the executor's stream may still become a graph. */
+static int is_capture_active(const cuda_executor *executor)
+{
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusActive;
+    if (cudaStreamIsCapturing(executor->stream, &capture) == cudaSuccess)
+        return capture == cudaStreamCaptureStatusActive;
+    cudaGetLastError(); /* or the next launch would be taken to have failed */
+    return 1;
+}
+
 /* The latest call, as far as the next one on another stream must wait for it. What is captured is the graph's from the
- * first run on, unless one fails: then there is no graph that anybody could use. */
+ * first run on, unless one fails and ends the capture: then there is no graph that anybody could use. */
 static btx_status mark_done(cuda_executor *executor, int failed, btx_error *error)
 {
     if (executor->capturing)
-        executor->captured = !failed;
+        executor->captured = !failed || is_capture_active(executor);
     if (executor->slot == NULL || executor->capturing)
         return BTX_OK;
     BTX_CUDA_TRY(cudaEventRecord(executor->slot->done, executor->stream), "recording an event");
     executor->slot->in_use = 1;
+    executor->latest = executor->slot;
+    executor->latest_stream = executor->stream;
     return BTX_OK;
 }
 
@@ -580,16 +592,33 @@ static btx_status check_limits(const btx_plan *plan, const plan_layout *layout, 
     return BTX_OK;
 }
 
+static btx_status refuse_of_graph(btx_error *error)
+{
+    return btx_fail(error, BTX_INVALID_ARGUMENT,
+                    "this workspace belongs to a captured CUDA graph; use another one for other calls");
+}
+
 /* Refuses whatever is to come where a captured graph owns the executor, and says whether stream is being captured. */
 static btx_status look_at_graphs(const cuda_executor *executor, cudaStream_t stream, int *capturing, btx_error *error)
 {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    BTX_CUDA_TRY(cudaStreamIsCapturing(stream, &capture), "looking at the stream");
-    *capturing = capture != cudaStreamCaptureStatusNone;
-    if (executor->captured)
+    const cudaError_t failure = cudaStreamIsCapturing(stream, &capture);
+    if (failure == cudaErrorStreamCaptureImplicit) {
+        cudaGetLastError(); /* or the next launch would be taken to have failed */
         return btx_fail(error, BTX_INVALID_ARGUMENT,
-                        "this workspace belongs to a captured CUDA graph; use another one for other calls");
-    return BTX_OK;
+                        "a CUDA graph is captured on another stream, and the default stream cannot be used until that "
+                        "has ended; name a stream of your own");
+    }
+    BTX_CUDA_TRY(failure, "looking at the stream");
+    *capturing = capture != cudaStreamCaptureStatusNone;
+    return executor->captured ? refuse_of_graph(error) : BTX_OK;
+}
+
+static btx_status refuse_to_wait(btx_error *error)
+{
+    return btx_fail(error, BTX_INVALID_ARGUMENT,
+                    "what a CUDA graph captures cannot be waited for: of these calls capture only a rewrite without a "
+                    "report");
 }
 
 static btx_status refuse_to_allocate(btx_error *error)
@@ -598,17 +627,31 @@ static btx_status refuse_to_allocate(btx_error *error)
                     "memory cannot be allocated while a CUDA graph is captured: make the same call once before");
 }
 
-btx_status cuda_check_growth(void *memory, void *stream, btx_error *error)
+/* refuse: what is said of a call on a stream that is being captured. */
+static btx_status check_stream(const cuda_executor *executor, cudaStream_t stream,
+                               btx_status (*refuse)(btx_error *error), btx_error *error)
 {
-    const cuda_executor *executor = (const cuda_executor *)memory;
     device_scope scope;
     int capturing = 0;
     btx_status status = cuda_enter_device(executor->device, &scope, error);
     if (status != BTX_OK)
         return status;
-    status = look_at_graphs(executor, (cudaStream_t)stream, &capturing, error);
+    status = look_at_graphs(executor, stream, &capturing, error);
     cuda_leave_device(executor->device, &scope);
-    return status == BTX_OK && capturing ? refuse_to_allocate(error) : status;
+    return status == BTX_OK && capturing ? refuse(error) : status;
+}
+
+btx_status cuda_check_wait(void *memory, void *stream, btx_error *error)
+{
+    return check_stream((const cuda_executor *)memory, (cudaStream_t)stream, refuse_to_wait, error);
+}
+
+btx_status cuda_check_growth(void *memory, void *const *stream, btx_error *error)
+{
+    const cuda_executor *executor = (const cuda_executor *)memory;
+    if (stream == NULL)
+        return executor->captured ? refuse_of_graph(error) : BTX_OK;
+    return check_stream(executor, (cudaStream_t)*stream, refuse_to_allocate, error);
 }
 
 static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan, cudaStream_t stream, int timed,
@@ -622,7 +665,7 @@ static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan,
     if (status != BTX_OK)
         return status;
     plan_slot *slot = capturing ? &executor->capture_slot : &executor->slots[executor->next_slot];
-    if (capturing && (layout.bytes > slot->capacity || plan->num_steps > slot->num_steps))
+    if (capturing && (layout.bytes > slot->capacity || plan->num_steps > slot->max_steps))
         return refuse_to_allocate(error);
     if (!capturing) {
         if (slot->in_use) {
@@ -643,8 +686,8 @@ static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan,
         if (status != BTX_OK)
             return status;
         /* The workspace's memory is the latest call's until that is done. */
-        if (executor->slot != NULL && executor->slot->in_use && executor->stream != stream)
-            BTX_CUDA_TRY(cudaStreamWaitEvent(stream, executor->slot->done, 0), "ordering two streams");
+        if (executor->latest != NULL && executor->latest->in_use && executor->latest_stream != stream)
+            BTX_CUDA_TRY(cudaStreamWaitEvent(stream, executor->latest->done, 0), "ordering two streams");
         executor->next_slot = (executor->next_slot + 1) % BTX_PLAN_SLOTS;
     }
     slot->num_steps = plan->num_steps;
@@ -663,7 +706,7 @@ static btx_status begin_on_device(cuda_executor *executor, const btx_plan *plan,
     executor->slot = slot;
     executor->stream = stream;
     executor->capturing = capturing;
-    executor->timed = timed && !capturing;
+    executor->timed = timed; /* where it is, check_wait has seen that nothing is captured */
     executor->num_marks = 0;
     BTX_CUDA_TRY(cudaMemcpyAsync(slot->device + layout.refused, slot->host + layout.refused,
                                  layout.bytes - layout.refused, cudaMemcpyHostToDevice, stream),

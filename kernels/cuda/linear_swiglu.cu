@@ -213,17 +213,28 @@ static btx_status launch(const btx_pass *pass, const btx_linear *weights, const 
     return BTX_OK;
 }
 
-/* Larger tiles read less for what they compute; of few rows more of a tile is in vain. */
+/* Of fewer rows than the largest tile is for. */
 template <int STAGES>
-static btx_status launch_best(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
-                              btx_error *error)
+static btx_status launch_smaller(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
+                                 btx_error *error)
 {
     const int64_t rows = btx_pass_rows(pass);
-    if (STAGES > 2 && rows >= 512)
-        return launch<4, 4, STAGES>(pass, weights, x, out, error);
     if (divide_up(rows, 128) * 128 == divide_up(rows, 64) * 64)
         return launch<4, 2, STAGES>(pass, weights, x, out, error);
     return launch<2, 2, STAGES>(pass, weights, x, out, error);
+}
+
+/* Larger tiles read less for what they compute; of few rows more of a tile is in vain. The largest, of three stages,
+ * takes 162 KiB: an A100's blocks may have 163. Smaller ones have three where two blocks of them fit a multiprocessor,
+ * which an A100's has no room for. */
+static btx_status launch_best(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
+                              btx_error *error)
+{
+    const int limit = executor_of(pass)->shared_limit;
+    if (btx_pass_rows(pass) >= 512 && limit >= tile_bytes(4, 4, 3))
+        return launch<4, 4, 3>(pass, weights, x, out, error);
+    return limit >= 2 * tile_bytes(4, 2, 3) ? launch_smaller<3>(pass, weights, x, out, error)
+                                            : launch_smaller<2>(pass, weights, x, out, error);
 }
 
 btx_status cuda_linear_swiglu(const btx_pass *pass, const btx_linear *weights, const void *x, void *out,
@@ -235,11 +246,8 @@ btx_status cuda_linear_swiglu(const btx_pass *pass, const btx_linear *weights, c
     if (weights->dtype == BTX_BF16 && executor->encode_tensor_map != NULL)
         return cuda_linear_swiglu_sm90(pass, weights, x, out, error);
 #endif
-    if (weights->dtype == BTX_BF16) {
-        /* Three stages of the largest tile take 162 KiB; an A100's blocks may have 163. */
-        return executor->shared_limit >= tile_bytes(4, 4, 3) ? launch_best<3>(pass, weights, x, out, error)
-                                                             : launch_best<2>(pass, weights, x, out, error);
-    }
+    if (weights->dtype == BTX_BF16)
+        return launch_best(pass, weights, x, out, error);
     BTX_LAUNCH(swiglu_f32_kernel,
                dim3(divide_up(out_stride, F32_COLUMNS), divide_up(rows, F32_ROWS), (unsigned)num_layers_of(pass)), 256,
                0, executor->stream, (const float *)x, (const unsigned char *)weights->packed,

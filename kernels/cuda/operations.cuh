@@ -12,7 +12,8 @@ btx_status cuda_upload(int32_t device, void *memory, const void *from, size_t by
 btx_status cuda_executor_create(int32_t device, int32_t num_threads, void **executor, btx_error *error);
 void cuda_executor_destroy(void *executor);
 btx_status cuda_executor_run(void *executor, int64_t num_units, btx_unit_function fn, void *context, btx_error *error);
-btx_status cuda_check_growth(void *executor, void *stream, btx_error *error);
+btx_status cuda_check_wait(void *executor, void *stream, btx_error *error);
+btx_status cuda_check_growth(void *executor, void *const *stream, btx_error *error);
 btx_status cuda_begin(void *executor, const btx_plan *plan, void *stream, int timed, btx_error *error);
 void cuda_mark(void *executor, btx_stage stage);
 btx_status cuda_download(void *executor, void *to, const void *from, size_t bytes, btx_error *error);

@@ -88,8 +88,8 @@ typedef struct plan_slot {
     cudaEvent_t copied; /* Owned. */
     cudaEvent_t done;   /* Owned: the call that used the slot */
     int in_use;         /* done was recorded */
-    int64_t *sequences; /* Owned, [num_steps]: for the sentence about a refusal */
-    int64_t num_steps;
+    int64_t *sequences; /* Owned, [max_steps]: for the sentence about a refusal */
+    int64_t max_steps, num_steps;
     unsigned skipped_told; /* of the steps skipped so far, those the executor knows of */
 } plan_slot;
 
@@ -110,7 +110,9 @@ typedef struct cuda_executor {
     plan_slot slots[BTX_PLAN_SLOTS];
     plan_slot capture_slot; /* its plan must live as long as the graph */
     plan_slot *slot;        /* of the call under way, or the latest; NULL before the first */
-    int64_t num_skipped;    /* steps, of calls that are known to be done */
+    plan_slot *latest;      /* of the latest call that was not captured, once it is recorded; NULL before the first */
+    cudaStream_t latest_stream;
+    int64_t num_skipped; /* steps, of calls that are known to be done */
     int next_slot;
     device_plan plan;
     /* Stage times. */

@@ -275,8 +275,9 @@ class BoundCache:
         stream: a cudaStream_t as a number; None: that on which the caches' library works now.
         report: False returns None, and with a CUDA backend returns before the device is done: work that follows on the
             same stream sees the rewritten cache. What the device refuses meanwhile, for instance an edit that is not
-            finite, is raised by ``workspace.synchronize()`` or by the next call with this workspace, which then does
-            nothing else; what it skips is counted in ``workspace.skipped_steps``.
+            finite, is raised by ``workspace.synchronize()`` or, once it is done, by a later call with this workspace,
+            which then does nothing else; what it skips is counted in ``workspace.skipped_steps``. Only such a call can
+            be captured in a CUDA graph, after the same one was made before.
 
         InvalidArgumentError, UnsupportedError, DeviceError and MemoryError leave the caches untouched;
         RebuildNeededError means the write began and failed: discard these sequences.

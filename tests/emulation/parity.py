@@ -435,21 +435,138 @@ def test_a_capture_that_wants_memory_is_refused_and_stays_valid(warm: bool) -> N
     assert captured(lambda: of_longer.rewrite(longer.events, longer.block_table, report=False))
 
 
+@pytest.mark.parametrize("what", ["report", "mass"])
+@pytest.mark.parametrize("pending", [True, False])
+def test_what_is_waited_for_cannot_be_captured(what: str, pending: bool) -> None:
+    """Nor is an earlier call waited for, which would end the capture; the workspace stays everybody's."""
+    case, right = make_case(SMALL), make_case(SMALL)
+    bound, uncaptured = bind(case), bind(right)
+    mass = torch.empty(SMALL.num_layers, 2, 51)
+    steps = [(e.sequence, e.sequence_begin, e.step_begin, e.step_end) for e in case.events]
+
+    def call() -> object:
+        if what == "report":
+            return bound.rewrite(case.events, case.block_table)
+        return bottleneck_ext.attention_mass(
+            bound.kv_cache, bound.query_cache, steps, case.block_table, out=mass, workspace=bound.workspace,
+            recent_window=SMALL.recent_window,
+        )  # fmt: skip
+
+    def refused() -> None:
+        with pytest.raises(bottleneck_ext.InvalidArgumentError, match="waited for"):
+            call()
+
+    for _ in range(2):
+        bound.rewrite(case.events, case.block_table, report=False)
+        uncaptured.rewrite(right.events, right.block_table)
+    if not pending:
+        bound.workspace.synchronize()
+    assert captured(refused)
+    assert same(case.pools, right.pools)
+    call()  # nothing was captured
+    if what == "report":
+        uncaptured.rewrite(right.events, right.block_table)
+    assert captured(lambda: bound.rewrite(case.events, case.block_table, report=False))
+    EMULATION.btx_emulation_replay()
+    uncaptured.rewrite(right.events, right.block_table)
+    assert same(case.pools, right.pools)
+
+
+def fail_captured(bound: Any, case: Case, fault: str, stream: int | None = None) -> bool:
+    """A captured rewrite in which a call of the device fails; whether there is a graph all the same."""
+
+    def refused() -> None:
+        EMULATION.btx_emulation_fail(fault.encode())
+        with pytest.raises(bottleneck_ext.BottleneckError):
+            bound.rewrite(case.events, case.block_table, report=False, stream=stream)
+
+    is_valid = captured(refused)
+    EMULATION.btx_emulation_fail(b"")
+    return is_valid
+
+
+def calls_of_a_rewrite(bound: Any, case: Case, function: str) -> int:
+    return count_calls(lambda: bound.rewrite(case.events, case.block_table, report=False))[function]
+
+
 @pytest.mark.parametrize("function", ["cudaMemcpyAsync", "launch"])
 def test_a_capture_that_failed_does_not_keep_the_workspace(function: str) -> None:
     case = make_case(SMALL)
     bound = bind(case)
     bound.rewrite(case.events, case.block_table)
-    before = EMULATION.btx_emulation_calls(function.encode())
-    bound.rewrite(case.events, case.block_table, report=False)
-    for call in range(1, EMULATION.btx_emulation_calls(function.encode()) - before + 1):
-        EMULATION.btx_emulation_fail(f"{function}:{call}:1".encode())
-        EMULATION.btx_emulation_capture(1)
-        with pytest.raises(bottleneck_ext.BottleneckError):
-            bound.rewrite(case.events, case.block_table, report=False)
-        EMULATION.btx_emulation_reset()
+    for call in range(1, calls_of_a_rewrite(bound, case, function) + 1):
+        assert not fail_captured(bound, case, f"{function}:{call}:901")
         bound.rewrite(case.events, case.block_table)
     assert captured(lambda: bound.rewrite(case.events, case.block_table, report=False))
+
+
+def test_a_failure_that_leaves_a_graph_leaves_it_the_workspace() -> None:
+    """What was captured before it may be run; where nothing was, the workspace is everybody's."""
+    case = make_case(SMALL)
+    for function in ("cudaMemcpyAsync", "launch"):
+        bound = bind(case)
+        bound.rewrite(case.events, case.block_table)
+        for call in range(1, calls_of_a_rewrite(bound, case, function) + 1):
+            assert fail_captured(bound, case, f"{function}:{call}:1")
+            if function == "launch":
+                with pytest.raises(bottleneck_ext.InvalidArgumentError, match="belongs to a captured CUDA graph"):
+                    bound.rewrite(case.events, case.block_table)
+                bound = bind(case)
+            bound.rewrite(case.events, case.block_table)
+
+
+def test_a_call_waits_for_the_latest_on_another_stream() -> None:
+    """Also where a capture failed, or a call that was not, since that."""
+    case = make_case(SMALL)
+    bound = bind(case)
+
+    def waits(stream: int) -> int:
+        rewrite = bound.rewrite
+        return count_calls(
+            lambda: rewrite(case.events, case.block_table, report=False, stream=stream) and None
+        )["cudaStreamWaitEvent"]  # fmt: skip
+
+    assert waits(16) == 0
+    assert [waits(32), waits(32), waits(16)] == [1, 0, 1]
+    for function in ("launch", "cudaMemcpyAsync"):
+        assert not fail_captured(bound, case, f"{function}:1:901", stream=48)
+        assert [waits(48), waits(16), waits(16)] == [1, 1, 0]
+        EMULATION.btx_emulation_fail(f"{function}:1:1".encode())
+        with pytest.raises(bottleneck_ext.BottleneckError):
+            bound.rewrite(case.events, case.block_table, report=False, stream=16)
+        EMULATION.btx_emulation_fail(b"")
+        assert [waits(48), waits(16)] == [1, 1]
+    bound.workspace.synchronize()
+    assert waits(32) == 0
+
+
+def test_a_smaller_call_takes_no_room_from_a_capture() -> None:
+    case = make_case(SMALL)
+    bound = bind(case)
+    bound.rewrite(case.events, case.block_table)
+    bound.rewrite(case.events[:1], case.block_table)
+    assert captured(lambda: bound.rewrite(case.events, case.block_table, report=False))
+
+
+def test_calls_beside_a_capture_of_another_stream() -> None:
+    """There the runtime does not even say whether the default stream is captured."""
+    case, longer = make_case(SMALL), make_case(LONGER)
+    bound = bind(case)
+    bound.rewrite(case.events, case.block_table)
+    of_longer, before = bind(longer, bound.workspace), longer.snapshot()
+    for call in (
+        lambda: of_longer.rewrite(longer.events, longer.block_table, report=False),
+        lambda: of_longer.rewrite(longer.events, longer.block_table),
+        lambda: bound.rewrite(case.events, case.block_table, report=False),
+    ):
+        EMULATION.btx_emulation_fail(b"cudaStreamIsCapturing:1:906")
+        with pytest.raises(bottleneck_ext.InvalidArgumentError, match="until that has ended"):
+            call()
+        EMULATION.btx_emulation_fail(b"")
+    assert same(longer.pools, before)
+    of_longer.rewrite(longer.events, longer.block_table)
+    EMULATION.btx_emulation_fail(b"cudaStreamIsCapturing:1+:906")
+    assert bottleneck_ext.Workspace(1, BACKEND, reserve=4096).nbytes == 4096  # for no stream
 
 
 # --- a device that fails -----------------------------------------------------------------------------------------

@@ -123,6 +123,14 @@ static cudaError_t remember(cudaError_t error)
     return all.last = error;
 }
 
+/* What a call was made to fail with; some of it ends a capture. */
+static cudaError_t error_of(const fault &planned, cudaError_t natural)
+{
+    const cudaError_t error = planned.error != 0 ? (cudaError_t)planned.error : natural;
+    state().invalidated |= error == cudaErrorStreamCaptureUnsupported || error == cudaErrorStreamCaptureInvalidated;
+    return error;
+}
+
 /* The start of a call: counts it; what it fails with, by the device's state or on demand. */
 static cudaError_t called(const char *name, cudaError_t natural)
 {
@@ -131,7 +139,7 @@ static cudaError_t called(const char *name, cudaError_t natural)
     own.count++;
     for (const fault &planned : own.faults) {
         if (own.count == planned.at || (planned.after && own.count > planned.at)) {
-            const cudaError_t error = planned.error != 0 ? (cudaError_t)planned.error : natural;
+            const cudaError_t error = error_of(planned, natural);
             if (is_sticky(error) && all.sticky == cudaSuccess)
                 snprintf(all.message, sizeof all.message, "call %lld of %s was made to fail", (long long)own.count,
                          name);
@@ -294,7 +302,7 @@ void launch(const char *name, const void *kernel, dim3 grid, dim3 block, size_t 
     counted.count++;
     for (const fault &one : counted.faults)
         if (counted.count == one.at || (one.after && counted.count > one.at))
-            planned = one.error != 0 ? (cudaError_t)one.error : cudaErrorIllegalAddress;
+            planned = error_of(one, cudaErrorIllegalAddress);
     if (planned != cudaSuccess && !is_sticky(planned)) {
         remember(planned);
         return;
@@ -735,6 +743,10 @@ static const struct {
     {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
     {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
      "operation not permitted when stream is capturing"},
+    {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated",
+     "operation failed due to a previous error during capture"},
+    {cudaErrorStreamCaptureImplicit, "cudaErrorStreamCaptureImplicit",
+     "operation would make the legacy stream depend on a capturing blocking stream"},
     {cudaErrorUnknown, "cudaErrorUnknown", "unknown error"},
 };
 

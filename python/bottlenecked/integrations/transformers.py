@@ -121,7 +121,7 @@ def attach(
     num_threads: for a rewrite on the CPU; None means torch.get_num_threads() at each generation's start.
     on_boundary: called after each rewrite with its report, before the next forward; positions are cache
         positions, so the first token of a left-padded row is at its event's `sequence_begin`. On a GPU each rewrite
-        is then waited for; without it a rewrite that the device refused is raised by the next one, or when `generate`
+        is then waited for; without it a rewrite that the device refused is raised by a later one, or when `generate`
         ends.
     check_weights: False accepts a Processor made for the same architecture with other weights.
     max_relative_edit: a step whose edit is larger than this, relative to its rows in any layer, or not finite, is left

@@ -7,7 +7,6 @@ whole KV-tokens and writes its own heads' part.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import time
@@ -158,8 +157,11 @@ class WorkerHalf:
     def _rewrite(self, rewrites: Sequence[Rewrite], *, again: bool = False) -> None:
         """One call for all. Where it is refused, nothing was written: one after the other shows which it was.
 
-        A GPU is not waited for, so that a call may be told of an earlier one's refusal; it is then made again.
+        A GPU is not waited for, so that a call may be told of an earlier one's refusal; it is then made again, once all
+        that was refused before it is known.
         """
+        if again:
+            self._wait_for_refusals()
         events = [self._event(rewrite) for rewrite in rewrites]
         on_cpu = self.block_to_page.device.type == "cpu"
         try:
@@ -171,8 +173,7 @@ class WorkerHalf:
             return
         except (BottleneckError, MemoryError) as error:
             if len(rewrites) == 1 or not (on_cpu or again):
-                logger.warning("a step was not rewritten: %s", error)
-                self._skip("refused", 1)
+                self._refuse(error)
             if not on_cpu and not again:
                 self._rewrite(rewrites, again=True)
             elif len(rewrites) > 1:
@@ -193,6 +194,22 @@ class WorkerHalf:
             written = ~np.array(skipped)
             edits, rows = (np.square(norm[:, written]).sum(0) for norm in (report.delta_norm, report.row_norm))
             data["edits"] += np.sqrt(np.divide(edits, rows, out=np.zeros_like(edits), where=rows > 0)).tolist()
+
+    def _wait_for_refusals(self) -> None:
+        """Of earlier calls, which are told one at a time: the next one is told of none."""
+        while True:
+            try:
+                self.workspace.synchronize()
+            except InvalidArgumentError as refusal:
+                self._refuse(refusal)
+            except BottleneckError:  # the next call fails likewise, and says so
+                return
+            else:
+                return
+
+    def _refuse(self, error: Exception) -> None:
+        logger.warning("a step was not rewritten: %s", error)
+        self._skip("refused", 1)
 
     def _count_skipped(self) -> None:
         """Steps whose edit is known by now to have been too large. A GPU tells it late, and counts them twice."""
@@ -329,9 +346,6 @@ class ShardedRewriter:
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX, group=self.group.cpu_group)
         if not worst:
             return result
-        # A GPU tells a rank of an earlier refusal when it happens to: none may be told of it in the next attempt.
-        with contextlib.suppress(BottleneckError):
-            self.workspace.synchronize()
         if worst > 1:
             raise error if fatal and error is not None else RuntimeError("another rank failed: its log says why")
         reason = "another rank could not do its part: its log says why" if error is None else str(error)
