@@ -218,7 +218,8 @@ def test_verify() -> None:
     for true in ("480 > 40", "12 < $1,000", "480>=480", "12 \u2264 480", "12*39 < 480", "0.5 < 12 < 13", "50% < 1"):
         verify(GOOD_ANSWER.replace("eggs.", f"eggs ({true})."))
     # Nothing that is read as numbers alone.
-    for other in ("2x > 480", "480 < 2x", "x > 480", "480 -> 40", "480 => 1000", "2*(3+4) < 5"):
+    others = ("2x > 480", "480 < 2x", "x > 480", "480 -> 40", "480 => 1000", "2*(3+4) < 5", "2:30 < 3:15", "2:1 > 1:3")
+    for other in others:
         verify(GOOD_ANSWER.replace("eggs.", f"eggs: {other}."))
 
 

@@ -33,9 +33,10 @@ _OPERATOR = re.compile(r"\s*[-+*/x×÷%]")
 _BEHIND = re.compile(r"\s*\$?\s*([\d,]*\.?\d+)")
 # A calculation and its result in plain text, where the marks have been taken out.
 _EQUATION = re.compile(r"(?<![\w.,])([\d.$(][\d.,$()+\-*/x×÷% ]*)(?==\s*\$?\s*((?:[\d,]*\.)?\d[\d,]*))")
-# Both sides of a comparison in plain text, of numbers alone; with a letter behind it (2x) it is something else.
+# Both sides of a comparison in plain text, of numbers alone; with a letter behind it (2x), or in a time or a ratio, it
+# is something else.
 _SIDE = r"[\d.$][\d.,$+\-*/x×÷% ]*"
-_COMPARISON = re.compile(rf"(?<![\w.,])({_SIDE})(?=(<=|>=|≤|≥|<|>)\s*({_SIDE})(?!\w))")
+_COMPARISON = re.compile(rf"(?<![\w.,:])({_SIDE})(?=(<=|>=|≤|≥|<|>)\s*({_SIDE})(?![\w:]))")
 _HOLDS = {"<": operator.lt, ">": operator.gt, "<=": operator.le, "≤": operator.le, ">=": operator.ge, "≥": operator.ge}
 # Digits that letters or points join to something else ("x2", "v1.2.3") are no number.
 _NUMBER = re.compile(r"(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\w.,]*\d)")
