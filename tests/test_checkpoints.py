@@ -73,6 +73,8 @@ def test_the_gsm8k_card_says_what_the_experiment_found() -> None:
         ("processor", "{held_back:.4f} with it"),
         ("sft", "{held_back:.4f} without"),
         ("sft2", "{held_back:.4f} after fine-tuning"),
+        ("lora", "LoRA of its size gives {share:.1f}%"),
+        ("lora", "{held_back:.4f} with the LoRA"),
     ):
         outcome = json.loads((ROOT / "experiments" / "results" / "gsm8k" / f"0-{name}.json").read_text())
         figures = {"share": 100 * outcome["test"]["share"], "held_back": -outcome["held_back"]}
