@@ -172,9 +172,10 @@ class Cost:
 def costs(lab: Lab) -> dict[str, Cost]:
     """Of every variant that trains; those that `costs.json` lacks are measured, in turn with the reference."""
     path = lab.plan.results / "costs.json"
-    known: dict[str, Any] = {"machine": machine.describe(), "data": lab.train.digest, "variants": {}}
     if path.exists():
         known = read(path)
+    else:
+        known = {"machine": machine.describe(), "data": lab.train.digest, "variants": {}}
     kept, reference = known["variants"], lab.plan.budget.variant
     missing = [name for name, entry in lab.plan.variants.items() if entry.learning_rate and name not in kept]
     if missing:

@@ -414,8 +414,7 @@ class Histories(RuleBasedStateMachine):
         assert len(self.worker.prompts) <= self.half.prompts.max_blocks
         self.number = plan.number
         if self.max_saved_tokens > 1000:
-            # With room for all, every preemption is saved but where vLLM wants the cache forgotten.
-            # And where what it holds was lost.
+            # With room for all, every preemption is saved but where vLLM wants the cache forgotten, or it was lost.
             wanted = {r.request_id for r in preempted if r.is_rewritten and not r.drop_stale_output}
             assert saves == wanted - self.lost
         self.lost -= {request.request_id for request in counts}

@@ -124,9 +124,8 @@ class Dataset:
         """
         count = len(self.examples)
         first: dict[object, int] = {}
-        stated = self._stated()
         for i, name in enumerate(self.sources or range(count)):
-            first.setdefault(name if name in stated else i, i)
+            first.setdefault(name if name in self._stated else i, i)
         problems, rows = self._problems(), list(first.values())
         held: set[int] = set()
         # Sources are drawn, each with its whole problem: two of one prompt do not change what else is drawn.
@@ -144,7 +143,7 @@ class Dataset:
         A problem is whatever sources and prompts lead to, as in `split`: where one example of it is dropped all are.
         Raises ValueError where none is left.
         """
-        sources = set(held_back.sources) & (self._stated() | held_back._stated())
+        sources = set(held_back.sources) & (self._stated | held_back._stated)
         names, prompts = self.sources or (None,) * len(self.examples), set(held_back.prompts())
         gone: set[int] = set()
         for i, (problem, name, prompt) in enumerate(zip(self._problems(), names, self.prompts(), strict=True)):
@@ -158,6 +157,7 @@ class Dataset:
             raise ValueError(f"all {dropped} examples are of problems that are held back: use others")
         return replace(self._part(rows), dropped={**self.dropped, HELD_BACK: dropped})
 
+    @functools.cached_property
     def _stated(self) -> set[str]:
         """The sources that tie examples: a line states them, and they are not just its own, for two files may have one
         name."""
@@ -176,8 +176,7 @@ class Dataset:
                 i = earlier[i]
             return i
 
-        stated = self._stated()
-        sources = [(i, source) for i, source in enumerate(self.sources) if source in stated]
+        sources = [(i, source) for i, source in enumerate(self.sources) if source in self._stated]
         for i, key in [*sources, *enumerate(self.prompts())]:
             a, b = root(first.setdefault(key, i)), root(i)
             earlier[max(a, b)] = min(a, b)

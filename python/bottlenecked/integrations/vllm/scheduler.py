@@ -259,7 +259,7 @@ class SchedulerHalf:
             plan.rewrite.append(Rewrite(tracked.row, event.step_begin, event.step_end, tracked.top_k, used))
         # Where the token after the prompt is here, so is what became of the loads before it.
         answered = tracked.request.num_tokens > tracked.prompt_length
-        if answered:
+        if tracked.on_trial and answered:
             self._settle(tracked, plan, right=True)
         if tracked.keys and length >= tracked.prompt_length:
             trial = tracked.sequence if tracked.filled and not answered else None
